@@ -1,0 +1,27 @@
+"""koffkernels: masked gated MLPs, LoRA deltas and attention over a learned prefix, usable on their
+own."""
+
+from .dispatch import backends, force_backend
+from .gated_mlp import gated_mlp
+from .hard_concrete import hard_concrete, open_probability
+from .lora_linear import lora_linear
+from .modules import GatedMLP, LoRALinear, PrefixAttention
+from .prefix_attention import prefix_attention
+from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+
+__all__ = [
+    "GatedMLP",
+    "GatedMLPLoRA",
+    "LoRA",
+    "LoRALinear",
+    "Prefix",
+    "PrefixAttention",
+    "RowBounds",
+    "backends",
+    "force_backend",
+    "gated_mlp",
+    "hard_concrete",
+    "lora_linear",
+    "open_probability",
+    "prefix_attention",
+]

@@ -1,0 +1,2 @@
+"""Plain-torch implementations: leaner than autograd would be, on any device, chosen by
+``koffkernels.dispatch``."""

@@ -1,0 +1,226 @@
+"""Attention over a learned prefix.
+
+On the CPU: the flash kernel once for the row's own keys, once per memory for the prefix (all its
+rows and query heads folded into one sequence of queries, so the prefix is never repeated), merged
+by log-sum-exp. Backward feeds the merged output and log-sum-exp to the flash kernel's backward for
+each part, which is exact: the softmax weights of a part are exp(score - merged lse), and the row
+term sum(dO * O) needs the merged O. See docs/math.md.
+
+On other devices, in fp64, and under torch.compile: one concatenated scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import visible_keys
+from ..types import Prefix, RowBounds
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _crop(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
+    """Drop keys past every row's end (the unwritten part of a static cache)."""
+    if bounds is None or bounds.key_end.numel() == 0:
+        return k, v
+    end = min(max(int(bounds.key_end.max()), 0), k.shape[2])
+    return k[:, :, :end], v[:, :, :end]
+
+
+def _own_mask(
+    q: Tensor, k: Tensor, bounds: RowBounds | None
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """(is_causal, additive mask, rows of queries that see none of their own keys [B, T]) for the
+    flash kernel."""
+    queries, keys = q.shape[2], k.shape[2]
+    if bounds is None:
+        if queries == keys:
+            return True, None, None
+        if queries == 1:
+            return False, None, None
+    visible = visible_keys(q.shape[0], queries, keys, bounds, q.device)
+    if bool(visible.all()):
+        return False, None, None
+    mask = torch.zeros((), dtype=q.dtype).expand(visible.shape).masked_fill(~visible, -math.inf)
+    return False, mask[:, None], ~visible.any(-1)
+
+
+def _groups(
+    ids: Tensor | None, rows: int, lengths: Tensor
+) -> list[tuple[int, Tensor | slice, int]]:
+    """(memory, its rows, its length) for each memory in the batch."""
+    if ids is None:
+        return [(0, slice(None), int(lengths[0]))] if int(lengths[0]) else []
+    used = sorted(set(ids.tolist()) - {-1})
+    return [
+        (m, slice(None) if bool((ids == m).all()) else (ids == m).nonzero()[:, 0], int(lengths[m]))
+        for m in used
+        if int(lengths[m])
+    ]
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[R, Hq, T, ...] -> [1, Hkv, R G T, ...]: all queries of one kv head become one sequence."""
+    r, heads, t = x.shape[:3]
+    tail = x.shape[3:]
+    return (
+        x.reshape(r, kv_heads, heads // kv_heads, t, *tail)
+        .transpose(0, 1)
+        .reshape(1, kv_heads, -1, *tail)
+    )
+
+
+def _unfold(x: Tensor, like: Tensor) -> Tensor:
+    """Inverse of ``_fold`` for a tensor of ``like``'s first three dimensions [R, Hq, T]."""
+    r, heads, t = like.shape[:3]
+    kv_heads, tail = x.shape[1], x.shape[3:]
+    return (
+        x.reshape(kv_heads, r, heads // kv_heads, t, *tail)
+        .transpose(0, 1)
+        .reshape(r, heads, t, *tail)
+    )
+
+
+def _attend_own(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds | None, scale: float):
+    """Attention of each row over its own keys: (o, lse with -inf where nothing is seen)."""
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), q.new_full(
+            q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
+    causal, mask, nothing = _own_mask(q, k, bounds)
+    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    if nothing is not None:  # the kernel reports 0 there
+        lse = lse.masked_fill(nothing[:, None], -math.inf)
+    return o, lse
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """CPU only; see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, ids, scale, *bounds):
+        o, lse = _attend_own(q, k, v, RowBounds(*bounds) if bounds else None, scale)
+        for m, rows, length in _groups(ids, q.shape[0], lengths):
+            # The prefix pass runs in fp32: the queries are copied anyway, and a learned key keeps
+            # its precision.
+            k_m, v_m = (
+                prefix_k[m : m + 1, :, :length].float(),
+                prefix_v[m : m + 1, :, :length].float(),
+            )
+            o_m, lse_m = _flash(
+                _fold(q[rows].float(), k.shape[1]), k_m, v_m, 0.0, False, scale=scale
+            )
+            o_m, lse_m = _unfold(o_m, q[rows]), _unfold(lse_m, q[rows])
+            share = torch.sigmoid(lse_m - lse[rows])[..., None]
+            o[rows] = torch.lerp(o[rows].float(), o_m, share).to(o.dtype)
+            lse[rows] = torch.logaddexp(lse[rows], lse_m)
+        lse = lse.masked_fill(lse == -math.inf, 0.0)
+        ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds = ctx.saved_tensors
+        dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+        if k.shape[2] == 0:
+            dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        else:
+            causal, mask, _ = _own_mask(q, k, RowBounds(*bounds) if bounds else None)
+            dq, dk, dv = _flash_backward(
+                do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=ctx.scale
+            )
+        for m, rows, length in _groups(ids, q.shape[0], lengths):
+            k_m, v_m = (
+                prefix_k[m : m + 1, :, :length].float(),
+                prefix_v[m : m + 1, :, :length].float(),
+            )
+            do_m, q_m, o_m = (_fold(x[rows].float(), k.shape[1]) for x in (do, q, o))
+            lse_m = _fold(lse[rows], k.shape[1])
+            dq_m, dk_m, dv_m = _flash_backward(
+                do_m, q_m, k_m, v_m, o_m, lse_m, 0.0, False, scale=ctx.scale
+            )
+            dq[rows] += _unfold(dq_m, q[rows]).to(dq.dtype)
+            dpk[m, :, :length], dpv[m, :, :length] = dk_m[0], dv_m[0]
+        return dq, dk, dv, dpk, dpv, None, None, None, *(None for _ in bounds)
+
+
+def _seen(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
+    """K and V with zeros where no query may look, so that unwritten or padded memory (NaN even)
+    cannot leak."""
+    if bounds is None:
+        return k, v
+    j = torch.arange(k.shape[2], device=k.device)
+    outside = (j < bounds.key_start[:, None]) | (j >= bounds.key_end[:, None])
+    if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(outside.any()):
+        return k, v
+    outside = outside[:, None, :, None]
+    return k.masked_fill(outside, 0.0), v.masked_fill(outside, 0.0)
+
+
+def _concatenated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix,
+    ids: Tensor | None,
+    bounds: RowBounds | None,
+    scale: float,
+) -> Tensor:
+    """One scaled_dot_product_attention over [prefix of each row; own keys]."""
+    rows, heads, queries, _ = q.shape
+    if ids is None:
+        ids = torch.zeros(rows, dtype=torch.int64, device=q.device)
+    index = ids.clamp(min=0)
+    inside = torch.arange(prefix.k.shape[2], device=q.device) < prefix.lengths[index][:, None]
+    inside = (inside & (ids >= 0)[:, None])[:, None, :]
+    visible = visible_keys(rows, queries, k.shape[2], bounds, q.device)
+    visible = torch.cat([inside.expand(-1, queries, -1), visible], dim=2)
+    own = inside[:, 0, :][:, None, :, None]
+    keys = torch.cat([prefix.k[index].to(q.dtype).where(own, 0.0), k], dim=2)
+    values = torch.cat([prefix.v[index].to(q.dtype).where(own, 0.0), v], dim=2)
+    # A query that sees nothing looks at everything and is then zeroed: softmax over an empty row
+    # would be NaN.
+    nothing = ~visible.any(-1, keepdim=True)
+    group = heads // k.shape[1]
+    o = F.scaled_dot_product_attention(
+        q,
+        keys.repeat_interleave(group, 1),
+        values.repeat_interleave(group, 1),
+        attn_mask=(visible | nothing)[:, None],
+        scale=scale,
+    )
+    return o.masked_fill(nothing[:, None], 0.0)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix | None,
+    memory_ids: Tensor | None,
+    bounds: RowBounds | None,
+    scale: float | None,
+) -> Tensor:
+    """See ``koffkernels.prefix_attention``."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if prefix is None:
+        empty = q.new_zeros(1, k.shape[1], 1, q.shape[-1])
+        prefix = Prefix(empty, empty, torch.zeros(1, dtype=torch.int64, device=q.device))
+        memory_ids = None
+    eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    with torch.autocast(q.device.type, enabled=False):
+        if not eager_cpu or q.dtype == torch.float64 or 0 in q.shape:
+            return _concatenated(q, *_seen(k, v, bounds), prefix, memory_ids, bounds, scale)
+        k, v = _seen(*_crop(k, v, bounds), bounds)
+        flags = bounds or ()
+        return _PrefixAttention.apply(
+            q, k, v, prefix.k, prefix.v, prefix.lengths, memory_ids, scale, *flags
+        )

@@ -1,0 +1,57 @@
+"""A frozen gated MLP with one gate per neuron and the low-rank updates of each row's memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import dispatch
+from .checks import check_gated_mlp, require
+from .reference import ACTIVATIONS
+from .types import GatedMLPLoRA
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    gates: Tensor | None = None,
+    lora: GatedMLPLoRA | None = None,
+    memory_ids: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """y = down(act(gate(x)) * up(x) * z), where gate, up and down are ``lora_linear`` layers.
+
+    Args:
+        x: [B, T, H] or [M, H], fp32, bf16, fp16 or fp64.
+        w_gate, w_up: [I, H], frozen, x's dtype (any under autocast). They may be views of one [2 I,
+            H] buffer.
+        w_down: [H, I], frozen.
+        gates: z [I], fp32, or None for all ones.
+        lora: LoRA of the three layers, or None.
+        memory_ids: int64 [B] ([M] for two-dimensional x); -1: no memory for that row. May be None
+            with one memory.
+        activation: "silu", "gelu" or "gelu_tanh".
+
+    Returns:
+        y like x. Gradients for x, gates and every LoRA matrix.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or a weight that requires a gradient.
+
+    Source: KOFF (arXiv 2605.29075), gates on the input of down_proj; reference:
+    ``koffkernels.reference.gated_mlp``.
+    """
+    where = "gated_mlp"
+    require(
+        activation in ACTIVATIONS,
+        where,
+        "activation",
+        f"be one of {', '.join(ACTIVATIONS)}",
+        repr(activation),
+        "choose one",
+    )
+    check_gated_mlp(where, x, (w_gate, w_up, w_down), gates, lora, memory_ids)
+    run = dispatch.implementation("gated_mlp")
+    return run(x, (w_gate, w_up, w_down), gates, lora, memory_ids, activation)

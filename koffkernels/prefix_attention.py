@@ -1,0 +1,44 @@
+"""Causal attention of which every row first sees the learned keys and values of its memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import dispatch
+from .checks import check_prefix_attention
+from .types import Prefix, RowBounds
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix | None,
+    *,
+    memory_ids: Tensor | None = None,
+    bounds: RowBounds | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """o = softmax(scale q [K_m; K]^T + mask) [V_m; V], where m is the memory of each row and the
+    mask is causal over K within each row's bounds and open over K_m.
+
+    Args:
+        q: [B, Hq, T, D], fp32, bf16, fp16 or fp64, RoPE applied.
+        k, v: [B, Hkv, S, D], q's dtype; Hq is a multiple of Hkv (grouped-query attention).
+        prefix: learned keys and values of n memories (fp32 is usual), or None.
+        memory_ids: int64 [B]; -1: no prefix for that row. May be None with one memory.
+        bounds: which keys each row sees; None: key_start 0, key_end S, query_start S - T.
+        scale: softmax scale; None: 1 / sqrt(D).
+
+    Returns:
+        o [B, Hq, T, D] in q's dtype; rows that see nothing are 0. Gradients for q, k, v, prefix.k
+        and prefix.v.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Source: Cartridges (arXiv 2506.06266) for the learned cache; reference:
+    ``koffkernels.reference.prefix_attention``.
+    """
+    check_prefix_attention("prefix_attention", q, k, v, prefix, memory_ids, bounds)
+    return dispatch.implementation("prefix_attention")(q, k, v, prefix, memory_ids, bounds, scale)

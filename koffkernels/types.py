@@ -1,0 +1,65 @@
+"""Small tensor records that the public functions take.
+
+Dimension names used throughout: B rows (sequences), T tokens per row, S keys per row, H hidden
+width, I MLP neurons, K/N input/output width of a linear layer, n memories, r LoRA rank, P prefix
+length, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LoRA(NamedTuple):
+    """Stacked low-rank updates of one linear layer, one per memory: W_m = W + scaling[m] * b[m] @
+    a[m].
+
+    Args:
+        a: [n, r, K], any floating dtype (fp32 master weights are usual).
+        b: [n, N, r].
+        scaling: fp32 [n], alpha / r of each memory. Memories of a lower rank are padded with zeros.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+
+
+class GatedMLPLoRA(NamedTuple):
+    """LoRA of the three linear layers of a gated MLP; any of them may be None."""
+
+    gate: LoRA | None = None
+    up: LoRA | None = None
+    down: LoRA | None = None
+
+
+class Prefix(NamedTuple):
+    """Learned keys and values that stand before every sequence, one set per memory.
+
+    Args:
+        k: [n, Hkv, P, D], post-RoPE keys at positions -P..-1 (relative to the sequence's position
+            0).
+        v: [n, Hkv, P, D].
+        lengths: int64 [n], how many of the P entries each memory has (the first ``lengths[m]``).
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+
+
+class RowBounds(NamedTuple):
+    """Which keys each row may see: query t of row b sees key j iff
+    ``key_start[b] <= j < key_end[b]`` and ``j <= query_start[b] + t``.
+
+    Args:
+        key_start: int64 [B], first visible key (the number of left-padding tokens).
+        key_end: int64 [B], one past the last written key.
+        query_start: int64 [B], index among the keys of the row's first query.
+    """
+
+    key_start: Tensor
+    key_end: Tensor
+    query_start: Tensor
