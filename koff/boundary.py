@@ -1,0 +1,168 @@
+"""The model's boundary: the ``memory`` argument becomes the forward's context here, and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .context import ACTIVE, ForwardContext, MemoryArgument
+from .errors import require
+from .state import KoffState
+
+_WHERE = "forward"
+
+
+@dataclass
+class Boundary:
+    """Forward pre-hook of the decoder: replaces ``memory`` by the context that its layers pass on.
+
+    Args:
+        state: the model's koff state.
+        parameters: names of the decoder's forward parameters, in order.
+        config: the model's config.
+    """
+
+    state: KoffState
+    parameters: tuple[str, ...]
+    config: PretrainedConfig
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        memory = kwargs.pop("memory", ACTIVE)
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        context = self.state.context(memory, inputs.shape[0], inputs.device)
+        longest = max((self.state.memories[slot].length for slot in context.slots), default=0)
+        if longest:
+            self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
+            self._position_ids(kwargs, inputs.shape[1])
+        return (), {**kwargs, "koff_context": context}
+
+    def _check_lengths(self, prefix: int, tokens: int, cache) -> None:
+        if torch.compiler.is_compiling():
+            return
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and not getattr(cache, "_koff", False):
+            require(
+                int(past) == 0,
+                _WHERE,
+                "past_key_values",
+                "be empty or come from this model",
+                f"a cache that already holds {int(past)} tokens",
+                "do not add a prefix to the cache yourself; pass memory= and koff puts it in front",
+            )
+            cache._koff = True
+        limit = self.config.max_position_embeddings
+        if isinstance(past, int):
+            require(
+                prefix + past + tokens <= limit,
+                _WHERE,
+                "prefix + sequence",
+                f"fit max_position_embeddings ({limit})",
+                f"{prefix} + {past + tokens}",
+                "shorten the sequence or the memory",
+            )
+
+    @staticmethod
+    def _position_ids(kwargs: dict, tokens: int) -> None:
+        """Left-padded rows start at position 0 at their first real token, or the prefix would stand too far away."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def tag_cache(module: nn.Module, args: tuple, output) -> None:
+    """Forward hook of the decoder: remember that the cache it returns is its own."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and not torch.compiler.is_compiling():
+        cache._koff = True
+
+
+class KoffModelMixin:
+    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's checkpoint."""
+
+    koff: KoffState
+
+    @staticmethod
+    def forward_with_signature(cls: type) -> Callable:
+        """``cls.forward`` with a ``memory`` argument that generate and Trainer can see."""
+        base = cls.forward
+
+        @functools.wraps(base)
+        def forward(self, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+            if memory is not ACTIVE:
+                kwargs["memory"] = memory
+            return base(self, *args, **kwargs)
+
+        signature = inspect.signature(base)
+        parameters = list(signature.parameters.values())
+        new = inspect.Parameter("memory", inspect.Parameter.KEYWORD_ONLY, default=ACTIVE)
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        forward.__signature__ = signature.replace(
+            parameters=[*parameters[:at], new, *parameters[at:]]
+        )
+        return forward
+
+    def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with one entry per row."""
+        prompt = next(
+            (
+                t
+                for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+                if t is not None
+            ),
+            None,
+        )
+        _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config.pad_token_id,
+                              self.generation_config.eos_token_id)  # fmt: skip
+        memory = self.koff.active if memory is ACTIVE else memory
+        self.koff.check(memory, "generate")
+        if memory is None or isinstance(
+            memory, str
+        ):  # the same for every row, however beams multiply them
+            from .attach import use_memory
+
+            with use_memory(self, memory):
+                return super().generate(inputs, *args, **kwargs)
+        if not isinstance(memory, Tensor):
+            rows = 1 if prompt is None else prompt.shape[0]
+            require(len(memory) == rows, "generate", "memory", f"have one entry per row ({rows})", len(memory),
+                    "match the batch")  # fmt: skip
+            names = self.koff.memories.names
+            memory = torch.tensor([-1 if m is None else names.index(m) for m in memory])
+        return super().generate(inputs, *args, memory=memory.to(self.device), **kwargs)
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the memories too."""
+        if state_dict is None:
+            state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _refuse_right_padding(prompt, mask, pad: int | None, eos: int | list[int] | None) -> None:
+    if prompt is None or prompt.shape[0] == 0 or prompt.shape[-1] == 0:
+        return
+    if mask is not None and tuple(mask.shape) == tuple(prompt.shape[:2]):
+        padded = bool((mask[:, -1] == 0).any())
+    else:
+        ends = eos if isinstance(eos, list) else [eos]
+        padded = prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None and pad not in ends and bool(
+            (prompt[:, -1] == pad).any()
+        )  # fmt: skip
+    require(
+        not padded,
+        "generate",
+        "the prompts",
+        "be padded on the left",
+        "rows that end in padding",
+        "set tokenizer.padding_side = 'left'",
+    )
+
+
+__all__ = ["Boundary", "ForwardContext", "KoffModelMixin", "tag_cache"]

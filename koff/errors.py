@@ -1,0 +1,5 @@
+"""The one wording of koff's errors, shared with the kernels."""
+
+from koffkernels.checks import require
+
+__all__ = ["require"]

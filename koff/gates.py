@@ -1,0 +1,97 @@
+"""One learnable gate per MLP neuron, and the mask they are rounded to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from koffkernels import hard_concrete, open_probability
+
+INIT_LOG_ALPHA = 2.5
+INIT_STD = 0.01
+LOG_ALPHA_LIMIT = math.log(100.0)
+
+
+class Gates(nn.Module):
+    """Gates of all layers.
+
+    Args:
+        widths: number of MLP neurons of each layer.
+        target: share of all neurons to remove, in [0, 1).
+        device: where the parameters live.
+        generator: of the initial noise.
+
+    Attributes:
+        log_alpha: fp32 parameter [I] of each layer.
+        mask: bool buffer [I] of each layer, meaningful once ``fixed``.
+        multiplier: fp32 scalar, the Lagrange multiplier lambda1 of the sparsity constraint.
+        fixed: whether the mask is binary (``koff.binarize``).
+    """
+
+    def __init__(
+        self, widths: list[int], target: float, device: torch.device, generator: torch.Generator
+    ):
+        super().__init__()
+        noise = [torch.randn(width, generator=generator) * INIT_STD for width in widths]
+        self.log_alpha = nn.ParameterList(
+            [nn.Parameter((INIT_LOG_ALPHA + n).to(device)) for n in noise]
+        )
+        self.multiplier = nn.Parameter(torch.zeros((), device=device))
+        for index, width in enumerate(widths):
+            self.register_buffer(
+                f"mask_{index}", torch.ones(width, dtype=torch.bool, device=device)
+            )
+        self.target = target
+        self.fixed = False
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The boolean mask of each layer; True keeps the neuron."""
+        return [getattr(self, f"mask_{index}") for index in range(len(self.log_alpha))]
+
+    @property
+    def neurons(self) -> int:
+        """Number of gates."""
+        return sum(p.numel() for p in self.log_alpha)
+
+    def values(self) -> list[Tensor]:
+        """z [I] of each layer: the mask if fixed, a sample in training mode, else the deterministic ("soft") gate.
+
+        Each layer's z has a graph of its own, so that recomputed layers can run backward one after another.
+        """
+        if self.fixed:
+            return [mask.to(p.dtype) for mask, p in zip(self.masks, self.log_alpha, strict=True)]
+        return [hard_concrete(p, sample=self.training) for p in self.log_alpha]
+
+    def expected_sparsity(self) -> Tensor:
+        """1 - mean P(z > 0) over all neurons: differentiable scalar, in units of the target."""
+        if self.fixed:
+            kept = torch.stack([mask.sum() for mask in self.masks]).sum()
+            return 1.0 - kept.to(torch.float32) / self.neurons
+        return 1.0 - torch.cat([open_probability(p) for p in self.log_alpha]).mean()
+
+    @torch.no_grad()
+    def undecided(self) -> float:
+        """Share of gates with 0.1 < P(z > 0) < 0.9; 0 once fixed."""
+        if self.fixed:
+            return 0.0
+        p = torch.cat([open_probability(a) for a in self.log_alpha])
+        return float(((p > 0.1) & (p < 0.9)).float().mean())
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep log_alpha within +-log 100, in place, after an optimiser step."""
+        for p in self.log_alpha:
+            p.clamp_(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
+
+    @torch.no_grad()
+    def fix_(self, masks: list[Tensor]) -> None:
+        """Set the binary mask, in place, and stop training the gates."""
+        for own, new in zip(self.masks, masks, strict=True):
+            own.copy_(new)
+        self.fixed = True
+        for p in (*self.log_alpha, self.multiplier):
+            p.requires_grad_(False)
+            p.grad = None

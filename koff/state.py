@@ -1,0 +1,119 @@
+"""Everything learned, and what is known about the base it was learned on: the submodule ``model.koff``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import arch
+from .config import MAX_SPARSITY, KoffConfig
+from .context import ACTIVE, ForwardContext, MemoryArgument, check_names, choose_slots, resolve_ids
+from .errors import require
+from .gates import Gates
+from .memories import MemoryBank
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class KoffState(nn.Module):
+    """Gates, memories and settings of an attached model.
+
+    Args:
+        model: the base model.
+        config: what to learn.
+
+    Attributes:
+        gates: ``Gates`` or None (no sparsity, or already compacted).
+        memories: ``MemoryBank``.
+        active: the memory set by ``use_memory``.
+        dense_widths: MLP widths before pruning.
+        kept: after compaction, the kept neurons' indices of each layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: KoffConfig):
+        super().__init__()
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.dense_widths = arch.widths(model)
+        self.weights = count_weights(model)
+        self.memories = MemoryBank(arch.inverse_frequencies(model))
+        self.gates: Gates | None = None
+        if config.target_sparsity > 0:
+            target = self.neuron_target(config.target_sparsity, config.sparsity_scope)
+            self.gates = Gates(self.dense_widths, target, model.device, self.generator)
+        self.active: MemoryArgument = None
+        self.bypassed = False
+        self.kept: list[Tensor] | None = None
+        self.attention: str | None = None
+        self.trainable: list[str] = []
+        self.hooks: list = []
+
+    @property
+    def memory_names(self) -> tuple[str, ...]:
+        """Names of the memories, in order."""
+        return tuple(self.memories.names)
+
+    def neuron_target(self, target: float, scope: str) -> float:
+        """The share of MLP neurons that removes ``target`` of ``scope``."""
+        share = target if scope == "mlp" else target * self.weights["total"] / self.weights["mlp"]
+        require(
+            share <= MAX_SPARSITY,
+            "target_sparsity",
+            f"the share of MLP neurons that it means (scope {scope!r})",
+            f"be at most {MAX_SPARSITY}",
+            f"{share:.3f}",
+            "lower the target",
+        )
+        return share
+
+    def check(self, memory: MemoryArgument, where: str) -> None:
+        """Refuse unknown memories; the number of rows is checked when they are known."""
+        if isinstance(memory, (list, tuple)):
+            for name in memory:
+                check_names(name, self.memories.names, where)
+        elif not isinstance(memory, Tensor):
+            check_names(memory, self.memories.names, where)
+
+    def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
+        """The context of one forward of ``rows`` rows."""
+        if self.bypassed:
+            return ForwardContext()
+        memory = self.active if memory is ACTIVE else memory
+        ids = resolve_ids(memory, rows, self.memories.names, "memory")
+        slots, local = choose_slots(ids, len(self.memories), device)
+        return ForwardContext(slots, local, None if self.gates is None else self.gates.values())
+
+    @contextlib.contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Compute as the base model does: gates open, no memory."""
+        before, self.bypassed = self.bypassed, True
+        try:
+            yield
+        finally:
+            self.bypassed = before
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a learning step."""
+
+        def move(t: Tensor) -> Tensor:
+            out = fn(t)
+            if t.is_floating_point() and out.dtype in LOW_PRECISION:
+                return t.to(device=out.device)
+            return out
+
+        return super()._apply(move, recurse)
+
+
+def count_weights(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of base weights: total, mlp (what pruning all neurons would remove), embedding (in and out)."""
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("koff."))
+    mlp = sum(w.numel() for module in arch.mlps(model) for w in arch.mlp_weights(module))
+    tables = {
+        id(m.weight): m.weight.numel()
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    return {"total": total, "mlp": mlp, "embedding": sum(tables.values())}
