@@ -1,7 +1,8 @@
 """Attach gates and memories to a transformers model in place, and take them off again.
 
-Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model itself), parameters keep
-their names, and everything learned lives in one submodule, ``model.koff``. Base weights are frozen and never changed.
+Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model
+itself), parameters keep their names, and everything learned lives in one submodule, ``model.koff``.
+Base weights are frozen and never changed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from .config import KoffConfig
 from .context import LayerScope, MemoryArgument
 from .errors import require
 from .memories import Memory, MemoryBank
-from .state import KoffState
+from .prefill import fill_from_random_tokens
+from .state import KoffState, is_attached, require_attached
 
 
 @dataclass
 class Site:
-    """Where a layer's module finds what it needs: the memories, the current context, and its own name."""
+    """Where a layer's module finds what it needs: the memories, the current context, and its own
+    name."""
 
     bank: MemoryBank
     scope: LayerScope
@@ -87,7 +90,8 @@ class _AttentionMixin:
 
 @functools.cache
 def _subclass(mixin: type, cls: type) -> type:
-    """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their string."""
+    """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
+    string."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
@@ -106,17 +110,20 @@ def _unswap(module: nn.Module) -> None:
 
 
 def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
-    """Add gates and memories to a model, in place; until they are trained it computes what it did before.
+    """Add gates and memories to a model, in place; until they are trained it computes what it did
+    before.
 
     Args:
         model: a causal LM of a supported architecture, loaded by transformers as usual.
         config: what to learn.
 
     Returns:
-        The same object, with ``model.koff``, and a ``memory`` argument on ``forward`` and ``generate``.
+        The same object, with ``model.koff``, and a ``memory`` argument on ``forward`` and
+        ``generate``.
 
     Raises:
-        TypeError, ValueError: unsupported or already attached model, or a target that cannot be reached.
+        TypeError, ValueError: unsupported or already attached model, or a target that cannot be
+            reached.
 
     Source: KOFF (arXiv 2605.29075).
     """
@@ -129,15 +136,14 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         "detach it",
     )
     arch.check_supported(model, config.kv is not None and bool(config.memories))
-    state = KoffState(model, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    state = KoffState(model, config, generator)
     for name in config.memories:
-        state.memories.add(new_memory(model, name, config, state.generator))
+        state.memories.add(new_memory(model, name, config, generator))
     install(model, state)
-    from .prefill import fill_from_random_tokens
-
     if config.kv is not None and config.kv.init == "tokens":
-        for memory in state.memories:
-            fill_from_random_tokens(model, memory.name, state.generator)
+        for name in config.memories:
+            fill_from_random_tokens(model, name, generator)
     return model
 
 
@@ -191,7 +197,8 @@ def use_koff_attention(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def share_gate_up(module: nn.Module) -> None:
-    """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values and names stay."""
+    """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values
+    and names stay."""
     gate, up, _ = arch.mlp_weights(module)
     if gate.device.type == "meta":
         return
@@ -199,26 +206,9 @@ def share_gate_up(module: nn.Module) -> None:
     gate.data, up.data = both[: gate.shape[0]], both[gate.shape[0] :]
 
 
-def is_attached(model: object) -> bool:
-    """Whether koff is attached to the model."""
-    return isinstance(getattr(model, "koff", None), KoffState)
-
-
-def require_attached(model: object, where: str) -> KoffState:
-    """The model's koff state; an error if there is none."""
-    require(
-        is_attached(model),
-        where,
-        "the model",
-        "have koff attached",
-        type(model).__name__,
-        "call koff.attach",
-    )
-    return model.koff
-
-
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take gates and memories off, in place; the base model is as before (a pruned one stays pruned).
+    """Take gates and memories off, in place; the base model is as before (a pruned one stays
+    pruned).
 
     Args:
         model: an attached model.
@@ -248,7 +238,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTrainedModel]:
-    """Make a memory the default of every forward inside the ``with`` block, for code that cannot pass it.
+    """Make a memory the default of every forward inside the ``with`` block, for code that cannot
+    pass it.
 
     Args:
         model: an attached model.
@@ -259,8 +250,10 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     """
     state = require_attached(model, "use_memory")
     state.check(memory, "use_memory")
-    before, state.active = state.active, memory
-    try:
+    with state.using(memory):
         yield model
-    finally:
-        state.active = before
+
+
+def restyle(model: PreTrainedModel, cls: type) -> None:
+    """Give an attached model another base class (the narrow form of its own), in place."""
+    model.__class__ = _subclass(KoffModelMixin, cls)
