@@ -4,13 +4,20 @@ adapters and learned KV caches)."""
 from .attach import attach, detach, use_memory
 from .compact import compact
 from .config import KoffConfig, KVConfig, LoRAConfig
+from .evaluate import EvalRow, evaluate
+from .io import load, save
 from .masking import BinarizeReport, SparsityReport, binarize, sparsity
+from .train import KoffTrainer
+from .training_args import KoffTrainingArguments
 from .version import __version__
 
 __all__ = [
     "BinarizeReport",
+    "EvalRow",
     "KVConfig",
     "KoffConfig",
+    "KoffTrainer",
+    "KoffTrainingArguments",
     "LoRAConfig",
     "SparsityReport",
     "__version__",
@@ -18,6 +25,9 @@ __all__ = [
     "binarize",
     "compact",
     "detach",
+    "evaluate",
+    "load",
+    "save",
     "sparsity",
     "use_memory",
 ]

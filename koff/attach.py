@@ -21,7 +21,7 @@ from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
 
 from . import arch, attention
 from .boundary import Boundary, KoffModelMixin, tag_cache
-from .config import KoffConfig
+from .config import KoffConfig, KVConfig, LoRAConfig
 from .context import LayerScope, MemoryArgument
 from .errors import require
 from .memories import Memory, MemoryBank
@@ -139,7 +139,7 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(config.seed)
     state = KoffState(model, config, generator)
     for name in config.memories:
-        state.memories.add(new_memory(model, name, config, generator))
+        state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
     install(model, state)
     if config.kv is not None and config.kv.init == "tokens":
         for name in config.memories:
@@ -148,17 +148,21 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
 
 
 def new_memory(
-    model: PreTrainedModel, name: str, config: KoffConfig, generator: torch.Generator
+    model: PreTrainedModel,
+    name: str,
+    lora: LoRAConfig | None,
+    kv: KVConfig | None,
+    generator: torch.Generator,
 ) -> Memory:
     """A fresh memory that fits the model's layers (also a pruned model's)."""
     shapes = {}
-    if config.lora is not None:
+    if lora is not None:
         for index, layer in enumerate(arch.layers(model)):
             for linear, module in arch.linears(layer, model):
-                if linear in config.lora.target_modules:
+                if linear in lora.target_modules:
                     shapes[f"{index}_{linear}"] = (module.weight.shape[1], module.weight.shape[0])
     kv_shape = (len(arch.layers(model)), *arch.kv_shape(model))
-    return Memory(name, config.lora, config.kv, shapes, kv_shape, model.device, generator)
+    return Memory(name, lora, kv, shapes, kv_shape, model.device, generator)
 
 
 def install(model: PreTrainedModel, state: KoffState) -> None:

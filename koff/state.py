@@ -1,4 +1,5 @@
-"""Everything learned, and what is known about the base it was learned on: the submodule ``model.koff``."""
+"""Everything learned, and what is known about the base it was learned on: the submodule
+``model.koff``."""
 
 from __future__ import annotations
 
@@ -25,6 +26,8 @@ class KoffState(nn.Module):
     Args:
         model: the base model.
         config: what to learn.
+        generator: of the initial gates.
+        with_gates: False for a backbone that is already pruned.
 
     Attributes:
         gates: ``Gates`` or None (no sparsity, or already compacted).
@@ -34,17 +37,23 @@ class KoffState(nn.Module):
         kept: after compaction, the kept neurons' indices of each layer.
     """
 
-    def __init__(self, model: PreTrainedModel, config: KoffConfig):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: KoffConfig,
+        generator: torch.Generator,
+        with_gates: bool = True,
+    ):
         super().__init__()
         self.config = config
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.dense_widths = arch.widths(model)
         self.weights = count_weights(model)
+        self.max_positions = model.config.max_position_embeddings
         self.memories = MemoryBank(arch.inverse_frequencies(model))
         self.gates: Gates | None = None
-        if config.target_sparsity > 0:
+        if config.target_sparsity > 0 and with_gates:
             target = self.neuron_target(config.target_sparsity, config.sparsity_scope)
-            self.gates = Gates(self.dense_widths, target, model.device, self.generator)
+            self.gates = Gates(self.dense_widths, target, model.device, generator)
         self.active: MemoryArgument = None
         self.bypassed = False
         self.kept: list[Tensor] | None = None
@@ -88,6 +97,15 @@ class KoffState(nn.Module):
         return ForwardContext(slots, local, None if self.gates is None else self.gates.values())
 
     @contextlib.contextmanager
+    def using(self, memory: MemoryArgument) -> Iterator[None]:
+        """Make ``memory`` the default inside the ``with`` block."""
+        before, self.active = self.active, memory
+        try:
+            yield
+        finally:
+            self.active = before
+
+    @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
         """Compute as the base model does: gates open, no memory."""
         before, self.bypassed = self.bypassed, True
@@ -97,7 +115,8 @@ class KoffState(nn.Module):
             self.bypassed = before
 
     def _apply(self, fn, recurse: bool = True):
-        """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a learning step."""
+        """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a
+        learning step."""
 
         def move(t: Tensor) -> Tensor:
             out = fn(t)
@@ -109,7 +128,8 @@ class KoffState(nn.Module):
 
 
 def count_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers of base weights: total, mlp (what pruning all neurons would remove), embedding (in and out)."""
+    """Numbers of base weights: total, mlp (what pruning all neurons would remove), embedding (in
+    and out)."""
     total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("koff."))
     mlp = sum(w.numel() for module in arch.mlps(model) for w in arch.mlp_weights(module))
     tables = {
@@ -117,3 +137,15 @@ def count_weights(model: PreTrainedModel) -> dict[str, int]:
         for m in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     return {"total": total, "mlp": mlp, "embedding": sum(tables.values())}
+
+
+def is_attached(model: object) -> bool:
+    """Whether koff is attached to the model."""
+    return isinstance(getattr(model, "koff", None), KoffState)
+
+
+def require_attached(model: object, where: str) -> KoffState:
+    """The model's koff state; an error if there is none."""
+    got, step = type(model).__name__, "call koff.attach first"
+    require(is_attached(model), where, "the model", "have koff attached", got, step)
+    return model.koff

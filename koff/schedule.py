@@ -1,0 +1,180 @@
+"""Which rows each training batch holds and which memory each row uses: a function of (seed, step)
+alone.
+
+The order is the same on every rank: accelerate deals the batches of this sampler out in turn, so
+the batches of one micro-step follow each other here, one per rank, all of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+# (source, row of the source, memory id or -1)
+Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The blocks of one domain or of one part of the general mixture.
+
+    Args:
+        name: for logs.
+        blocks: int64 [N, T].
+        memory: memory id of a domain's rows; -1 for none. General rows draw theirs at random.
+    """
+
+    name: str
+    blocks: Tensor
+    memory: int = -1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Everything that the schedule depends on.
+
+    Args:
+        domains: sources of the domain steps.
+        general: sources of the general steps; may be empty.
+        weights: probability of each general source, adding up to 1.
+        memories: number of memories that general rows choose from; 0: they use none.
+        general_every: every n-th step is general; 0: none is.
+        mixed: rows of a batch cycle over the domains; otherwise each batch is of one domain.
+        seed: of everything random here.
+    """
+
+    domains: list[Source]
+    general: list[Source]
+    weights: list[float]
+    memories: int
+    general_every: int
+    mixed: bool
+    seed: int
+
+    @property
+    def sources(self) -> list[Source]:
+        """Domains first, then general sources."""
+        return [*self.domains, *self.general]
+
+
+class MixtureDataset(Dataset):
+    """Rows of all sources, looked up by ``Index``."""
+
+    def __init__(self, mixture: Mixture, names: list[str]):
+        self.sources = mixture.sources
+        self.names = names
+        self.rows = sum(len(source.blocks) for source in self.sources)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: Index) -> dict:
+        source, row, memory = index
+        name = None if memory < 0 else self.names[memory]
+        return {"input_ids": self.sources[source].blocks[row], "memory": name, "source": source}
+
+
+def collate(rows: list[dict]) -> dict:
+    """A batch: input_ids int64 [B, T], memory (list of names or None), source (list of ints)."""
+    return {
+        "input_ids": torch.stack([row["input_ids"] for row in rows]),
+        "memory": [row["memory"] for row in rows],
+        "source": [row["source"] for row in rows],
+    }
+
+
+class _Cursor:
+    """Goes through one source's rows in a new random order each epoch."""
+
+    def __init__(self, source: int, rows: int, seed: int):
+        self.source, self.rows, self.seed, self.drawn = source, rows, seed, 0
+        self.order: list[int] = []
+
+    def next(self) -> int:
+        epoch, position = divmod(self.drawn, self.rows)
+        if position == 0:
+            generator = _generator(self.seed, 1, self.source, epoch)
+            self.order = torch.randperm(self.rows, generator=generator).tolist()
+        self.drawn += 1
+        return self.order[position]
+
+
+def _generator(*key: int) -> torch.Generator:
+    mixed = 0
+    for part in key:  # a splitmix-like spread, so that neighbouring keys give unrelated streams
+        mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+class MixtureSampler(Sampler):
+    """Batches of ``Index`` for a whole run: steps x accumulation x ranks of them.
+
+    Args:
+        mixture: what to draw from.
+        batch_size: rows of one rank's micro-batch.
+        steps: optimiser steps.
+        accumulation: micro-batches per step and rank.
+        ranks: processes.
+    """
+
+    def __init__(
+        self, mixture: Mixture, batch_size: int, steps: int, accumulation: int, ranks: int
+    ):
+        self.mixture, self.batch_size = mixture, batch_size
+        self.steps, self.accumulation, self.ranks = steps, accumulation, ranks
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation * self.ranks
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        mix = self.mixture
+        cursors = [_Cursor(i, len(s.blocks), mix.seed) for i, s in enumerate(mix.sources)]
+        domain_rows = domain_batches = 0
+        for step in range(self.steps):
+            general = (
+                bool(mix.general) and mix.general_every and (step + 1) % mix.general_every == 0
+            )
+            for micro in range(self.accumulation):
+                shared = _generator(mix.seed, 2, step, micro)
+                one = int(torch.randint(max(mix.memories, 1), (), generator=shared))
+                for _ in range(self.ranks):
+                    if general:
+                        yield self._general(cursors, shared, one)
+                        continue
+                    first = domain_rows if mix.mixed else self._domain(domain_batches)
+                    stride = 1 if mix.mixed else 0
+                    yield self._rows(cursors, first, stride)
+                    domain_rows += self.batch_size
+                domain_batches += not general
+
+    def _domain(self, batch: int) -> int:
+        """Domain of a single-domain batch: every domain once, in random order, before any comes
+        again."""
+        cycle, position = divmod(batch, len(self.mixture.domains))
+        order = torch.randperm(
+            len(self.mixture.domains), generator=_generator(self.mixture.seed, 3, cycle)
+        )
+        return int(order[position])
+
+    def _rows(self, cursors: list[_Cursor], first: int, stride: int) -> list[Index]:
+        domains = self.mixture.domains
+        picks = [(first + i * stride) % len(domains) for i in range(self.batch_size)]
+        return [(d, cursors[d].next(), domains[d].memory) for d in picks]
+
+    def _general(self, cursors: list[_Cursor], generator: torch.Generator, one: int) -> list[Index]:
+        mix = self.mixture
+        draws = torch.multinomial(
+            torch.tensor(mix.weights), self.batch_size, True, generator=generator
+        )
+        if not mix.memories:
+            memories = [-1] * self.batch_size
+        elif mix.mixed:
+            memories = torch.randint(mix.memories, (self.batch_size,), generator=generator).tolist()
+        else:
+            memories = [one] * self.batch_size
+        sources = [len(mix.domains) + d for d in draws.tolist()]
+        return [(s, cursors[s].next(), m) for s, m in zip(sources, memories, strict=True)]

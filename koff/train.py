@@ -1,0 +1,419 @@
+"""Learn gates and memories together: ``KoffTrainer`` on ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from . import evaluate as evaluation
+from .checkpoint import read_checkpoint, write_checkpoint
+from .errors import require
+from .masking import UNDECIDED_WARNING, binarize, sparsity
+from .mixture import build_mixture
+from .prefill import fill_from_tokens
+from .schedule import MixtureDataset, MixtureSampler, collate
+from .state import KoffState, require_attached
+from .training_args import Settings
+
+logger = logging.getLogger("koff")
+
+FEW_GATE_STEPS = 1000
+
+
+class _ClampGates(TrainerCallback):
+    """Keeps log_alpha in range after every optimiser step."""
+
+    def __init__(self, state: KoffState):
+        self.koff = state
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.koff.gates is not None and not self.koff.gates.fixed:
+            self.koff.gates.clamp_()
+
+
+class KoffTrainer(Trainer):
+    """Trains the gates and memories of an attached model; the base stays frozen.
+
+    Loss: mean-token cross-entropy + lambda1 (s - t) + c (s - t)^2, where s is the expected share of
+    closed gates and t the target, warmed up; lambda1 is ascended.
+
+    Args:
+        model: an attached model.
+        args: ``TrainingArguments`` or ``KoffTrainingArguments``. Without ``max_steps``,
+            ``num_train_epochs`` counts passes over all domains together.
+        train_datasets: domain -> documents (texts, records with "text" or "input_ids", a
+            datasets.Dataset, or ``PackedBlocks``). Each memory needs the domain of its name; with
+            no memories the rows use none.
+        general_datasets: parts of the general mixture, or None.
+        general_weights: probability of each part; None: by number of tokens.
+        eval_datasets: domain -> documents for ``evaluate``, or None.
+        processing_class: the tokenizer.
+        callbacks: transformers callbacks.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other; nothing was written.
+
+    Source: KOFF (arXiv 2605.29075); constraint after LLM-Shearing (arXiv 2310.06694).
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_datasets: Mapping[str, Any],
+        general_datasets: Mapping[str, Any] | None = None,
+        general_weights: Mapping[str, float] | None = None,
+        eval_datasets: Mapping[str, Any] | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        state = require_attached(model, "KoffTrainer")
+        self.settings = Settings.of(args)
+        self.mixture = build_mixture(
+            state,
+            self.settings,
+            (train_datasets, general_datasets, general_weights),
+            processing_class,
+            _seed(args),
+        )
+        self.eval_datasets = eval_datasets
+        rows = MixtureDataset(self.mixture, state.memories.names)
+        self._set_steps(args)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = (
+                True  # a memory without a row in a batch has no gradient
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows if eval_datasets else None,
+            processing_class=processing_class,
+            data_collator=collate,
+            callbacks=[_ClampGates(state), *(callbacks or [])],
+        )
+        self.model_accepts_loss_kwargs = False
+        self._sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
+        self._warn_few_steps()
+
+    @property
+    def koff(self) -> KoffState:
+        """The model's koff state, also where the model is wrapped."""
+        return self.accelerator.unwrap_model(self.model).koff
+
+    # ---- data ----
+
+    def _set_steps(self, args: TrainingArguments) -> None:
+        if args.max_steps <= 0:
+            rows = sum(len(source.blocks) for source in self.mixture.domains)
+            per_step = (
+                args.per_device_train_batch_size
+                * args.gradient_accumulation_steps
+                * args.world_size
+            )
+            args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / per_step))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The whole run's batches, in an order that depends on the seed and the step alone."""
+        args = self.args
+        sampler = MixtureSampler(
+            self.mixture,
+            self._train_batch_size,
+            args.max_steps,
+            args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean-token cross-entropy plus, while the mask is open, the sparsity constraint."""
+        ids, sources = inputs["input_ids"], inputs["source"]
+        logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
+        per_row = next_token_losses(logits, ids).mean(1)
+        loss = per_row.mean()
+        require(
+            bool(torch.isfinite(loss)),
+            "KoffTrainer",
+            f"the loss at step {self.state.global_step}",
+            "be finite",
+            float(loss.detach()),
+            "lower the learning rates or check the data",
+        )
+        if model.training:
+            index = torch.tensor(sources, device=self._sums.device)
+            values = torch.stack(
+                [per_row.detach().float(), torch.ones_like(per_row, dtype=torch.float32)], 1
+            )
+            self._sums.index_add_(0, index, values.to(self._sums.device))
+            loss = loss + self.constraint()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def target_now(self) -> float:
+        """The warmed-up target t."""
+        warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
+        return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
+
+    def constraint(self) -> Tensor | float:
+        """lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
+        gates = self.koff.gates
+        if gates is None or gates.fixed:
+            return 0.0
+        gap = gates.expected_sparsity() - self.target_now()
+        return gates.multiplier * gap + self.settings.sparsity_penalty * gap**2
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """As transformers', after fixing the mask when its time has come."""
+        at, gates = self.settings.fix_mask_at, self.koff.gates
+        if at is not None and gates is not None and not gates.fixed:
+            if self.state.global_step >= round(at * self.args.max_steps):
+                self._fix_mask(model, inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def _fix_mask(self, model, inputs) -> None:
+        """Binarise, and log what it did to the loss of the current batch."""
+        inputs = self._prepare_inputs(dict(inputs))
+        model.eval()
+        soft = float(self.compute_loss(model, inputs))
+        report = binarize(
+            self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
+        )
+        hard = float(self.compute_loss(model, inputs))
+        model.train()
+        self.log(
+            {"loss_soft_gates": soft, "loss_hard_gates": hard, "undecided_before": report.undecided}
+        )
+        if report.undecided > UNDECIDED_WARNING:
+            logger.warning(
+                "koff: %.0f %% of the gates were undecided when the mask was fixed "
+                "(loss %.3f -> %.3f); train them longer or raise gate_learning_rate",
+                100 * report.undecided,
+                soft,
+                hard,
+            )
+
+    def _warn_few_steps(self) -> None:
+        if self.koff.gates is None or self.koff.gates.fixed:
+            return
+        steps = round((self.settings.fix_mask_at or 1.0) * self.args.max_steps)
+        if steps < FEW_GATE_STEPS:
+            logger.warning(
+                "koff: %d steps are few for the gates; about %d decide better",
+                steps,
+                FEW_GATE_STEPS,
+            )
+
+    # ---- optimiser ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group each for LoRA, KV, gates and the multiplier (which ascends)."""
+        if self.optimizer is not None:
+            return self.optimizer
+        koff, own = self.accelerator.unwrap_model(model or self.model).koff, self.settings
+        groups = [
+            {
+                "params": [p for m in koff.memories for p in m.lora.parameters()],
+                "lr": own.lora_learning_rate,
+                "weight_decay": self.args.weight_decay,
+            },
+            {
+                "params": [p for m in koff.memories for p in m.kv.parameters()],
+                "lr": own.kv_learning_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+        if koff.gates is not None:
+            gates = list(koff.gates.log_alpha)
+            groups += [
+                {
+                    "params": gates,
+                    "lr": own.gate_learning_rate,
+                    "weight_decay": 0.0,
+                    "constant": True,
+                },
+                {
+                    "params": [koff.gates.multiplier],
+                    "lr": own.multiplier_learning_rate,
+                    "weight_decay": 0.0,
+                    "constant": True,
+                    "maximize": True,
+                    "unclipped": True,
+                },
+            ]
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = cls([g for g in groups if g["params"]], **kwargs)
+        require(
+            "maximize" in self.optimizer.defaults,
+            "KoffTrainer",
+            "optim",
+            "be able to maximise (the multiplier)",
+            self.args.optim,
+            "use adamw_torch or adamw_torch_fused",
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """transformers' scheduler for the memories; gates and multiplier keep their rates."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        groups = (optimizer or self.optimizer).param_groups
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [
+                _constant if group.get("constant") else fn
+                for group, fn in zip(groups, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, base in zip(groups, scheduler.base_lrs, strict=True):
+                if group.get("constant"):
+                    group["lr"] = base
+        return scheduler
+
+    def _clip_grad_norm(self, model: nn.Module):
+        """Clip each group by itself; the multiplier is left alone. Returns the norm over all
+        groups."""
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
+            for group in self.optimizer.param_groups
+            if not group.get("unclipped")
+        ]
+        return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+
+    # ---- start, logs, evaluation ----
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As transformers', after filling KV memories from text where they ask for it."""
+        if not resume_from_checkpoint:
+            for source in self.mixture.domains:
+                if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
+                    fill_from_tokens(self.model, source.name, source.blocks.flatten())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the loss per source, and the sparsities, undecided share, multiplier and target
+        while gates are open."""
+        if "loss" in logs:
+            logs = {**logs, **self._source_losses(), **self._sparsity_logs()}
+        super().log(logs, *args, **kwargs)
+
+    def _source_losses(self) -> dict[str, float]:
+        sums = self.accelerator.reduce(self._sums.clone(), reduction="sum").tolist()
+        self._sums.zero_()
+        names = [source.name for source in self.mixture.sources]
+        return {
+            f"loss_{name}": total / rows
+            for name, (total, rows) in zip(names, sums, strict=True)
+            if rows
+        }
+
+    def _sparsity_logs(self) -> dict[str, float]:
+        gates = self.koff.gates
+        if gates is None:
+            return {}
+        report = sparsity(self.accelerator.unwrap_model(self.model))
+        logs = {
+            "sparsity_mlp": report.mlp,
+            "sparsity_model": report.model,
+            "sparsity_non_embedding": report.non_embedding,
+            "undecided": report.undecided,
+        }
+        if not gates.fixed:
+            logs |= {"multiplier": float(gates.multiplier.detach()), "sparsity_target": self.target_now()}
+        return logs
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexity of every evaluation domain with its own memory (see ``koff.evaluate``)."""
+        data = eval_dataset if isinstance(eval_dataset, Mapping) else self.eval_datasets
+        require(
+            bool(data),
+            "KoffTrainer.evaluate",
+            "eval_datasets",
+            "be given",
+            "none",
+            "pass domain -> documents",
+        )
+        model, names = self.accelerator.unwrap_model(self.model), self.koff.memories.names
+        metrics, nats = {}, []
+        for domain, documents in data.items():
+            memory = domain if domain in names else None
+            rows = evaluation.evaluate(
+                model,
+                self.processing_class,
+                {domain: documents},
+                memories=[memory],
+                block_size=self.settings.block_size,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+            metrics[f"{metric_key_prefix}_{domain}_perplexity"] = rows[0].perplexity
+            nats.append(math.log(rows[0].perplexity))
+        metrics[f"{metric_key_prefix}_loss"] = sum(nats) / len(nats)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Gates, multiplier, masks and memories; never the base weights, and no pickle of the
+        arguments."""
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        tensors = None
+        if state_dict is not None:
+            tensors = {
+                k.removeprefix("koff."): v for k, v in state_dict.items() if k.startswith("koff.")
+            }
+        write_checkpoint(self.koff, output_dir, tensors)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        read_checkpoint(self.koff, resume_from_checkpoint)
+
+
+def _seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log p(token t + 1 | tokens up to t) of each position but the last.
+
+    Args:
+        logits: [B, T, V].
+        ids: int64 [B, T].
+
+    Returns:
+        fp32 [B, T - 1], nats.
+    """
+    labels = F.pad(
+        ids[:, 1:], (0, 1), value=-100
+    )  # ignore the last position instead of copying the logits
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
+    )
+    return losses.view(ids.shape)[:, :-1]

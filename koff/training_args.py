@@ -1,0 +1,159 @@
+"""Settings of a training run beyond transformers' own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import require
+
+_HF_LEARNING_RATE = 5e-5
+
+
+@dataclass
+class KoffTrainingArguments(TrainingArguments):
+    """transformers' ``TrainingArguments`` with koff's rates and schedule.
+
+    ``learning_rate`` is not used: gates, LoRA, KV and the multiplier have rates of their own. The
+    learning-rate scheduler acts on LoRA and KV; gates and multiplier keep theirs. ``max_grad_norm``
+    clips each group by itself.
+
+    Args:
+        gate_learning_rate: of log_alpha.
+        lora_learning_rate: of the LoRA matrices; ``weight_decay`` applies to them only.
+        kv_learning_rate: of the learned caches.
+        multiplier_learning_rate: of the ascent on the Lagrange multiplier.
+        sparsity_penalty: c of lambda1 (s - t) + c (s - t)^2.
+        sparsity_warmup_ratio: share of the steps over which the target t rises from 0.
+        general_every: every n-th step runs on the general mixture; 0 never.
+        batching: "mixed" (each row its own memory) or "single" (each batch one domain).
+        fix_mask_at: share of the steps after which the mask is binarised and only the memories are
+            tuned; None leaves binarising to the caller.
+        width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
+        block_size: tokens per training row.
+    """
+
+    gate_learning_rate: float = 0.1
+    lora_learning_rate: float = 1e-3
+    kv_learning_rate: float = 2e-2
+    multiplier_learning_rate: float = 0.01
+    sparsity_penalty: float = 10.0
+    sparsity_warmup_ratio: float = 0.2
+    general_every: int = 4
+    batching: str = "mixed"
+    fix_mask_at: float | None = 0.7
+    width_multiple_of: int = 64
+    block_size: int = 512
+    adam_beta2: float = 0.95
+    report_to: None | str | list[str] = "none"
+
+
+OWN_FIELDS = (
+    "gate_learning_rate",
+    "lora_learning_rate",
+    "kv_learning_rate",
+    "multiplier_learning_rate",
+    "sparsity_penalty",
+    "sparsity_warmup_ratio",
+    "general_every",
+    "batching",
+    "fix_mask_at",
+    "width_multiple_of",
+    "block_size",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """koff's own fields of the training arguments, checked. Plain ``TrainingArguments`` get the
+    defaults."""
+
+    gate_learning_rate: float
+    lora_learning_rate: float
+    kv_learning_rate: float
+    multiplier_learning_rate: float
+    sparsity_penalty: float
+    sparsity_warmup_ratio: float
+    general_every: int
+    batching: str
+    fix_mask_at: float | None
+    width_multiple_of: int
+    block_size: int
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> Settings:
+        """Read and check the settings.
+
+        Raises:
+            ValueError: an illegal value, or a transformers setting that koff cannot honour.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(KoffTrainingArguments)}
+        settings = cls(**{name: getattr(args, name, defaults[name]) for name in OWN_FIELDS})
+        settings._check()
+        _check_foreign(args)
+        return settings
+
+    def _check(self) -> None:
+        where = "KoffTrainingArguments"
+        for name in OWN_FIELDS[:5]:
+            value: Any = getattr(self, name)
+            good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+            require(good, where, name, "be a finite number of at least 0", repr(value), "change it")
+        ratio = self.sparsity_warmup_ratio
+        require(0 <= ratio <= 1, where, "sparsity_warmup_ratio", "lie in 0..1", ratio, "change it")
+        at = self.fix_mask_at
+        require(
+            at is None or 0 < at <= 1,
+            where,
+            "fix_mask_at",
+            "be None or lie in (0, 1]",
+            at,
+            "change it",
+        )
+        known = self.batching in ("mixed", "single")
+        require(
+            known, where, "batching", "be 'mixed' or 'single'", repr(self.batching), "choose one"
+        )
+        for name, least in (("general_every", 0), ("width_multiple_of", 1), ("block_size", 2)):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= least
+            require(
+                good,
+                where,
+                name,
+                f"be a whole number of at least {least}",
+                repr(value),
+                "change it",
+            )
+
+
+def _check_foreign(args: TrainingArguments) -> None:
+    where = "KoffTrainer"
+    require(
+        args.learning_rate == _HF_LEARNING_RATE,
+        where,
+        "learning_rate",
+        "not be set (gates, LoRA and KV have rates of their own)",
+        args.learning_rate,
+        "set lora_learning_rate, kv_learning_rate and gate_learning_rate of KoffTrainingArguments",
+    )
+    require(
+        not args.load_best_model_at_end,
+        where,
+        "load_best_model_at_end",
+        "be False (memories and mask belong to the last step)",
+        True,
+        "resume from a checkpoint instead",
+    )
+    require(
+        not args.fp16,
+        where,
+        "fp16",
+        "be False",
+        True,
+        "use bf16=True or a float16 base in fp32 autocast",
+    )
