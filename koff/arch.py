@@ -1,4 +1,5 @@
-"""The only file that knows the names of transformers' modules. A new architecture is one entry in ARCHITECTURES."""
+"""The only file that knows the names of transformers' modules. A new architecture is one entry in
+ARCHITECTURES."""
 
 from __future__ import annotations
 
@@ -141,9 +142,9 @@ def check_supported(model: object, with_kv: bool, where: str = "attach") -> Arch
     """Refuse a model that koff cannot attach to.
 
     Raises:
-        TypeError, ValueError: not a transformers causal LM, an unsupported architecture, quantised weights, an MLP that
-            is not gate/up/down of plain linear layers, or (with KV memories) RoPE or attention kinds under which a
-            prefix cannot be exact.
+        TypeError, ValueError: not a transformers causal LM, an unsupported architecture, quantised
+            weights, an MLP that is not gate/up/down of plain linear layers, or (with KV memories)
+            RoPE or attention kinds under which a prefix cannot be exact.
     """
     require(
         isinstance(model, PreTrainedModel),

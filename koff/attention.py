@@ -1,8 +1,8 @@
 """The attention implementation "koff" and its mask function, registered with transformers.
 
-The mask function returns None where plain causal attention is meant, and otherwise the bounds of each row packed in an
-int64 tensor [B, 1, 1, 3] (four-dimensional masks pass through transformers untouched, also through generate's own
-preparation for static caches).
+The mask function returns None where plain causal attention is meant, and otherwise the bounds of
+each row packed in an int64 tensor [B, 1, 1, 3] (four-dimensional masks pass through transformers
+untouched, also through generate's own preparation for static caches).
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ def _padding_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     end = present.shape[-1] - (present.flip(-1).cumsum(-1) == 0).sum(-1)
     if not torch.compiler.is_compiling():
         holes = (present.sum(-1) != (end - start).clamp(min=0)) & present.any(-1)
-        require(not bool(holes.any()), _WHERE, "attention_mask", "be 1 on one run of each row", "a mask with holes",
-                "pad on one side only")  # fmt: skip
+        require(
+            not bool(holes.any()),
+            _WHERE,
+            "attention_mask",
+            "be 1 on one run of each row",
+            "a mask with holes",
+            "pad on one side only",
+        )
     return start, end
 
 
@@ -55,13 +61,16 @@ def koff_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """Mask function of the attention implementation "koff"; arguments as transformers passes them."""
+    """Mask function of the attention implementation "koff"; arguments as transformers passes
+    them."""
     if mask_function is not causal_mask_function:  # packed sequences and users' own patterns
         return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+            device=device, **kwargs,
         )  # fmt: skip
-    # Only these two cases are what sdpa means by "causal without a mask" (its triangle is anchored top left).
+    # Only these two cases are what sdpa means by "causal without a mask" (its triangle is anchored
+    # top left).
     dynamic = not isinstance(q_offset, Tensor) and kv_length == q_offset + q_length
     plain = dynamic and (q_length == 1 or q_offset == 0)
     if plain and (attention_mask is None or _all_seen(attention_mask)):
@@ -99,9 +108,11 @@ def koff_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers models with KV memories: query [B, Hq, T, D], key, value [B, Hkv, S, D] -> [B, T, Hq, D].
+    """Attention of transformers models with KV memories: query [B, Hq, T, D], key, value [B, Hkv,
+    S, D] -> [B, T, Hq, D].
 
-    Without a prefix in this forward it is transformers' own scaled-dot-product attention, bit for bit.
+    Without a prefix in this forward it is transformers' own scaled-dot-product attention, bit for
+    bit.
     """
     site = module._koff
     context = site.scope.context
@@ -112,18 +123,29 @@ def koff_attention(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     good = attention_mask is None or attention_mask.dtype == torch.int64
-    require(good, _WHERE, "the mask", "be a 2-D padding mask when a KV memory is in use",
-            "a 4-D mask or packed sequences", "pass attention_mask [B, S] and no packed position ids")  # fmt: skip
-    require(dropout == 0.0, _WHERE, "attention dropout", "be 0 with KV memories", dropout,
-            "set config.attention_dropout = 0")  # fmt: skip
-    out = prefix_attention(
-        query, key, value, prefix,
-        memory_ids=context.ids, bounds=unpack_bounds(attention_mask), scale=scaling,
-    )  # fmt: skip
+    require(
+        good,
+        _WHERE,
+        "the mask",
+        "be a 2-D padding mask when a KV memory is in use",
+        "a 4-D mask or packed sequences",
+        "pass attention_mask [B, S] and no packed position ids",
+    )
+    require(
+        dropout == 0.0,
+        _WHERE,
+        "attention dropout",
+        "be 0 with KV memories",
+        dropout,
+        "set config.attention_dropout = 0",
+    )
+    bounds, ids = unpack_bounds(attention_mask), context.ids
+    out = prefix_attention(query, key, value, prefix, memory_ids=ids, bounds=bounds, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
-    """Make the names known to transformers; both are needed, or padding masks are silently dropped."""
+    """Make the names known to transformers; both are needed, or padding masks are silently
+    dropped."""
     AttentionInterface.register(NAME, koff_attention)
     AttentionMaskInterface.register(NAME, koff_mask)

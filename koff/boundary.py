@@ -1,4 +1,5 @@
-"""The model's boundary: the ``memory`` argument becomes the forward's context here, and nowhere else."""
+"""The model's boundary: the ``memory`` argument becomes the forward's context here, and nowhere
+else."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .context import ACTIVE, ForwardContext, MemoryArgument
+from .context import ACTIVE, MemoryArgument, resolve_ids
 from .errors import require
 from .state import KoffState
 
@@ -40,6 +41,7 @@ class Boundary:
         context = self.state.context(memory, inputs.shape[0], inputs.device)
         longest = max((self.state.memories[slot].length for slot in context.slots), default=0)
         if longest:
+            self._plain_rows(kwargs, inputs)
             self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
             self._position_ids(kwargs, inputs.shape[1])
         return (), {**kwargs, "koff_context": context}
@@ -70,8 +72,19 @@ class Boundary:
             )
 
     @staticmethod
+    def _plain_rows(kwargs: dict, inputs: Tensor) -> None:
+        """Say that rows without a mask are whole: while compiling, transformers cannot look and
+        takes every maskless row for packed documents."""
+        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
+        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = torch.ones(
+                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+            )
+
+    @staticmethod
     def _position_ids(kwargs: dict, tokens: int) -> None:
-        """Left-padded rows start at position 0 at their first real token, or the prefix would stand too far away."""
+        """Left-padded rows start at position 0 at their first real token, or the prefix would stand
+        too far away."""
         mask = kwargs.get("attention_mask")
         if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
@@ -85,7 +98,8 @@ def tag_cache(module: nn.Module, args: tuple, output) -> None:
 
 
 class KoffModelMixin:
-    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's checkpoint."""
+    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's
+    checkpoint."""
 
     koff: KoffState
 
@@ -110,51 +124,40 @@ class KoffModelMixin:
         return forward
 
     def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
-        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with one entry per row."""
-        prompt = next(
-            (
-                t
-                for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-                if t is not None
-            ),
-            None,
-        )
-        _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config.pad_token_id,
-                              self.generation_config.eos_token_id)  # fmt: skip
+        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with
+        one entry per row."""
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((t for t in given if t is not None), None)
+        _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
         memory = self.koff.active if memory is ACTIVE else memory
         self.koff.check(memory, "generate")
-        if memory is None or isinstance(
-            memory, str
-        ):  # the same for every row, however beams multiply them
-            from .attach import use_memory
-
-            with use_memory(self, memory):
+        if memory is None or isinstance(memory, str):
+            with self.koff.using(memory):  # the same for every row, however beams multiply them
                 return super().generate(inputs, *args, **kwargs)
-        if not isinstance(memory, Tensor):
-            rows = 1 if prompt is None else prompt.shape[0]
-            require(len(memory) == rows, "generate", "memory", f"have one entry per row ({rows})", len(memory),
-                    "match the batch")  # fmt: skip
-            names = self.koff.memories.names
-            memory = torch.tensor([-1 if m is None else names.index(m) for m in memory])
-        return super().generate(inputs, *args, memory=memory.to(self.device), **kwargs)
+        rows = 1 if prompt is None else prompt.shape[0]
+        ids = resolve_ids(memory, rows, self.koff.memories.names, "generate")
+        ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        return super().generate(inputs, *args, memory=ids, **kwargs)
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the memories too."""
+        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the
+        memories too."""
         if state_dict is None:
             state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
-def _refuse_right_padding(prompt, mask, pad: int | None, eos: int | list[int] | None) -> None:
-    if prompt is None or prompt.shape[0] == 0 or prompt.shape[-1] == 0:
+def _refuse_right_padding(prompt: Tensor | None, mask: Tensor | None, config) -> None:
+    if prompt is None or 0 in prompt.shape:
         return
+    pad, ends = config.pad_token_id, config.eos_token_id
     if mask is not None and tuple(mask.shape) == tuple(prompt.shape[:2]):
         padded = bool((mask[:, -1] == 0).any())
+    elif prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None:
+        ends = ends if isinstance(ends, list) else [ends]
+        padded = pad not in ends and bool((prompt[:, -1] == pad).any())
     else:
-        ends = eos if isinstance(eos, list) else [eos]
-        padded = prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None and pad not in ends and bool(
-            (prompt[:, -1] == pad).any()
-        )  # fmt: skip
+        padded = False
     require(
         not padded,
         "generate",
@@ -163,6 +166,3 @@ def _refuse_right_padding(prompt, mask, pad: int | None, eos: int | list[int] | 
         "rows that end in padding",
         "set tokenizer.padding_side = 'left'",
     )
-
-
-__all__ = ["Boundary", "ForwardContext", "KoffModelMixin", "tag_cache"]

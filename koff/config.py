@@ -14,13 +14,15 @@ from .errors import require
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KV_INITS = ("text", "tokens", "normal")
 SCOPES = ("mlp", "model")
-# P(z > 0) at the lower clamp of log_alpha is 4.7 %: no gate can be expected to be closed more often than this.
+# P(z > 0) at the lower clamp of log_alpha is 4.7 %: no gate can be expected to be closed more often
+# than this.
 MAX_SPARSITY = 0.953
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def check_memory_name(name: object, where: str) -> str:
-    """Refuse a memory name that could not be a folder name and a parameter name on every platform."""
+    """Refuse a memory name that could not be a folder name and a parameter name on every
+    platform."""
     require(
         isinstance(name, str),
         where,
@@ -55,7 +57,8 @@ def from_dict(cls: type, values: Any, where: str):
     """Build a config dataclass from a mapping, refusing unknown keys.
 
     Raises:
-        TypeError, ValueError: not a mapping, or a key that ``cls`` lacks (the nearest one is suggested).
+        TypeError, ValueError: not a mapping, or a key that ``cls`` lacks (the nearest one is
+            suggested).
     """
     require(
         isinstance(values, dict),
@@ -120,8 +123,8 @@ class KVConfig:
 
     Args:
         num_tokens: P, how many learned tokens stand before the sequence.
-        init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer), "tokens" (prefill of
-            random token ids) or "normal".
+        init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer),
+            "tokens" (prefill of random token ids) or "normal".
         init_std: standard deviation for "normal".
         num_frozen_tokens: how many of the first tokens are never trained (the attention sink).
     """
@@ -162,7 +165,8 @@ class KoffConfig:
     Args:
         memories: their names; () learns gates alone.
         target_sparsity: share to remove, 0 to 0.953; 0 attaches no gates.
-        sparsity_scope: of what it is the share: "mlp" (of the MLP neurons, the paper's s*) or "model" (of all weights).
+        sparsity_scope: of what it is the share: "mlp" (of the MLP neurons, the paper's s*) or
+            "model" (of all weights).
         lora: LoRA part of each memory, or None.
         kv: learned-cache part of each memory, or None.
         seed: of the initial gates and memories.

@@ -1,5 +1,6 @@
-"""What one forward uses: which memory each row has, and the gate values. It is made once, at the model's boundary, and
-travels with the call as an argument, so that recomputed layers and later forwards cannot mix it up."""
+"""What one forward uses: which memory each row has, and the gate values. It is made once, at the
+model's boundary, and travels with the call as an argument, so that recomputed layers and later
+forwards cannot mix it up."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .errors import require
 
 
 class _Active:
-    """Stands for "the memory set by use_memory, or none"; the default of every ``memory`` argument."""
+    """Stands for "the memory set by use_memory, or none"; the default of every ``memory``
+    argument."""
 
     def __repr__(self) -> str:
         return "<active memory>"
@@ -44,10 +46,11 @@ class ForwardContext:
 
 
 class LayerScope:
-    """The context of the (re)computation that a decoder layer is in: set on entering its attention, cleared by its MLP.
+    """The context of the (re)computation that a decoder layer is in: set on entering its attention,
+    cleared by its MLP.
 
-    The MLP and the linear layers get no keyword arguments in transformers; attention does, also when a checkpointed
-    layer is recomputed.
+    The MLP and the linear layers get no keyword arguments in transformers; attention does, also
+    when a checkpointed layer is recomputed.
     """
 
     def __init__(self, index: int):
@@ -87,7 +90,8 @@ def check_names(memory: object, names: list[str], where: str) -> None:
 def resolve_ids(
     memory: MemoryArgument, rows: int, names: list[str], where: str
 ) -> list[int] | int | Tensor:
-    """Memory argument -> one id for all rows, or a list of one per row, or a device tensor as it is.
+    """Memory argument -> one id for all rows, or a list of one per row, or a device tensor as it
+    is.
 
     Raises:
         KeyError, TypeError, ValueError: unknown names, wrong types, or not one entry per row.
@@ -145,9 +149,11 @@ def resolve_ids(
 def choose_slots(
     ids: list[int] | int | Tensor, count: int, device: torch.device
 ) -> tuple[tuple[int, ...], Tensor | None]:
-    """(slots, local ids) of a forward: only the memories that some row uses are stacked, so others get no gradient.
+    """(slots, local ids) of a forward: only the memories that some row uses are stacked, so others
+    get no gradient.
 
-    A tensor on a GPU is not read back unless a gradient could be needed: without autograd all memories are stacked.
+    A tensor on a GPU is not read back unless a gradient could be needed: without autograd all
+    memories are stacked.
     """
     if isinstance(ids, Tensor):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():

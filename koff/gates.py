@@ -57,9 +57,11 @@ class Gates(nn.Module):
         return sum(p.numel() for p in self.log_alpha)
 
     def values(self) -> list[Tensor]:
-        """z [I] of each layer: the mask if fixed, a sample in training mode, else the deterministic ("soft") gate.
+        """z [I] of each layer: the mask if fixed, a sample in training mode, else the deterministic
+        ("soft") gate.
 
-        Each layer's z has a graph of its own, so that recomputed layers can run backward one after another.
+        Each layer's z has a graph of its own, so that recomputed layers can run backward one after
+        another.
         """
         if self.fixed:
             return [mask.to(p.dtype) for mask, p in zip(self.masks, self.log_alpha, strict=True)]

@@ -216,13 +216,25 @@ def load(
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths = facts["dense_widths"]
-    if facts["kept"] is not None:
-        state.kept = [torch.tensor(rows) for rows in facts["kept"]]
+    state.kept = _kept(facts, where)
     for name in facts["memories"]:
         state.memories.add(_read_memory(model, directory, name, facts, generator))
     install(model, state)
     use_koff_attention(model)
     return model.to(device or "cpu").eval()
+
+
+def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
+    """The kept neurons of each layer, checked against the widths; None for a dense backbone."""
+    if facts["kept"] is None:
+        return None
+    widths = zip(facts["kept"], facts["widths"], facts["dense_widths"], strict=True)
+    for index, (rows, width, dense) in enumerate(widths):
+        good = len(rows) == width and rows == sorted(set(rows)) and 0 <= rows[0] <= rows[-1] < dense
+        rule = f"be {width} increasing indices below {dense}"
+        what = f"the kept neurons of layer {index}"
+        require(good, where, what, rule, f"{len(rows)} entries", "copy koff.json again")
+    return [torch.tensor(rows) for rows in facts["kept"]]
 
 
 def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict, generator):

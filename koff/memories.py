@@ -1,14 +1,15 @@
 """Memories: per domain a LoRA adapter and a learned KV cache, kept as separate fp32 parameters.
 
-Stacking for the kernels happens inside the call, over just the memories that the call uses, so that a memory that no
-row used has ``grad is None`` after backward. Without autograd the stacks are kept between calls until a parameter
-changes.
+Stacking for the kernels happens inside the call, over just the memories that the call uses, so that
+a memory that no row used has ``grad is None`` after backward. Without autograd the stacks are kept
+between calls until a parameter changes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
@@ -117,12 +118,25 @@ class Memory(nn.Module):
         return self.kv_config.num_tokens if self.kv_config is not None else 0
 
 
+_optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimisers change parameters without counting their versions up, so count the steps too.
+register_optimizer_step_post_hook(_count_step)
+
+
 def _versions(tensors: list[Tensor]) -> tuple:
-    return tuple((t.data_ptr(), t._version) for t in tensors)
+    return (_optimizer_steps, *((t.data_ptr(), t._version) for t in tensors))
 
 
 class _Kept:
-    """A few results made without autograd, each valid until one of the tensors it was made from changes."""
+    """A few results made without autograd, each valid until one of the tensors it was made from
+    changes."""
 
     def __init__(self, limit: int = 8):
         self.entries: dict[tuple, tuple[tuple, object]] = {}
@@ -158,7 +172,8 @@ class MemoryBank(nn.Module):
         )
 
     def add(self, memory: Memory) -> None:
-        """Append a memory. Its module name is mangled, so that names such as "keys" or "training" work."""
+        """Append a memory. Its module name is mangled, so that names such as "keys" or "training"
+        work."""
         self.names.append(memory.name)
         self.add_module(f"memory_{memory.name}", memory)
 
@@ -181,7 +196,8 @@ class MemoryBank(nn.Module):
         return len(self.names)
 
     def lora(self, site: str, slots: tuple[int, ...]) -> LoRA | None:
-        """The stacked LoRA of one linear layer for the given memories; None if none of them has one there."""
+        """The stacked LoRA of one linear layer for the given memories; None if none of them has one
+        there."""
         weights = [self[slot].lora[site] if site in self[slot].lora else None for slot in slots]
         present = [w for w in weights if w is not None]
         if not present:
@@ -200,7 +216,8 @@ class MemoryBank(nn.Module):
         return self._kept.get((site, slots), [t for w in present for t in (w.a, w.b)], make)
 
     def prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
-        """The stacked learned cache of one layer, keys moved to positions -P..-1; None if no memory has one."""
+        """The stacked learned cache of one layer, keys moved to positions -P..-1; None if no memory
+        has one."""
         lengths = [self[slot].length for slot in slots]
         if not any(lengths):
             return None
@@ -229,7 +246,8 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
-    """``tensor`` with zeros appended to ``size`` along ``dim``; all zeros of ``like``'s other sizes if None."""
+    """``tensor`` with zeros appended to ``size`` along ``dim``; all zeros of ``like``'s other sizes
+    if None."""
     missing = size - (0 if tensor is None else tensor.shape[dim])
     if missing == 0:
         return tensor
@@ -240,7 +258,8 @@ def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
 
 
 def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
-    """Move post-RoPE keys by ``shift`` positions: a pure rotation, so scaled RoPE (yarn) keeps its factor.
+    """Move post-RoPE keys by ``shift`` positions: a pure rotation, so scaled RoPE (yarn) keeps its
+    factor.
 
     Args:
         keys: [..., P, D], fp32.
@@ -250,7 +269,8 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Returns:
         Keys at their old position + shift, same shape and dtype. Angles are taken in fp64.
 
-    Source: RoFormer (arXiv 2104.09864), relative form of the rotation; half-split layout as in transformers.
+    Source: RoFormer (arXiv 2104.09864), relative form of the rotation; half-split layout as in
+    transformers.
     """
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)

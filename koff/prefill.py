@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .attach import require_attached
 from .errors import require
+from .state import require_attached
 
 
 @torch.no_grad()
 def fill_from_tokens(
     model: PreTrainedModel, name: str, token_ids: list[int] | torch.Tensor
 ) -> None:
-    """Set a memory's KV part to what the frozen model (gates open, no memory) caches for P tokens, in place.
+    """Set a memory's KV part to what the frozen model (gates open, no memory) caches for P tokens,
+    in place.
 
     Args:
         model: an attached model.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from . import evaluate as evaluation
 from .checkpoint import read_checkpoint, write_checkpoint
 from .errors import require
+from .evaluate import evaluate as evaluate_domains
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
 from .prefill import fill_from_tokens
@@ -80,6 +80,10 @@ class KoffTrainer(Trainer):
     ):
         state = require_attached(model, "KoffTrainer")
         self.settings = Settings.of(args)
+        open_gates = state.gates is not None and not state.gates.fixed
+        step = "attach gates or memories"
+        something = open_gates or len(state.memories) > 0
+        require(something, "KoffTrainer", "the model", "have something to train", "nothing", step)
         self.mixture = build_mixture(
             state,
             self.settings,
@@ -187,6 +191,9 @@ class KoffTrainer(Trainer):
         if at is not None and gates is not None and not gates.fixed:
             if self.state.global_step >= round(at * self.args.max_steps):
                 self._fix_mask(model, inputs)
+        if gates is not None and gates.fixed and not len(self.koff.memories):
+            self.control.should_training_stop = True  # gates alone: nothing is left to tune
+            return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
@@ -335,7 +342,8 @@ class KoffTrainer(Trainer):
             "undecided": report.undecided,
         }
         if not gates.fixed:
-            logs |= {"multiplier": float(gates.multiplier.detach()), "sparsity_target": self.target_now()}
+            logs["multiplier"] = float(gates.multiplier.detach())
+            logs["sparsity_target"] = self.target_now()
         return logs
 
     def evaluate(
@@ -355,7 +363,7 @@ class KoffTrainer(Trainer):
         metrics, nats = {}, []
         for domain, documents in data.items():
             memory = domain if domain in names else None
-            rows = evaluation.evaluate(
+            rows = evaluate_domains(
                 model,
                 self.processing_class,
                 {domain: documents},

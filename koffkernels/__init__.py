@@ -1,7 +1,7 @@
 """koffkernels: masked gated MLPs, LoRA deltas and attention over a learned prefix, usable on their
 own."""
 
-from .dispatch import backends, force_backend
+from .dispatch import backends, force_backend, preload
 from .gated_mlp import gated_mlp
 from .hard_concrete import hard_concrete, open_probability
 from .lora_linear import lora_linear
@@ -25,3 +25,7 @@ __all__ = [
     "open_probability",
     "prefix_attention",
 ]
+
+preload("torch")
+preload("reference")
+del preload

@@ -1,9 +1,14 @@
 """Argument checks of the public functions, with one wording: ``<where>: <what> must <rule>, got
-<value>; <next step>``."""
+<value>; <next step>``.
+
+A message is put together only once a check has failed: it costs time, and under torch.compile a
+message that mentions a size would fix that size, so that each new batch compiled anew.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +19,18 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Reading ids on the host would synchronise a GPU, so values are checked only on request.
 CHECK_IDS = os.environ.get("KOFF_CHECK_IDS", "0") == "1"
+
+
+def refuse(
+    where: str,
+    what: str,
+    rule: str,
+    got: object,
+    step: str,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raise ``error`` with the library's one error wording."""
+    raise error(f"{where}: {what} must {rule}, got {got}; {step}")
 
 
 def require(
@@ -27,7 +44,7 @@ def require(
 ) -> None:
     """Raise ``error`` with the library's one error wording unless ``condition`` holds."""
     if not condition:
-        raise error(f"{where}: {what} must {rule}, got {got}; {step}")
+        refuse(where, what, rule, got, step, error)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -35,162 +52,102 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def check_type(where: str, name: str, value: object, kind: type) -> None:
+    """Refuse anything but an instance of one of the library's records."""
+    if not isinstance(value, kind):
+        rule, got = f"be a koffkernels.{kind.__name__}", type(value).__name__
+        refuse(where, name, rule, got, f"wrap it in {kind.__name__}(...)", TypeError)
+
+
 def check_tensor(where: str, name: str, value: object, ndims: tuple[int, ...]) -> None:
     """Refuse anything but a floating tensor with one of the given numbers of dimensions."""
-    require(
-        isinstance(value, Tensor),
-        where,
-        name,
-        "be a torch.Tensor",
-        type(value).__name__,
-        "pass a tensor",
-        TypeError,
-    )
-    require(
-        value.dtype in FLOATING,
-        where,
-        name,
-        "have a floating dtype",
-        value.dtype,
-        "convert it with .to()",
-        TypeError,
-    )
-    require(
-        value.dim() in ndims,
-        where,
-        name,
-        f"have {' or '.join(str(n) for n in ndims)} dimensions",
-        shape_of(value),
-        "reshape it",
-    )
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        refuse(where, name, "be a torch.Tensor", got, "pass a tensor", TypeError)
+    if value.dtype not in FLOATING:
+        step = "convert it with .to()"
+        refuse(where, name, "have a floating dtype", value.dtype, step, TypeError)
+    if value.dim() not in ndims:
+        rule = f"have {' or '.join(str(n) for n in ndims)} dimensions"
+        refuse(where, name, rule, shape_of(value), "reshape it")
 
 
-def check_weight(where: str, name: str, weight: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
-    """Check a frozen base weight: shape, device, dtype, and that nobody expects a gradient for
+def check_shape(where: str, name: str, value: Tensor, shape: tuple[int, ...], step: str) -> None:
+    """Refuse a tensor of another shape."""
+    if shape_of(value) != shape:
+        refuse(where, name, f"have shape {tuple(shape)}", shape_of(value), step)
+
+
+def check_device(where: str, name: str, value: Tensor, x: Tensor, first: str = "x") -> None:
+    """Refuse a tensor on another device than ``first``, which is x."""
+    if value.device != x.device:
+        rule = f"be on the device of {first} ({x.device})"
+        refuse(where, name, rule, value.device, "move it with .to()")
+
+
+def check_integers(
+    where: str,
+    name: str,
+    value: object,
+    length: int,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...] = (torch.int64, torch.int32),
+) -> None:
+    """Refuse anything but integers [length] on the device of x, the first argument."""
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        rule = f"be an {' or '.join(str(d)[len('torch.') :] for d in dtypes)} tensor"
+        got = getattr(value, "dtype", type(value).__name__)
+        refuse(where, name, rule, got, "convert it with .long()", TypeError)
+    check_shape(where, name, value, (length,), "pass one number per row or memory")
+    check_device(where, name, value, x, "the first argument")
+
+
+def check_frozen(where: str, name: str, weight: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Check a base weight or bias: shape, device, dtype, and that nobody expects a gradient for
     it."""
-    check_tensor(where, name, weight, (2,))
-    require(
-        shape_of(weight) == shape,
-        where,
-        name,
-        f"have shape {shape}",
-        shape_of(weight),
-        "check the layout",
-    )
+    check_tensor(where, name, weight, (len(shape),))
+    check_shape(where, name, weight, shape, "check the layout")
     check_device(where, name, weight, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    require(
-        weight.dtype == x.dtype or autocast,
-        where,
-        name,
-        f"have the dtype of x ({x.dtype})",
-        weight.dtype,
-        "cast one of them, or use torch.autocast",
-        TypeError,
-    )
-    require(
-        not (weight.requires_grad and torch.is_grad_enabled()),
-        where,
-        name,
-        "be frozen (base weights get no gradient here)",
-        "requires_grad=True",
-        "call weight.requires_grad_(False)",
-    )
-
-
-def check_device(where: str, name: str, value: Tensor, x: Tensor) -> None:
-    """Refuse a tensor on another device than x."""
-    require(
-        value.device == x.device,
-        where,
-        name,
-        f"be on the device of x ({x.device})",
-        value.device,
-        "move it with .to()",
-    )
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        rule, step = f"have the dtype of x ({x.dtype})", "cast one of them, or use torch.autocast"
+        refuse(where, name, rule, weight.dtype, step, TypeError)
+    if weight.requires_grad and torch.is_grad_enabled():
+        rule, step = "be frozen (base weights get no gradient here)", "requires_grad_(False)"
+        refuse(where, name, rule, "requires_grad=True", f"call {name}.{step}")
 
 
 def check_ids(where: str, memory_ids: Tensor | None, n: int, rows: int, x: Tensor) -> None:
     """Check memory ids: int64 [rows]; required when there is more than one memory."""
+    name = "memory_ids"
     if memory_ids is None:
-        require(
-            n == 1,
-            where,
-            "memory_ids",
-            "be given when there is more than one memory",
-            f"None with {n} memories",
-            "pass an int64 tensor with one id per row, -1 for none",
-        )
+        if n != 1:
+            rule = "be given when there is more than one memory"
+            step = "pass an int64 tensor with one id per row, -1 for none"
+            refuse(where, name, rule, f"None with {n} memories", step)
         return
-    require(
-        isinstance(memory_ids, Tensor) and memory_ids.dtype == torch.int64,
-        where,
-        "memory_ids",
-        "be an int64 tensor",
-        getattr(memory_ids, "dtype", type(memory_ids).__name__),
-        "convert it with .long()",
-        TypeError,
-    )
-    require(
-        shape_of(memory_ids) == (rows,),
-        where,
-        "memory_ids",
-        f"have shape ({rows},)",
-        shape_of(memory_ids),
-        "pass one id per row",
-    )
-    check_device(where, "memory_ids", memory_ids, x)
+    check_integers(where, name, memory_ids, rows, x, (torch.int64,))
     if CHECK_IDS and rows:
         low, high = int(memory_ids.min()), int(memory_ids.max())
-        require(
-            -1 <= low and high < n,
-            where,
-            "memory_ids",
-            f"lie in -1..{n - 1}",
-            f"{low}..{high}",
-            "check the names",
-        )
+        if low < -1 or high >= n:
+            refuse(where, name, f"lie in -1..{n - 1}", f"{low}..{high}", "check the names")
 
 
 def check_lora(where: str, name: str, lora: LoRA, x: Tensor, width_in: int, width_out: int) -> int:
     """Check one stacked LoRA against its layer and return its number of memories."""
+    check_type(where, name, lora, LoRA)
     check_tensor(where, f"{name}.a", lora.a, (3,))
     check_tensor(where, f"{name}.b", lora.b, (3,))
+    check_tensor(where, f"{name}.scaling", lora.scaling, (1,))
     n, rank, _ = lora.a.shape
-    require(
-        n >= 1 and rank >= 1,
-        where,
-        f"{name}.a",
-        "hold at least one memory and rank",
-        shape_of(lora.a),
-        "check it",
-    )
-    require(
-        shape_of(lora.a) == (n, rank, width_in),
-        where,
-        f"{name}.a",
-        f"have shape (n, r, {width_in})",
-        shape_of(lora.a),
-        "check the layer it belongs to",
-    )
-    require(
-        shape_of(lora.b) == (n, width_out, rank),
-        where,
-        f"{name}.b",
-        f"have shape ({n}, {width_out}, {rank})",
-        shape_of(lora.b),
-        "check the layer it belongs to",
-    )
-    require(
-        isinstance(lora.scaling, Tensor) and shape_of(lora.scaling) == (n,),
-        where,
-        f"{name}.scaling",
-        f"be a tensor of shape ({n},)",
-        getattr(lora.scaling, "shape", lora.scaling),
-        "pass alpha / r of each memory",
-    )
-    for part in lora:
-        check_device(where, name, part, x)
+    if n < 1 or rank < 1:
+        rule, step = "hold at least one memory and rank", "pass lora=None for none"
+        refuse(where, f"{name}.a", rule, shape_of(lora.a), step)
+    step = "check the layer it belongs to"
+    check_shape(where, f"{name}.a", lora.a, (n, rank, width_in), step)
+    check_shape(where, f"{name}.b", lora.b, (n, width_out, rank), step)
+    check_shape(where, f"{name}.scaling", lora.scaling, (n,), "pass alpha / r of each memory")
+    for part, value in zip(LoRA._fields, lora, strict=True):
+        check_device(where, f"{name}.{part}", value, x)
     return n
 
 
@@ -206,33 +163,11 @@ def check_linear(
     check_tensor(where, "x", x, (2, 3))
     check_tensor(where, "weight", weight, (2,))
     width_out, width_in = weight.shape
-    require(
-        x.shape[-1] == width_in,
-        where,
-        "x",
-        f"have last dimension {width_in}",
-        shape_of(x),
-        "check the layer",
-    )
-    check_weight(where, "weight", weight, x, (width_out, width_in))
+    if x.shape[-1] != width_in:
+        refuse(where, "x", f"have last dimension {width_in}", shape_of(x), "check the layer")
+    check_frozen(where, "weight", weight, x, (width_out, width_in))
     if bias is not None:
-        check_tensor(where, "bias", bias, (1,))
-        require(
-            shape_of(bias) == (width_out,),
-            where,
-            "bias",
-            f"have shape ({width_out},)",
-            shape_of(bias),
-            "check it",
-        )
-        require(
-            not (bias.requires_grad and torch.is_grad_enabled()),
-            where,
-            "bias",
-            "be frozen (base weights get no gradient here)",
-            "requires_grad=True",
-            "call bias.requires_grad_(False)",
-        )
+        check_frozen(where, "bias", bias, x, (width_out,))
     if lora is not None:
         n = check_lora(where, "lora", lora, x, width_in, width_out)
         check_ids(where, memory_ids, n, x.shape[0], x)
@@ -250,52 +185,29 @@ def check_gated_mlp(
     check_tensor(where, "x", x, (2, 3))
     check_tensor(where, "w_gate", weights[0], (2,))
     width, hidden = weights[0].shape
-    require(
-        x.shape[-1] == hidden,
-        where,
-        "x",
-        f"have last dimension {hidden}",
-        shape_of(x),
-        "check the layer",
-    )
-    for name, weight, shape in zip(
-        ("w_gate", "w_up", "w_down"),
-        weights,
-        ((width, hidden), (width, hidden), (hidden, width)),
-        strict=True,
-    ):
-        check_weight(where, name, weight, x, shape)
+    if x.shape[-1] != hidden:
+        refuse(where, "x", f"have last dimension {hidden}", shape_of(x), "check the layer")
+    check_frozen(where, "w_gate", weights[0], x, (width, hidden))
+    check_frozen(where, "w_up", weights[1], x, (width, hidden))
+    check_frozen(where, "w_down", weights[2], x, (hidden, width))
     if gates is not None:
         check_tensor(where, "gates", gates, (1,))
-        require(
-            shape_of(gates) == (width,),
-            where,
-            "gates",
-            f"have shape ({width},)",
-            shape_of(gates),
-            "check the mask",
-        )
+        check_shape(where, "gates", gates, (width,), "check the mask")
         check_device(where, "gates", gates, x)
-    counts = set()
-    for name, part, k, n in zip(
-        ("lora.gate", "lora.up", "lora.down"),
-        lora or (),
-        (hidden, hidden, width),
-        (width, width, hidden),
-        strict=False,
-    ):
-        if part is not None:
-            counts.add(check_lora(where, name, part, x, k, n))
-    require(
-        len(counts) <= 1,
-        where,
-        "lora",
-        "hold equally many memories in each part",
-        sorted(counts),
-        "stack them alike",
-    )
-    if counts:
-        check_ids(where, memory_ids, counts.pop(), x.shape[0], x)
+    if lora is None:
+        return
+    check_type(where, "lora", lora, GatedMLPLoRA)
+    sizes = {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+    counts = {
+        name: check_lora(where, f"lora.{name}", part, x, *sizes[name])
+        for name, part in zip(GatedMLPLoRA._fields, lora, strict=True)
+        if part is not None
+    }
+    if len(set(counts.values())) > 1:
+        rule = "hold equally many memories in each part"
+        refuse(where, "lora", rule, counts, "stack them alike")
+    for n in set(counts.values()):
+        check_ids(where, memory_ids, n, x.shape[0], x)
 
 
 def check_prefix_attention(
@@ -307,90 +219,43 @@ def check_prefix_attention(
     memory_ids: Tensor | None,
     bounds: RowBounds | None,
 ) -> None:
-    """Check the arguments of ``prefix_attention``."""
+    """Check the arguments of ``prefix_attention``; q, k and v are floating [., ., ., .] already."""
     for name, value in (("q", q), ("k", k), ("v", v)):
-        check_tensor(where, name, value, (4,))
-        check_device(where, name, value, q)
-        require(
-            value.dtype == q.dtype,
-            where,
-            name,
-            f"have the dtype of q ({q.dtype})",
-            value.dtype,
-            "cast it",
-            TypeError,
-        )
-    rows, heads, _, width = q.shape
+        check_device(where, name, value, q, "q")
+        if value.dtype != q.dtype:
+            rule = f"have the dtype of q ({q.dtype})"
+            refuse(where, name, rule, value.dtype, "cast it", TypeError)
+    rows, heads, queries, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    require(
-        shape_of(k) == (rows, kv_heads, keys, width),
-        where,
-        "k",
-        f"have shape ({rows}, Hkv, S, {width})",
-        shape_of(k),
-        "check the layout [B, Hkv, S, D]",
-    )
-    require(
-        shape_of(v) == shape_of(k),
-        where,
-        "v",
-        f"have the shape of k {shape_of(k)}",
-        shape_of(v),
-        "check the layout",
-    )
-    require(
-        kv_heads > 0 and heads % kv_heads == 0,
-        where,
-        "q",
-        f"have a multiple of {kv_heads} heads",
-        heads,
-        "check the heads",
-    )
-    require(
-        bounds is not None or keys >= q.shape[2],
-        where,
-        "k",
-        "hold at least as many keys as there are queries",
-        f"{keys} keys for {q.shape[2]} queries",
-        "pass bounds",
-    )
-    for name, value in zip(RowBounds._fields, bounds or (), strict=False):
-        require(
-            isinstance(value, Tensor) and shape_of(value) == (rows,) and value.dtype == torch.int64,
-            where,
-            f"bounds.{name}",
-            f"be an int64 tensor of shape ({rows},)",
-            getattr(value, "shape", value),
-            "pass one number per row",
-        )
-    if prefix is None:
-        return
+    check_shape(where, "k", k, (rows, kv_heads, keys, width), "check the layout [B, Hkv, S, D]")
+    check_shape(where, "v", v, shape_of(k), "it must match k")
+    if kv_heads == 0 or heads % kv_heads:
+        refuse(where, "q", f"have a multiple of {kv_heads} heads", heads, "check the heads")
+    if bounds is None:
+        if keys < queries:
+            rule, got = "hold at least as many keys as there are queries", shape_of(k)
+            refuse(where, "k", rule, got, f"pass bounds for {queries} queries")
+    else:
+        check_type(where, "bounds", bounds, RowBounds)
+        for name, value in zip(RowBounds._fields, bounds, strict=True):
+            check_integers(where, f"bounds.{name}", value, rows, q)
+    if prefix is not None:
+        check_prefix(where, prefix, q, kv_heads)
+        check_ids(where, memory_ids, prefix.k.shape[0], rows, q)
+
+
+def check_prefix(where: str, prefix: Prefix, q: Tensor, kv_heads: int) -> None:
+    """Check learned keys and values against the attention that they stand before."""
+    check_type(where, "prefix", prefix, Prefix)
     check_tensor(where, "prefix.k", prefix.k, (4,))
+    check_tensor(where, "prefix.v", prefix.v, (4,))
     n, _, length, _ = prefix.k.shape
+    if n < 1 or length < 1:
+        rule, step = "hold at least one memory and token", "pass prefix=None instead"
+        refuse(where, "prefix.k", rule, shape_of(prefix.k), step)
+    shape = (n, kv_heads, length, q.shape[-1])
+    step = "check the heads of the model it was made for"
     for name, value in (("prefix.k", prefix.k), ("prefix.v", prefix.v)):
-        require(
-            shape_of(value) == (n, kv_heads, length, width),
-            where,
-            name,
-            f"have shape (n, {kv_heads}, P, {width})",
-            shape_of(value),
-            "check the heads of the model it was made for",
-        )
-        check_device(where, name, value, q)
-    require(
-        length >= 1,
-        where,
-        "prefix.k",
-        "hold at least one token",
-        shape_of(prefix.k),
-        "pass prefix=None instead",
-    )
-    require(
-        shape_of(prefix.lengths) == (n,),
-        where,
-        "prefix.lengths",
-        f"have shape ({n},)",
-        shape_of(prefix.lengths),
-        "check it",
-    )
-    check_ids(where, memory_ids, n, rows, q)
+        check_shape(where, name, value, shape, step)
+        check_device(where, name, value, q, "q")
+    check_integers(where, "prefix.lengths", prefix.lengths, n, q)

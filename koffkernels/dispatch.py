@@ -11,12 +11,11 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 
-from .checks import require
+from .checks import refuse, require
 
 BACKENDS = ("torch", "triton", "interpret", "reference")
 
@@ -55,7 +54,8 @@ def _read_environment() -> str | None:
 
 
 _ENVIRONMENT = _read_environment()
-_FORCED: ContextVar[str | None] = ContextVar("koff_forced_backend", default=None)
+# A plain global, because torch.compile guards on it: a compiled function follows force_backend.
+_FORCED: str | None = None
 _LOADED: dict[tuple[str, str], Callable] = {}
 
 
@@ -73,36 +73,44 @@ def choose(op: str) -> BackendChoice:
     Raises:
         ValueError: a backend was asked for that has no implementation of ``op``.
     """
-    asked, reason = _FORCED.get(), "force_backend"
+    asked, reason = _FORCED, "force_backend"
     if asked is None:
         asked, reason = _ENVIRONMENT, "KOFF_BACKEND"
     if asked is None:
         return BackendChoice(op, "torch", "the only backend of this operation in this version")
-    require(
-        asked in IMPLEMENTATIONS[op],
-        op,
-        f"the backend ({reason})",
-        f"be one of {', '.join(IMPLEMENTATIONS[op])} for this operation",
-        repr(asked),
-        "choose one of these or unset it",
-    )
+    if asked not in IMPLEMENTATIONS[op]:
+        rule = f"be one of {', '.join(IMPLEMENTATIONS[op])} for this operation"
+        refuse(op, f"the backend ({reason})", rule, repr(asked), "choose one of these or unset it")
     return BackendChoice(op, asked, f"set by {reason}")
 
 
+def _load(op: str, backend: str) -> Callable:
+    module, name = IMPLEMENTATIONS[op][backend].split(":")
+    found = _LOADED[op, backend] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def preload(backend: str) -> None:
+    """Import a backend's implementation of every operation that has one.
+
+    torch.compile cannot trace an import, so this runs before the first call may be traced: for the
+    backends in plain torch when koffkernels is imported, for any other in ``force_backend``.
+    """
+    for op, found in IMPLEMENTATIONS.items():
+        if backend in found and (op, backend) not in _LOADED:
+            _load(op, backend)
+
+
 def implementation(op: str) -> Callable:
-    """The function that runs ``op`` under the current choice; its module is imported on first
-    use."""
+    """The function that runs ``op`` under the current choice."""
     backend = choose(op).backend
     found = _LOADED.get((op, backend))
-    if found is None:
-        module, name = IMPLEMENTATIONS[op][backend].split(":")
-        found = _LOADED[op, backend] = getattr(importlib.import_module(module), name)
-    return found
+    return _load(op, backend) if found is None else found
 
 
 @contextlib.contextmanager
 def force_backend(backend: str) -> Iterator[None]:
-    """Use one backend for every operation inside the ``with`` block.
+    """Use one backend for every operation inside the ``with`` block, in the whole process.
 
     Args:
         backend: "torch", "triton" or "reference".
@@ -118,11 +126,13 @@ def force_backend(backend: str) -> Iterator[None]:
         repr(backend),
         "the interpreter is chosen before start-up by KOFF_BACKEND=interpret",
     )
-    token = _FORCED.set(backend)
+    global _FORCED
+    preload(backend)
+    before, _FORCED = _FORCED, backend
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _FORCED = before
 
 
 def backends() -> list[BackendChoice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_gated_mlp, require
+from .checks import check_gated_mlp, refuse
 from .reference import ACTIVATIONS
 from .types import GatedMLPLoRA
 
@@ -35,7 +35,7 @@ def gated_mlp(
         activation: "silu", "gelu" or "gelu_tanh".
 
     Returns:
-        y like x. Gradients for x, gates and every LoRA matrix.
+        y like x (autocast's dtype where it is on). Gradients for x, gates and every tensor of lora.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, or a weight that requires a gradient.
@@ -44,14 +44,9 @@ def gated_mlp(
     ``koffkernels.reference.gated_mlp``.
     """
     where = "gated_mlp"
-    require(
-        activation in ACTIVATIONS,
-        where,
-        "activation",
-        f"be one of {', '.join(ACTIVATIONS)}",
-        repr(activation),
-        "choose one",
-    )
+    if activation not in ACTIVATIONS:
+        rule = f"be one of {', '.join(ACTIVATIONS)}"
+        refuse(where, "activation", rule, repr(activation), "choose one of these")
     check_gated_mlp(where, x, (w_gate, w_up, w_down), gates, lora, memory_ids)
     run = dispatch.implementation("gated_mlp")
     return run(x, (w_gate, w_up, w_down), gates, lora, memory_ids, activation)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_tensor, require, shape_of
+from .checks import check_device, check_shape, check_tensor, refuse, shape_of
 
 BETA = 2.0 / 3.0
 LOW, HIGH = -0.1, 1.1
@@ -39,25 +39,14 @@ def hard_concrete(log_alpha: Tensor, *, sample: bool, u: Tensor | None = None) -
     """
     where = "hard_concrete"
     check_tensor(where, "log_alpha", log_alpha, tuple(range(0, 5)))
-    require(
-        sample or u is None,
-        where,
-        "u",
-        "be None unless sample=True",
-        "a tensor",
-        "drop it or set sample=True",
-    )
+    if u is not None and not sample:
+        refuse(where, "u", "be None unless sample=True", "a tensor", "drop it or set sample=True")
     if sample and u is None:
         u = torch.empty_like(log_alpha, requires_grad=False).uniform_(U_MIN, 1.0 - U_MIN)
     if u is not None:
-        require(
-            u.shape == log_alpha.shape,
-            where,
-            "u",
-            f"have shape {shape_of(log_alpha)}",
-            shape_of(u),
-            "match it",
-        )
+        check_tensor(where, "u", u, (log_alpha.dim(),))
+        check_shape(where, "u", u, shape_of(log_alpha), "draw one number per gate")
+        check_device(where, "u", u, log_alpha, "log_alpha")
     return dispatch.implementation("hard_concrete")(log_alpha, u, BETA, LOW, HIGH)
 
 

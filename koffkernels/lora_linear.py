@@ -28,7 +28,8 @@ def lora_linear(
             when n is 1.
 
     Returns:
-        y [..., N] in x's dtype (autocast's where it is on). Gradients for x, lora.a and lora.b.
+        y [..., N] in x's dtype (autocast's where it is on). Gradients for x and for the three
+        tensors of lora.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, or a weight that requires a gradient.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import refuse
 from .gated_mlp import gated_mlp
 from .lora_linear import lora_linear
 from .prefix_attention import prefix_attention
@@ -18,6 +19,9 @@ class _LoRAParameters(nn.Module):
         self, n: int, r: int, alpha: float, width_in: int, width_out: int, device: torch.device
     ):
         super().__init__()
+        if n < 1 or r < 1:
+            rule, got = "hold at least one memory and rank", f"memories={n}, r={r}"
+            refuse("LoRA", "the updates", rule, got, "use the layer without koffkernels for none")
         self.a = nn.Parameter(
             torch.empty(n, r, width_in, device=device).uniform_(-1, 1) / width_in**0.5
         )
@@ -78,6 +82,9 @@ class GatedMLP(nn.Module):
         activation: str = "silu",
     ):
         super().__init__()
+        for name, layer in (("gate", gate), ("up", up), ("down", down)):
+            if layer.bias is not None:
+                refuse("GatedMLP", name, "have no bias", "one", "only bias-free layers fit here")
         self.layers = nn.ModuleDict({"gate": gate, "up": up, "down": down}).requires_grad_(False)
         device = gate.weight.device
         self.lora = nn.ModuleDict(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_prefix_attention
+from .checks import check_prefix_attention, check_tensor
 from .types import Prefix, RowBounds
 
 
@@ -31,8 +32,8 @@ def prefix_attention(
         scale: softmax scale; None: 1 / sqrt(D).
 
     Returns:
-        o [B, Hq, T, D] in q's dtype; rows that see nothing are 0. Gradients for q, k, v, prefix.k
-        and prefix.v.
+        o [B, Hq, T, D] in q's dtype (autocast's where it is on); rows that see nothing are 0.
+        Gradients for q, k, v, prefix.k and prefix.v.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -40,5 +41,11 @@ def prefix_attention(
     Source: Cartridges (arXiv 2506.06266) for the learned cache; reference:
     ``koffkernels.reference.prefix_attention``.
     """
-    check_prefix_attention("prefix_attention", q, k, v, prefix, memory_ids, bounds)
+    where = "prefix_attention"
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_tensor(where, name, value, (4,))
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)  # as scaled_dot_product_attention does
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_prefix_attention(where, q, k, v, prefix, memory_ids, bounds)
     return dispatch.implementation("prefix_attention")(q, k, v, prefix, memory_ids, bounds, scale)

@@ -3,6 +3,9 @@ there, piece by piece."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,16 +14,23 @@ from torch.autograd.function import once_differentiable
 from ..dispatch import compute_dtype
 from ..reference import ACTIVATIONS
 from ..types import GatedMLPLoRA, LoRA
-from .rows import add_delta, lora_gradients, row_matrices
+from .rows import add_delta, lora_gradients, row_matrices, traced_linear
 
-# Elementwise work on the CPU goes through pieces of this many elements: about 1 MiB in fp32, so
-# that the handful of passes over one piece stay in the second-level cache.
-PIECE_ELEMENTS = 1 << 18
+# Elementwise work on the CPU goes through pieces of this many elements: 2 MiB in fp32, so that the
+# handful of passes over one piece stay in cache, and few enough pieces that the threads, which meet
+# after every pass, do not wait for one another for long on a busy machine.
+PIECE_ELEMENTS = 1 << 19
 
-_ACTIVATION_BACKWARD = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, g: torch.ops.aten.gelu_backward(grad, g, approximate="tanh"),
+_aten = torch.ops.aten
+_ACTIVATION_OUT = {
+    "silu": _aten.silu.out,
+    "gelu": _aten.gelu.out,
+    "gelu_tanh": partial(_aten.gelu.out, approximate="tanh"),
+}
+_ACTIVATION_BACKWARD_OUT = {
+    "silu": _aten.silu_backward.grad_input,
+    "gelu": _aten.gelu_backward.grad_input,
+    "gelu_tanh": partial(_aten.gelu_backward.grad_input, approximate="tanh"),
 }
 
 
@@ -45,9 +55,11 @@ def _hidden(g: Tensor, u: Tensor, gates: Tensor | None, activation: str) -> Tens
     """h = act(g) u z, [B, T, I]."""
     h = torch.empty_like(g)
     for piece in _pieces(g.shape, g.device):
-        torch.mul(ACTIVATIONS[activation](g[piece]), u[piece], out=h[piece])
+        part = h[piece]
+        _ACTIVATION_OUT[activation](g[piece], out=part)
+        part.mul_(u[piece])
         if gates is not None:
-            h[piece].mul_(gates)
+            part.mul_(gates)
     return h
 
 
@@ -62,15 +74,26 @@ def _linear(
 
 
 def _linear_backward(
-    dy: Tensor, weight: Tensor, lora: tuple | None, ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """dx = dy W + t A with t = scaling dy B [B, T, r]."""
-    dx = dy @ weight.to(dy.dtype)
+    dy: Tensor,
+    weight: Tensor,
+    lora: tuple | None,
+    ids: Tensor | None,
+    needs_input: bool = True,
+    onto: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy W + t A (None if nobody needs it) with t = scaling dy B [B, T, r]; added in place to
+    ``onto`` where that is given."""
+    dx = None
+    if needs_input and onto is None:
+        dx = dy @ weight.to(dy.dtype)
+    elif needs_input:
+        dx = onto
+        dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight.to(dy.dtype))
     if lora is None:
         return dx, None
     a_rows, b_rows = row_matrices(lora, ids, dy.shape[0], dy.dtype)
     t = torch.bmm(dy, b_rows)
-    return dx.baddbmm_(t, a_rows), t
+    return None if dx is None else dx.baddbmm_(t, a_rows), t
 
 
 def _hidden_backward(
@@ -85,33 +108,34 @@ def _hidden_backward(
     """(dg, du, dz, da_down rows); du is written over dh, and h is rebuilt one piece at a time for
     A_down's gradient."""
     rows, _, width = g.shape
+    wide = torch.promote_types(g.dtype, torch.float32)
     dg = torch.empty_like(g)
-    dz = (
-        torch.zeros(width, dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
-        if needs_gates
-        else None
-    )
-    da = (
-        None
-        if t_down is None
-        else g.new_zeros(
-            rows, t_down.shape[-1], width, dtype=torch.promote_types(g.dtype, torch.float32)
-        )
-    )
-    for piece in _pieces(g.shape, g.device):
-        act = ACTIVATIONS[activation](g[piece])
-        product = act * u[piece]
-        if dz is not None:
-            dz += (dh[piece] * product).flatten(0, 1).sum(0, dtype=dz.dtype)
-        if gates is not None:
-            product.mul_(gates)
-            dh[piece].mul_(gates)
+    dz = g.new_zeros(width, dtype=wide) if needs_gates else None
+    da = None if t_down is None else g.new_zeros(rows, t_down.shape[-1], width, dtype=wide)
+    pieces = _pieces(g.shape, g.device)
+    scratch = g.new_empty(2, *g[pieces[0]].shape)  # the first piece is the largest
+    for piece in pieces:
+        g_p, u_p, dh_p = g[piece], u[piece], dh[piece]
+        act, product = (buffer[: g_p.shape[0], : g_p.shape[1]] for buffer in scratch)
+        _ACTIVATION_OUT[activation](g_p, out=act)
+        torch.mul(act, u_p, out=product)
         if da is not None:
             da[piece[0]] += torch.bmm(t_down[piece].transpose(1, 2), product)
-        torch.mul(dh[piece], u[piece], out=product)
-        dg[piece] = _ACTIVATION_BACKWARD[activation](product, g[piece])
-        dh[piece].mul_(act)
+        if dz is not None:
+            dz += product.mul_(dh_p).flatten(0, 1).sum(0, dtype=wide)
+        if gates is not None:
+            dh_p.mul_(gates)
+        torch.mul(dh_p, u_p, out=product)
+        _ACTIVATION_BACKWARD_OUT[activation](product, g_p, grad_input=dg[piece])
+        dh_p.mul_(act)
+    if da is not None and gates is not None:
+        da *= gates  # h = act u z, and z is the same for every token
     return dg, dh, dz, da
+
+
+def _triples(flat: Sequence[Tensor | None]) -> list[tuple | None]:
+    """(a, b, scaling) of gate, up and down, None where there is no LoRA."""
+    return [None if flat[i] is None else tuple(flat[i : i + 3]) for i in (0, 3, 6)]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -120,44 +144,50 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_gate, w_up, w_down, gates, ids, activation, *flat):
-        lora = [None if flat[i] is None else flat[i : i + 3] for i in (0, 3, 6)]
+        lora = _triples(flat)
         g, s_gate = _linear(x, w_gate, lora[0], ids)
         u, s_up = _linear(x, w_up, lora[1], ids)
         y, s_down = _linear(_hidden(g, u, gates, activation), w_down, lora[2], ids)
         ctx.activation = activation
-        keep_x = x if s_gate is not None or s_up is not None else None
-        ctx.save_for_backward(
-            keep_x, g, u, s_gate, s_up, s_down, w_gate, w_up, w_down, gates, ids, *flat
-        )
+        ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (7, 10, 13)]
+        kept = (s_gate, s_up, s_down)
+        s = [s if train else None for s, train in zip(kept, ctx.trains, strict=True)]
+        keep_x = x if ctx.trains[0] or ctx.trains[1] else None
+        ctx.save_for_backward(keep_x, g, u, *s, w_gate, w_up, w_down, gates, ids, *flat)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, g, u, s_gate, s_up, s_down, w_gate, w_up, w_down, gates, ids, *flat = ctx.saved_tensors
-        lora = [None if flat[i] is None else tuple(flat[i : i + 3]) for i in (0, 3, 6)]
+        lora, needs_x, needs_gates = _triples(flat), *ctx.needs_input_grad[0:5:4]
         grads: list[Tensor | None] = [None] * 9
         with torch.autocast(dy.device.type, enabled=False):
             dh, t_down = _linear_backward(dy, w_down, lora[2], ids)
-            needs_gates = gates is not None and ctx.needs_input_grad[4]
             dg, du, dz, da_down = _hidden_backward(
-                dh, g, u, gates, ctx.activation, t_down, needs_gates
+                dh, g, u, gates, ctx.activation, t_down if ctx.trains[2] else None, needs_gates
             )
-            if lora[2] is not None:
+            if ctx.trains[2]:
                 db_rows = torch.bmm(dy.transpose(1, 2), s_down)
-                grads[6:8] = lora_gradients(lora[2], ids, da_down, db_rows)
-            dx, t_gate = _linear_backward(dg, w_gate, lora[0], ids)
-            dx_up, t_up = _linear_backward(du, w_up, lora[1], ids)
-            dx += dx_up
-            for slot, part, t, s, d in (
-                (0, lora[0], t_gate, s_gate, dg),
-                (3, lora[1], t_up, s_up, du),
-            ):
-                if part is not None:
+                grads[6:9] = lora_gradients(lora[2], ids, da_down, db_rows)
+            dx, t_gate = _linear_backward(dg, w_gate, lora[0], ids, needs_x)
+            dx, t_up = _linear_backward(du, w_up, lora[1], ids, needs_x, onto=dx)
+            for i, t, s, d in ((0, t_gate, s_gate, dg), (1, t_up, s_up, du)):
+                if ctx.trains[i]:
                     rows = torch.bmm(t.transpose(1, 2), x), torch.bmm(d.transpose(1, 2), s)
-                    grads[slot : slot + 2] = lora_gradients(part, ids, *rows)
+                    grads[3 * i : 3 * i + 3] = lora_gradients(lora[i], ids, *rows)
         dz = None if dz is None else dz.to(gates.dtype)
-        return dx if ctx.needs_input_grad[0] else None, None, None, None, dz, None, None, *grads
+        return dx, None, None, None, dz, None, None, *grads
+
+
+def _traced(x, w_gate, w_up, w_down, gates, ids, activation, *flat):
+    """The same by autograd; see ``traced_linear``."""
+    lora = _triples(flat)
+    g = traced_linear(x, w_gate, None, lora[0], ids)
+    h = ACTIVATIONS[activation](g) * traced_linear(x, w_up, None, lora[1], ids)
+    if gates is not None:
+        h = (h * gates).to(x.dtype)
+    return traced_linear(h, w_down, None, lora[2], ids)
 
 
 def _plain(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str) -> Tensor:
@@ -189,6 +219,7 @@ def run(
     else:
         rows = x[None] if memory_ids is None else x[:, None, :]
     rows = rows.to(compute_dtype(x, weights[0]))
+    op = _traced if torch.compiler.is_compiling() else _GatedMLP.apply
     with torch.autocast(x.device.type, enabled=False):
-        y = _GatedMLP.apply(rows, *weights, gates, memory_ids, activation, *flat)
-    return y if x.dim() == 3 else y.reshape(x.shape[0], -1)
+        y = op(rows, *weights, gates, memory_ids, activation, *flat)
+    return y if x.dim() == 3 else y.reshape(x.shape)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import compute_dtype
 from ..types import LoRA
-from .rows import add_delta, lora_gradients, row_matrices
+from .rows import add_delta, lora_gradients, row_matrices, traced_linear
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -22,7 +22,7 @@ class _LoRALinear(torch.autograd.Function):
         y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
         a_rows, b_rows = row_matrices((a, b, scaling), ids, x.shape[0], x.dtype)
         s = add_delta(y, x, a_rows, b_rows)
-        needs_lora = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        needs_lora = any(ctx.needs_input_grad[3:6])
         ctx.save_for_backward(
             x if needs_lora else None, s if needs_lora else None, weight, a, b, scaling, ids
         )
@@ -35,14 +35,20 @@ class _LoRALinear(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             a_rows, b_rows = row_matrices((a, b, scaling), ids, dy.shape[0], dy.dtype)
             t = torch.bmm(dy, b_rows)  # [B, T, r]
-            dx = da = db = None
+            dx = da = db = dscaling = None
             if ctx.needs_input_grad[0]:
                 dx = dy @ weight.to(dy.dtype)
                 dx.baddbmm_(t, a_rows)
             if x is not None:
                 da_rows, db_rows = torch.bmm(t.transpose(1, 2), x), torch.bmm(dy.transpose(1, 2), s)
-                da, db = lora_gradients((a, b, scaling), ids, da_rows, db_rows)
-        return dx, None, None, da, db, None, None
+                da, db, dscaling = lora_gradients((a, b, scaling), ids, da_rows, db_rows)
+        return dx, None, None, da, db, dscaling, None
+
+
+def _apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, ids: Tensor | None
+) -> Tensor:
+    return _LoRALinear.apply(x, weight, bias, *lora, ids)
 
 
 def run(
@@ -51,8 +57,12 @@ def run(
     """See ``koffkernels.lora_linear``."""
     if lora is None:
         return F.linear(x, weight, bias)
-    dtype = compute_dtype(x, weight)
-    rows = (x if x.dim() == 3 else x[:, None, :]).to(dtype)
+    if x.dim() == 3:
+        rows = x
+    else:
+        rows = x[None] if memory_ids is None else x[:, None, :]
+    rows = rows.to(compute_dtype(x, weight))
+    op = traced_linear if torch.compiler.is_compiling() else _apply
     with torch.autocast(x.device.type, enabled=False):
-        y = _LoRALinear.apply(rows, weight, bias, *lora, memory_ids)
-    return y if x.dim() == 3 else y[:, 0]
+        y = op(rows, weight, bias, lora, memory_ids)
+    return y if x.dim() == 3 else y.reshape(x.shape[0], weight.shape[0])

@@ -21,8 +21,23 @@ from torch.autograd.function import once_differentiable
 from ..reference import visible_keys
 from ..types import Prefix, RowBounds
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_aten = torch.ops.aten
+
+
+def _flash(q, k, v, causal, mask, scale):
+    """(o, lse) of the CPU's flash kernel, which reads garbage unless the last stride is 1."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def _flash_backward(do, q, k, v, o, lse, causal, mask, scale):
+    """(dq, dk, dv) given the whole softmax's o and lse; same remark about strides."""
+    do, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, q, k, v))
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
 def _crop(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
@@ -31,6 +46,15 @@ def _crop(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tenso
         return k, v
     end = min(max(int(bounds.key_end.max()), 0), k.shape[2])
     return k[:, :, :end], v[:, :, :end]
+
+
+def _simplify(bounds: RowBounds | None, queries: int, keys: int) -> RowBounds | None:
+    """None where the bounds say the same as None: the causal kernel then needs no mask."""
+    if bounds is None:
+        return None
+    plain = (bounds.key_start <= 0) & (bounds.key_end >= keys)
+    plain &= bounds.query_start == keys - queries
+    return None if bool(plain.all()) else bounds
 
 
 def _own_mask(
@@ -56,12 +80,11 @@ def _groups(
 ) -> list[tuple[int, Tensor | slice, int]]:
     """(memory, its rows, its length) for each memory in the batch."""
     if ids is None:
-        return [(0, slice(None), int(lengths[0]))] if int(lengths[0]) else []
-    used = sorted(set(ids.tolist()) - {-1})
+        return [(0, slice(None), int(lengths[0]))] if int(lengths[0]) > 0 else []
     return [
         (m, slice(None) if bool((ids == m).all()) else (ids == m).nonzero()[:, 0], int(lengths[m]))
-        for m in used
-        if int(lengths[m])
+        for m in sorted(set(ids.tolist()))
+        if m >= 0 and int(lengths[m]) > 0
     ]
 
 
@@ -76,9 +99,9 @@ def _fold(x: Tensor, kv_heads: int) -> Tensor:
     )
 
 
-def _unfold(x: Tensor, like: Tensor) -> Tensor:
-    """Inverse of ``_fold`` for a tensor of ``like``'s first three dimensions [R, Hq, T]."""
-    r, heads, t = like.shape[:3]
+def _unfold(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Inverse of ``_fold``; shape is (R, Hq, T)."""
+    r, heads, t = shape
     kv_heads, tail = x.shape[1], x.shape[3:]
     return (
         x.reshape(kv_heads, r, heads // kv_heads, t, *tail)
@@ -94,9 +117,10 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds | None, scale
             q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)
         )
     causal, mask, nothing = _own_mask(q, k, bounds)
-    o, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    if nothing is not None:  # the kernel reports 0 there
+    o, lse = _flash(q, k, v, causal, mask, scale)
+    if nothing is not None:  # the kernel reports lse 0 there, and o NaN where the query is NaN
         lse = lse.masked_fill(nothing[:, None], -math.inf)
+        o = o.masked_fill(nothing[:, None, :, None], 0.0)
     return o, lse
 
 
@@ -113,13 +137,13 @@ class _PrefixAttention(torch.autograd.Function):
                 prefix_k[m : m + 1, :, :length].float(),
                 prefix_v[m : m + 1, :, :length].float(),
             )
-            o_m, lse_m = _flash(
-                _fold(q[rows].float(), k.shape[1]), k_m, v_m, 0.0, False, scale=scale
-            )
-            o_m, lse_m = _unfold(o_m, q[rows]), _unfold(lse_m, q[rows])
-            share = torch.sigmoid(lse_m - lse[rows])[..., None]
+            q_m = _fold(q[rows].float(), k.shape[1])
+            o_m, lse_m = _flash(q_m, k_m, v_m, False, None, scale)
+            own = lse[rows]
+            o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
+            share = torch.sigmoid(lse_m - own)[..., None]
             o[rows] = torch.lerp(o[rows].float(), o_m, share).to(o.dtype)
-            lse[rows] = torch.logaddexp(lse[rows], lse_m)
+            lse[rows] = torch.logaddexp(own, lse_m)
         lse = lse.masked_fill(lse == -math.inf, 0.0)
         ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds)
         ctx.scale = scale
@@ -134,31 +158,31 @@ class _PrefixAttention(torch.autograd.Function):
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         else:
             causal, mask, _ = _own_mask(q, k, RowBounds(*bounds) if bounds else None)
-            dq, dk, dv = _flash_backward(
-                do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=ctx.scale
-            )
+            dq, dk, dv = _flash_backward(do, q, k, v, o, lse, causal, mask, ctx.scale)
         for m, rows, length in _groups(ids, q.shape[0], lengths):
             k_m, v_m = (
                 prefix_k[m : m + 1, :, :length].float(),
                 prefix_v[m : m + 1, :, :length].float(),
             )
             do_m, q_m, o_m = (_fold(x[rows].float(), k.shape[1]) for x in (do, q, o))
-            lse_m = _fold(lse[rows], k.shape[1])
+            own = lse[rows]
+            lse_m = _fold(own, k.shape[1])
             dq_m, dk_m, dv_m = _flash_backward(
-                do_m, q_m, k_m, v_m, o_m, lse_m, 0.0, False, scale=ctx.scale
+                do_m, q_m, k_m, v_m, o_m, lse_m, False, None, ctx.scale
             )
-            dq[rows] += _unfold(dq_m, q[rows]).to(dq.dtype)
+            dq[rows] += _unfold(dq_m, own.shape).to(dq.dtype)
             dpk[m, :, :length], dpv[m, :, :length] = dk_m[0], dv_m[0]
         return dq, dk, dv, dpk, dpv, None, None, None, *(None for _ in bounds)
 
 
-def _seen(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
+def _seen(k: Tensor, v: Tensor, queries: int, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
     """K and V with zeros where no query may look, so that unwritten or padded memory (NaN even)
     cannot leak."""
     if bounds is None:
         return k, v
     j = torch.arange(k.shape[2], device=k.device)
-    outside = (j < bounds.key_start[:, None]) | (j >= bounds.key_end[:, None])
+    end = torch.minimum(bounds.key_end, bounds.query_start + queries)
+    outside = (j < bounds.key_start[:, None]) | (j >= end[:, None])
     if k.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(outside.any()):
         return k, v
     outside = outside[:, None, :, None]
@@ -218,8 +242,12 @@ def run(
     eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
     with torch.autocast(q.device.type, enabled=False):
         if not eager_cpu or q.dtype == torch.float64 or 0 in q.shape:
-            return _concatenated(q, *_seen(k, v, bounds), prefix, memory_ids, bounds, scale)
-        k, v = _seen(*_crop(k, v, bounds), bounds)
+            return _concatenated(
+                q, *_seen(k, v, q.shape[2], bounds), prefix, memory_ids, bounds, scale
+            )
+        k, v = _crop(k, v, bounds)
+        bounds = _simplify(bounds, q.shape[2], k.shape[2])
+        k, v = _seen(k, v, q.shape[2], bounds)
         flags = bounds or ()
         return _PrefixAttention.apply(
             q, k, v, prefix.k, prefix.v, prefix.lengths, memory_ids, scale, *flags

@@ -8,6 +8,7 @@ nothing is read back to the host.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,25 +39,47 @@ def add_delta(y: Tensor, x: Tensor, a_rows: Tensor, b_rows: Tensor) -> Tensor:
     return s
 
 
-def sum_by_memory(per_row: Tensor, ids: Tensor | None, like: Tensor) -> Tensor:
-    """Add each row's gradient [B, ...] to its memory's: [n, ...] in ``like``'s dtype.
+def traced_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, Tensor] | None,
+    ids: Tensor | None,
+) -> Tensor:
+    """The same linear layer by autograd, for torch.compile: it decides by itself what to keep for
+    backward, and torch 2.11 drops the in-place steps of a custom autograd.Function."""
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if lora is None:
+        return y
+    a_rows, b_rows = row_matrices(lora, ids, x.shape[0], x.dtype)
+    return torch.baddbmm(y, torch.bmm(x, a_rows.transpose(1, 2)), b_rows.transpose(1, 2))
 
-    A product with a 0/1 matrix instead of a scatter: no atomics, so the result is the same from run
-    to run.
+
+def sum_by_memory(per_row: Tensor, ids: Tensor | None, memories: int) -> Tensor:
+    """Add each row's gradient [B, ...] to its memory's: [n, ...], in fp32 or wider.
+
+    Rows without a memory go to a slot that is cut off. Nothing is multiplied by 0, so a NaN in one
+    row stays in that row's memory, and nothing is added atomically, so the result is the same from
+    run to run (on a GPU accumulating index_put_ sorts first).
     """
-    flat = per_row.to(like.dtype).flatten(1)
+    per_row = per_row.to(torch.promote_types(per_row.dtype, torch.float32))
     if ids is None:
-        return flat.sum(0).view(like.shape)
-    members = (torch.arange(like.shape[0], device=ids.device)[:, None] == ids).to(like.dtype)
-    return (members @ flat).view(like.shape)
+        return per_row.sum(0, keepdim=True)
+    total = per_row.new_zeros(memories + 1, *per_row.shape[1:])
+    slot = torch.where(ids < 0, memories, ids)
+    if per_row.device.type == "cpu":
+        return total.index_add_(0, slot, per_row)[:memories]
+    return total.index_put_((slot,), per_row, accumulate=True)[:memories]
 
 
 def lora_gradients(
     lora: tuple[Tensor, Tensor, Tensor], ids: Tensor | None, da_rows: Tensor, db_rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the stacked a and b from the rows' da [B, r, K] and (not yet scaled) db [B, N,
-    r]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the stacked a, b and scaling from the rows' da [B, r, K] and (not yet scaled)
+    db [B, N, r]."""
     a, b, scaling = lora
-    da = sum_by_memory(da_rows, ids, a)
-    db = sum_by_memory(db_rows, ids, b) * scaling.to(b.dtype)[:, None, None]
-    return da, db
+    da = sum_by_memory(da_rows, ids, a.shape[0])
+    db = sum_by_memory(db_rows, ids, a.shape[0])
+    dscaling = (db * b.to(db.dtype)).sum((1, 2))
+    db = db * scaling.to(db.dtype)[:, None, None]
+    return da.to(a.dtype), db.to(b.dtype), dscaling.to(scaling.dtype)

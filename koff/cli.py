@@ -1,0 +1,171 @@
+"""The command line: `koff demo`, `koff train`, `koff eval`, `koff generate`, `koff info`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Prune a language model's MLPs while it learns one small memory per domain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_USER_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, ImportError, OSError)
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a command whose errors are one line; KOFF_TRACEBACK=1 shows the rest."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except _USER_ERRORS as error:
+            if os.environ.get("KOFF_TRACEBACK"):
+                raise
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            line = " ".join(str(message).split()) or type(error).__name__
+            console = Console(stderr=True)
+            console.print(
+                f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from None
+
+    return app.command(function.__name__.rstrip("_"))(wrapped)
+
+
+def _without(parts: list[str]) -> list[str]:
+    unknown = sorted(set(parts) - {"lora", "kv"})
+    if unknown:
+        raise ValueError(
+            f"koff train: --without must be lora or kv, got {unknown[0]!r}; both together "
+            "train the gates only"
+        )
+    return [f"koff.{part}=null" for part in parts]
+
+
+@_command
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see recipes/.")],
+    output: Annotated[Path, typer.Option(help="Folder for the model; new, empty or to resume.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.steps=10."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="lora|kv", help="Leave a part out; both: gates only."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="koff.target_sparsity; 0: memories without gates.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="train.steps")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+) -> None:
+    """Train what a recipe describes, prune, and save the small model with its memories."""
+    from .recipe import load_recipe
+
+    overrides = [*(set_ or []), *_without(without or [])]
+    named = {"koff.target_sparsity": sparsity, "train.steps": steps, "seed": seed}
+    overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
+    checked = load_recipe(recipe, overrides)
+
+    from .pipeline import run
+
+    folder = run(checked, output, device=device)
+    Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
+
+
+@_command
+def eval_(
+    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    base: Annotated[bool, typer.Option("--base", help="Measure the dense base too.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the rows to this file.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Measure perplexity and bits per byte with every memory and none, on every domain."""
+    from .report import check_writable, eval_table, write_json
+
+    if json is not None:
+        check_writable(json)
+
+    from .runs import evaluate_run
+
+    rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
+    if json is not None:
+        write_json(json, [row.to_dict() for row in rows])
+    console = Console()
+    console.print(eval_table(rows, title=f"perplexity, {split} (lower is better)"))
+    console.print(
+        eval_table(rows, metric="bits_per_byte", title=f"bits per byte, {split} (lower is better)")
+    )
+
+
+@_command
+def generate(
+    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    memory: Annotated[str | None, typer.Option(help="Name of the memory; left out: none.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Continue a prompt with one memory, or none."""
+    from transformers.utils import logging
+
+    from .runs import generate_text
+
+    logging.disable_progress_bar()
+    text = generate_text(
+        directory,
+        prompt,
+        memory=memory,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+    )
+    typer.echo(text)
+
+
+@_command
+def info(
+    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+) -> None:
+    """Show what a saved model is: base, widths, sparsities, memories and sizes."""
+    from .report import facts_table
+    from .runs import describe
+
+    Console().print(facts_table(describe(directory), title=str(directory)))
+
+
+@_command
+def demo(
+    output: Annotated[Path | None, typer.Option(help="Keep the model here.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the demo's base model; default $KOFF_CACHE.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the koff training.")] = 0,
+) -> None:
+    """Run the whole path on a small model of its own: pretrain, learn, prune, save, compare."""
+    from .demo import run_demo
+
+    if not run_demo(output=output, cache=cache, seed=seed):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

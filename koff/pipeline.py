@@ -1,0 +1,294 @@
+"""From a recipe to a saved model: every check first, then training, pruning, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .data import PackedBlocks, load_documents, pack
+from .progress import TrainProgress
+from .recipe import Recipe, first_difference
+from .report import write_json
+
+RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoints"
+
+
+@dataclass
+class _Prepared:
+    """What a run needs before it may write anything."""
+
+    tokenizer: Any
+    train: dict[str, PackedBlocks]
+    general: dict[str, PackedBlocks]
+    weights: dict[str, float]
+    checkpoint: str | None
+
+
+def run(
+    recipe: Recipe, output: str | Path, *, device: str | None = None, label: str = "training"
+) -> Path:
+    """Trains what a recipe describes and saves the pruned model with its memories.
+
+    Everything that can be wrong is looked at first; nothing is written before. A run that was
+    interrupted goes on from its last complete checkpoint when it is started again in the same way.
+
+    Args:
+        recipe: the recipe.
+        output: folder for the model; new, empty, or that of the same run, interrupted.
+        device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+        label: what stands before the progress bar.
+
+    Returns:
+        The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: a recipe that cannot run; nothing was written.
+    """
+    import koff
+
+    output = Path(output)
+    prepared = prepare(recipe, output)
+    model = koff.attach(load_base(recipe), recipe.koff)
+    trainer = _trainer(model, prepared, training_arguments(recipe, output / CHECKPOINTS, device))
+    trainer.add_callback(TrainProgress(label=label))
+    writes = trainer.is_world_process_zero()
+    if writes:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RECIPE_FILE, {"root": str(recipe.root), "recipe": recipe.to_dict()})
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=prepared.checkpoint)
+    log = {"seconds": time.perf_counter() - started, "resumed_from": prepared.checkpoint}
+    log |= finish(trainer.model, recipe)
+    if writes:
+        write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
+        metadata = {"base": recipe.model, "revision": recipe.revision, "seed": recipe.seed}
+        koff.save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
+    return output
+
+
+def _trainer(model: Any, prepared: _Prepared, arguments: Any) -> Any:
+    """The KoffTrainer of a run, without transformers' own bar; leaves no folder if it fails."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    import koff
+
+    folder = Path(arguments.output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        trainer = koff.KoffTrainer(
+            model,
+            args=arguments,
+            train_datasets=prepared.train,
+            general_datasets=prepared.general or None,
+            general_weights=prepared.weights or None,
+            processing_class=prepared.tokenizer,
+        )
+    except Exception:
+        # transformers' Trainer makes its folder before it has checked everything.
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def finish(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """Fixes the mask and removes the closed neurons, in place.
+
+    Args:
+        model: the trained koff model.
+        recipe: its recipe.
+
+    Returns:
+        What was reached, ready for JSON; empty for a recipe without gates.
+    """
+    import koff
+
+    if recipe.koff.target_sparsity == 0:
+        return {}
+    facts = {}
+    if not koff.sparsity(model).hard:  # else the trainer fixed the mask on the way
+        report = koff.binarize(model, multiple_of=recipe.train.width_multiple_of)
+        facts["binarize"] = _plain(report)
+    koff.compact(model, inplace=True)
+    return facts | {"sparsity": _plain(koff.sparsity(model))}
+
+
+def prepare(recipe: Recipe, output: Path) -> _Prepared:
+    """Checks output, files, model and data of a run, and loads what is cheap to load.
+
+    Args:
+        recipe: the recipe.
+        output: folder of the run.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: as `run`.
+    """
+    checkpoint = check_output(output, recipe)
+    recipe.check_files()
+    config = check_model(recipe)
+    limit = getattr(config, "max_position_embeddings", None)
+    prefix = recipe.koff.kv.num_tokens if recipe.koff.kv and recipe.koff.memories else 0
+    if limit is not None and recipe.train.block_size + prefix > limit:
+        raise ValueError(
+            f"recipe: train.block_size + koff.kv.num_tokens must be at most the model's {limit} "
+            f"positions, got {recipe.train.block_size} + {prefix}; lower one of them"
+        )
+    tokenizer = load_tokenizer(recipe)
+    packed: list[dict[str, PackedBlocks]] = []
+    for general in (False, True):
+        packed.append(
+            {
+                name: pack(
+                    load_documents(source),
+                    tokenizer,
+                    recipe.train.block_size,
+                    name=f"{'general' if general else 'data'}.{name}.train",
+                )
+                for name, source in recipe.sources("train", general=general).items()
+            }
+        )
+    weights = {name: part.weight for name, part in recipe.general.items()}
+    return _Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
+
+
+def check_output(output: Path, recipe: Recipe) -> str | None:
+    """Checks that a run may write to `output`.
+
+    Args:
+        output: folder of the run.
+        recipe: the recipe.
+
+    Returns:
+        The last complete checkpoint of the same run, or None to start from the beginning.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(
+            f"koff train: output {output} must be a folder, got a file; choose another"
+        )
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if (output / "koff.json").exists():
+        raise ValueError(
+            f"koff train: output {output} must not hold a finished model, got one; choose another "
+            "folder or remove it"
+        )
+    if not (output / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"koff train: output {output} must be empty or hold an interrupted run, got "
+            f"{sorted(item.name for item in output.iterdir())[:5]}; choose another folder"
+        )
+    stored = json.loads((output / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
+    difference = first_difference(stored, recipe.to_dict())
+    if difference is not None:
+        raise ValueError(
+            f"koff train: output {output} must hold a run of the same recipe to resume, got one "
+            f"with another {difference}; choose another folder or restore the recipe"
+        )
+    return last_checkpoint(output / CHECKPOINTS)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Returns the newest complete checkpoint under `folder`, None if there is none.
+
+    Args:
+        folder: where the trainer writes `checkpoint-<step>`.
+    """
+    found = []
+    for item in folder.glob("checkpoint-*"):
+        step = item.name.removeprefix("checkpoint-")
+        # The trainer's state is written last, so a checkpoint without it was cut short.
+        if step.isdigit() and (item / "trainer_state.json").is_file():
+            found.append((int(step), str(item)))
+    return max(found)[1] if found else None
+
+
+def check_model(recipe: Recipe) -> Any:
+    """Loads the model's configuration and refuses architectures that koff does not know.
+
+    Args:
+        recipe: the recipe.
+
+    Returns:
+        The transformers configuration.
+
+    Raises:
+        FileNotFoundError, OSError: no such folder or hub id. ValueError: an unsupported model.
+    """
+    from transformers import AutoConfig
+
+    from . import arch
+
+    config = AutoConfig.from_pretrained(recipe.model_path(), revision=recipe.revision)
+    arch.architecture(config.model_type, "koff train")
+    return config
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Returns the tokenizer of the recipe's model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(recipe.model_path(), revision=recipe.revision)
+
+
+def load_base(recipe: Recipe) -> Any:
+    """Returns the dense base model of a recipe, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        recipe.model_path(), revision=recipe.revision, dtype=recipe.dtype
+    )
+
+
+def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = None) -> Any:
+    """Returns the `KoffTrainingArguments` of a recipe.
+
+    Args:
+        recipe: the recipe.
+        folder: where checkpoints go.
+        device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+    """
+    import koff
+
+    train = recipe.train
+    same = (
+        "block_size", "gate_learning_rate", "lora_learning_rate", "kv_learning_rate",
+        "multiplier_learning_rate", "sparsity_penalty", "sparsity_warmup_ratio", "batching",
+        "width_multiple_of", "weight_decay", "max_grad_norm", "bf16",
+    )  # fmt: skip
+    # Named only where it is wanted: newer transformers warn about the name.
+    checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
+    return koff.KoffTrainingArguments(
+        output_dir=str(folder),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        general_every=train.general_every if recipe.general else 0,
+        lr_scheduler_type=train.lr_scheduler,
+        warmup_steps=int(train.warmup_ratio * train.steps),
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or train.steps,
+        save_total_limit=train.keep_checkpoints,
+        logging_steps=train.logging_every,
+        seed=recipe.seed,
+        report_to=[],
+        # Without memories there is nothing to tune behind a fixed mask.
+        fix_mask_at=train.fix_mask_at if recipe.koff.memories else None,
+        use_cpu=device == "cpu",
+        **checkpointing,
+        **{name: getattr(train, name) for name in same},
+    )
+
+
+def _plain(report: Any) -> Any:
+    """A report dataclass as values that JSON has."""
+    return json.loads(json.dumps(dataclasses.asdict(report), default=str))

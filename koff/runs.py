@@ -1,0 +1,270 @@
+"""What can be done with a finished run: measure it, generate with it, describe it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .data import DataSource, load_documents, pack
+from .disk import read_json
+from .evaluate import EvalRow, evaluate
+from .pipeline import RECIPE_FILE, load_base
+from .recipe import Recipe, data_root, parse
+from .report import millions
+
+
+def read_run(directory: str | Path) -> Recipe:
+    """Reads the recipe that a finished run stored beside its model.
+
+    Args:
+        directory: output folder of `koff train`.
+
+    Returns:
+        The recipe; relative paths start from $KOFF_DATA if set, else where they did in training.
+
+    Raises:
+        FileNotFoundError: no such folder, or not the output of a finished run.
+    """
+    directory = check_saved(directory)
+    if not (directory / RECIPE_FILE).is_file():
+        raise FileNotFoundError(
+            f"koff: {directory} must hold the recipe it was trained with, got no "
+            f"{RECIPE_FILE}; use koff.evaluate from Python for a model without one"
+        )
+    stored = json.loads((directory / RECIPE_FILE).read_text(encoding="utf-8"))
+    return parse(stored["recipe"], data_root(Path(stored["root"])))
+
+
+def check_saved(directory: str | Path) -> Path:
+    """Returns the folder of a saved koff model.
+
+    Args:
+        directory: what `koff.save` or `koff train` wrote.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without a saved model.
+    """
+    directory = Path(directory)
+    if not (directory / "koff.json").is_file():
+        got = "a folder without koff.json" if directory.is_dir() else "no folder there"
+        raise FileNotFoundError(
+            f"koff: {directory} must be the output of a finished `koff train`, got {got}; train "
+            "first, or correct the path"
+        )
+    return directory
+
+
+def evaluate_run(
+    directory: str | Path,
+    *,
+    split: str = "test",
+    base: bool = False,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> list[EvalRow]:
+    """Measures a saved model on every domain and general part that has the split.
+
+    Args:
+        directory: output folder of `koff train`.
+        split: "train", "validation" or "test".
+        base: measure the dense base model too.
+        batch_size: blocks per forward.
+        device: where to run; None is the first GPU if there is one, else the CPU.
+
+    Returns:
+        Rows of the base, if asked for, then of the koff model with every memory and with none.
+
+    Raises:
+        FileNotFoundError, ValueError: no finished run, missing data, or no such split.
+    """
+    from transformers import AutoTokenizer
+
+    import koff
+
+    recipe = read_run(directory)
+    size = recipe.train.block_size
+    sources = eval_sources(recipe, split)
+    documents = {name: load_documents(source) for name, source in sources.items()}
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    packed = {
+        name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
+        for name, texts in documents.items()
+    }
+    device = pick_device(device)
+    options: Mapping[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
+    rows = []
+    if base:
+        rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
+    model = koff.load(directory, device=device)
+    return rows + evaluate(model, tokenizer, packed, **options)
+
+
+def eval_sources(recipe: Recipe, split: str) -> dict[str, DataSource]:
+    """Returns {name: source} of everything a run is measured on.
+
+    Args:
+        recipe: the recipe.
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: an unknown split, or one that nothing in the recipe has.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(
+            f"koff eval: split must be 'train', 'validation' or 'test', got {split!r}; choose one"
+        )
+    sources = recipe.sources(split)
+    for name, source in recipe.sources(split, general=True).items():
+        if name not in sources:
+            sources[name] = source
+        elif source != sources[name]:
+            sources[f"general {name}"] = source
+    if not sources:
+        raise ValueError(
+            f"koff eval: the recipe must name a {split} split for some domain, got none; add it or "
+            "choose another --split"
+        )
+    return sources
+
+
+def generate_text(
+    directory: str | Path,
+    prompt: str,
+    *,
+    memory: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> str:
+    """Continues a prompt with a saved model.
+
+    Args:
+        directory: output folder of `koff train`, or of `koff.save` with a tokenizer.
+        prompt: text to go on from; BOS is put before it where the tokenizer has one.
+        memory: name of the memory, or None.
+        max_new_tokens: at most so many tokens are added.
+        temperature: 0 is greedy.
+        seed: seed of the sampling.
+        device: where to run; None is the first GPU if there is one, else the CPU.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        FileNotFoundError: no saved model. KeyError: an unknown memory. ValueError: an empty prompt.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    import koff
+
+    check_memory(directory, memory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = _prompt_ids(tokenizer, prompt)
+    model = koff.load(directory, device=pick_device(device))
+    inputs = torch.tensor([ids], device=next(model.parameters()).device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    torch.manual_seed(seed)
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        memory=memory,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **({"do_sample": False} | sampling),
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of a prompt as training saw them: BOS first where the tokenizer has one."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise ValueError("koff generate: the prompt must not be empty, got ''; write some text")
+    return ids
+
+
+def check_memory(directory: str | Path, memory: str | None) -> None:
+    """Raises KeyError if a saved model has no such memory; reads no weights.
+
+    Args:
+        directory: folder of a saved model.
+        memory: a name, or None.
+    """
+    names = saved_memories(check_saved(directory))
+    if memory is not None and memory not in names:
+        raise KeyError(
+            f"koff generate: memory must be one of {list(names)}, got {memory!r}; correct the "
+            "name, or leave --memory out for none"
+        )
+
+
+def saved_memories(directory: Path) -> tuple[str, ...]:
+    """Returns the names of the memories of a saved model, in order."""
+    return tuple(read_json(directory / "koff.json", "koff")["memories"])
+
+
+def pick_device(device: str | None) -> str:
+    """Returns `device`, or what there is: "cuda", else "cpu"."""
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def count_saved(folder: Path, *, deep: bool = True) -> int:
+    """Returns the number of values in the safetensors files of a folder, from their headers.
+
+    Args:
+        folder: where to look.
+        deep: look into its subfolders too.
+    """
+    total = 0
+    for path in folder.rglob("*.safetensors") if deep else folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
+    return total
+
+
+def describe(directory: str | Path) -> dict[str, str]:
+    """Returns named facts of a saved model, ready to print; reads no weights.
+
+    Args:
+        directory: folder of a saved model.
+
+    Raises:
+        FileNotFoundError, ValueError: no saved model there, or a damaged koff.json.
+    """
+    directory = check_saved(directory)
+    facts = read_json(directory / "koff.json", "koff info")
+    widths, dense, removed = facts["widths"], facts["dense_widths"], facts["sparsity"]
+    named = {
+        "base": str(facts["base"]),
+        "written": f"{facts['created']}, koff {facts['koff']}",
+        "backbone": f"{millions(count_saved(directory, deep=False))} parameters",
+        "MLP widths": f"{_span(widths)} in {len(widths)} layers (dense: {_span(dense)})",
+        "sparsity, of the MLP neurons": f"{removed['mlp']:.1%}",
+        "sparsity, of all weights": f"{removed['model']:.1%}",
+        "sparsity, of all but embeddings": f"{removed['non_embedding']:.1%}",
+    }
+    for name in facts["memories"]:
+        folder = directory / "memories" / name
+        parts = [
+            f"{part} {millions(count_saved(folder / part))}"
+            for part in ("lora", "kv")
+            if (folder / part).is_dir()
+        ]
+        named[f"memory {name}"] = f"{', '.join(parts)} parameters"
+    return named
+
+
+def _span(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,27 @@
+"""What every test runs under: a fixed seed, one thread, and NaN in memory that nobody wrote."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Seed torch, and let torch.empty give NaN (integers: the largest number) instead of whatever
+    lay there: it does so only in deterministic mode, which therefore only warns here."""
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect, and so count in the last line, what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    without = [item for item in items if "gpu" in item.keywords]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if "gpu" not in item.keywords]

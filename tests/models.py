@@ -1,0 +1,80 @@
+"""Tiny random models of every supported architecture, and memories that really do something."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import koff
+
+VOCAB = 97
+NAMES = ("en", "keys", "es")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+_COMMON = dict(
+    vocab_size=VOCAB,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def tiny(architecture: str, **changes) -> PreTrainedModel:
+    """llama: GQA, tied; qwen2: biases, untied, one kv head per query head; qwen3: head_dim is not
+    hidden / heads."""
+    if architecture == "llama":
+        own = dict(hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
+        config, cls = LlamaConfig, LlamaForCausalLM
+    elif architecture == "qwen2":
+        own = dict(hidden_size=48, intermediate_size=80, num_key_value_heads=4)
+        own["tie_word_embeddings"] = False
+        config, cls = Qwen2Config, Qwen2ForCausalLM
+    else:
+        own = dict(hidden_size=48, intermediate_size=80, head_dim=16, tie_word_embeddings=False)
+        config, cls = Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    model = cls(config(**{**_COMMON, **own, **changes}))
+    with torch.no_grad():  # initial biases are zero and would hide a lost one
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=0.5)
+    return model.eval()
+
+
+def perturb(model: PreTrainedModel, std: float = 0.2) -> PreTrainedModel:
+    """Give every learned parameter a random shift: a LoRA with B = 0 proves nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.koff.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
+def attached(architecture: str, *, shift: bool = True, changes: dict | None = None, **config):
+    """A tiny model with koff attached, in eval mode, its memories perturbed."""
+    config = {
+        "memories": NAMES,
+        "lora": koff.LoRAConfig(r=4, alpha=6),
+        "kv": koff.KVConfig(num_tokens=7, init="tokens"),
+        **config,
+    }
+    model = koff.attach(tiny(architecture, **(changes or {})), koff.KoffConfig(**config))
+    return (perturb(model) if shift else model).eval()
+
+
+def tokens(rows: int = 3, length: int = 11, seed: int = 3) -> torch.Tensor:
+    """Random token ids without the special ones, int64 [rows, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, length), generator=generator)

@@ -1,0 +1,140 @@
+"""Who may import what, what a bare installation can import, and how long code may get."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("koffkernels", "koff", "bench")
+FILES = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+every_test = pytest.mark.parametrize("path", TESTS, ids=lambda p: p.name)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, at any depth, relative ones made absolute."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@every_file
+def test_layering_imports(path):
+    names, inside = imports_of(path), path.relative_to(ROOT).parts
+    allowed_triton = inside[:2] == ("koffkernels", "_triton")
+    assert allowed_triton or "triton" not in top(names), "triton only inside koffkernels/_triton"
+    if inside[0] == "koffkernels":
+        outside = top(names) - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "triton", "koffkernels"}
+    if inside[0] == "koff":
+        assert "bench" not in top(names)
+        private = {name for name in names if name.startswith("koffkernels._")}
+        assert not private, f"private to koffkernels: {private}"
+    assert "tests" not in top(names)
+
+
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+
+
+@every_file
+def test_layering_nothing_runs_code_from_data(path):
+    assert not top(imports_of(path)) & FORBIDDEN_MODULES
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in FORBIDDEN_CALLS, f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layering_lengths(path):
+    """A file has fewer than 400 lines, a function at most 50, a public one at most 8 arguments."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 50, f"line {node.lineno}: {node.name} has {lines} lines"
+    if path in TESTS:
+        return
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            assert arguments <= 8, f"line {node.lineno}: {node.name} has {arguments} arguments"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[-2] != "bench"], ids=lambda p: p.name)
+def test_layering_public_docstrings(path):
+    tree = tree_of(path)
+    assert ast.get_docstring(tree) or path.read_text(encoding="utf-8").strip() == ""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"line {node.lineno}: {node.name} has no docstring"
+
+
+BLOCKED = ("triton", "datasets", "matplotlib", "lm_eval")
+# Hidden as if not installed: every finder says so, also to those who only ask (find_spec).
+BARE_IMPORT = """
+import importlib, sys
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.split(".")[0] in {blocked!r}
+        return None if hidden else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+import torch
+before = set(sys.modules)
+importlib.import_module({package!r})
+print(" ".join(sorted({{name.split(".")[0] for name in set(sys.modules) - before}})))
+"""
+
+
+def import_bare(package: str, blocked: tuple[str, ...]) -> set[str]:
+    """Import a package in a fresh interpreter without some modules; what it brought along."""
+    code = BARE_IMPORT.format(package=package, blocked=blocked)
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("package", ["koffkernels", "koff"])
+def test_layering_imports_without_the_extras(package):
+    brought = import_bare(package, BLOCKED)
+    assert package in brought and not brought & set(BLOCKED)
+
+
+def test_layering_koffkernels_needs_only_torch():
+    blocked = (*BLOCKED, "koff", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+    assert "koffkernels" in import_bare("koffkernels", blocked)
+
+
+def test_layering_koffkernels_imports_nothing_heavy():
+    """With everything installed: a user of the kernels alone does not pay for what they lack."""
+    brought = import_bare("koffkernels", ())
+    assert not brought & {"koff", "transformers", "peft", "triton", "datasets", "matplotlib"}
