@@ -64,6 +64,8 @@ def run(
     log = {"seconds": time.perf_counter() - started, "resumed_from": prepared.checkpoint}
     log |= finish(trainer.model, recipe)
     if writes:
+        if not list(output.glob(f"{CHECKPOINTS}/*")) and (output / CHECKPOINTS).is_dir():
+            (output / CHECKPOINTS).rmdir()  # transformers makes it even if nothing is saved
         write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
         metadata = {"base": recipe.model, "revision": recipe.revision, "seed": recipe.seed}
         koff.save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
