@@ -180,27 +180,43 @@ class KoffConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        where = "KoffConfig"
+        self._check_memories()
+        self._check_sparsity()
+        for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
+            value = getattr(self, name)
+            good = value is None or isinstance(value, kind)
+            rule = f"be a {kind.__name__} or None"
+            require(good, "KoffConfig", name, rule, repr(value), "change it", TypeError)
         require(
-            not isinstance(self.memories, str),
-            where,
+            not self.memories or self.lora is not None or self.kv is not None,
+            "KoffConfig",
             "memories",
-            "be a sequence of names",
-            repr(self.memories),
-            f"write ({self.memories!r},)",
-            TypeError,
+            "have a LoRA or a KV part",
+            "lora=None and kv=None",
+            "give one, or use memories=() for gates alone",
         )
-        object.__setattr__(self, "memories", tuple(self.memories))
+        require(
+            bool(self.memories) or self.target_sparsity > 0,
+            "KoffConfig",
+            "it",
+            "learn something",
+            "no memories and target_sparsity=0",
+            "name memories or set a sparsity",
+        )
+
+    def _check_memories(self) -> None:
+        names, where = self.memories, "KoffConfig"
+        single = isinstance(names, str)
+        rule, step = "be a sequence of names", f"write ({names!r},)"
+        require(not single, where, "memories", rule, repr(names), step, TypeError)
+        object.__setattr__(self, "memories", tuple(names))
         for name in self.memories:
             check_memory_name(name, where)
-        require(
-            len(set(self.memories)) == len(self.memories),
-            where,
-            "memories",
-            "differ",
-            self.memories,
-            "rename one",
-        )
+        distinct = len(set(self.memories)) == len(self.memories)
+        require(distinct, where, "memories", "differ", self.memories, "rename one")
+
+    def _check_sparsity(self) -> None:
+        where = "KoffConfig"
         _number(where, "target_sparsity", self.target_sparsity)
         require(
             0 <= self.target_sparsity <= MAX_SPARSITY,
@@ -210,42 +226,8 @@ class KoffConfig:
             self.target_sparsity,
             "change it",
         )
-        scopes = f"be one of {', '.join(SCOPES)}"
-        require(
-            self.sparsity_scope in SCOPES,
-            where,
-            "sparsity_scope",
-            scopes,
-            repr(self.sparsity_scope),
-            "choose one",
-        )
-        for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, kind),
-                where,
-                name,
-                f"be a {kind.__name__} or None",
-                repr(value),
-                "change it",
-                TypeError,
-            )
-        require(
-            not self.memories or self.lora is not None or self.kv is not None,
-            where,
-            "memories",
-            "have a LoRA or a KV part",
-            "lora=None and kv=None",
-            "give one, or use memories=() for gates alone",
-        )
-        require(
-            bool(self.memories) or self.target_sparsity > 0,
-            where,
-            "it",
-            "learn something",
-            "no memories and target_sparsity=0",
-            "name memories or set a sparsity",
-        )
+        known, got = self.sparsity_scope in SCOPES, repr(self.sparsity_scope)
+        require(known, where, "sparsity_scope", f"be one of {', '.join(SCOPES)}", got, "choose one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

@@ -87,6 +87,20 @@ def check_names(memory: object, names: list[str], where: str) -> None:
     )
 
 
+def _resolve_tensor(memory: Tensor, rows: int, count: int, where: str) -> list[int] | Tensor:
+    """A tensor of ids: read and checked on the CPU, left alone on a GPU and while compiling."""
+    good = memory.dtype == torch.int64 and tuple(memory.shape) == (rows,)
+    rule, got = f"be an int64 tensor of shape ({rows},)", f"{memory.dtype} {tuple(memory.shape)}"
+    require(good, where, "memory ids", rule, got, "pass one id per row")
+    if memory.device.type != "cpu" or torch.compiler.is_compiling():
+        return memory
+    ids = memory.tolist()
+    bad = [i for i in ids if not -1 <= i < count]
+    rule = f"lie in -1..{count - 1}"
+    require(not bad, where, "memory ids", rule, bad, "check the names", KeyError)
+    return ids
+
+
 def resolve_ids(
     memory: MemoryArgument, rows: int, names: list[str], where: str
 ) -> list[int] | int | Tensor:
@@ -100,30 +114,7 @@ def resolve_ids(
         check_names(memory, names, where)
         return -1 if memory is None else names.index(memory)
     if isinstance(memory, Tensor):
-        good = memory.dtype == torch.int64 and tuple(memory.shape) == (rows,)
-        got = f"{memory.dtype} {tuple(memory.shape)}"
-        require(
-            good,
-            where,
-            "memory ids",
-            f"be an int64 tensor of shape ({rows},)",
-            got,
-            "pass one id per row",
-        )
-        if memory.device.type != "cpu" or torch.compiler.is_compiling():
-            return memory
-        ids = memory.tolist()
-        bad = [i for i in ids if not -1 <= i < len(names)]
-        require(
-            not bad,
-            where,
-            "memory ids",
-            f"lie in -1..{len(names) - 1}",
-            bad,
-            "check the names",
-            KeyError,
-        )
-        return ids
+        return _resolve_tensor(memory, rows, len(names), where)
     require(
         isinstance(memory, Sequence),
         where,

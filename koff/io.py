@@ -26,6 +26,7 @@ from .state import KoffState, require_attached
 from .version import __version__
 
 MARKER, MEMORIES = "koff.json", "memories"
+_LOAD = "koff.load"
 FORMAT = 1
 
 
@@ -73,10 +74,9 @@ def save(
         ValueError: gates that are not compacted, a KV memory that was never filled, or a taken
             directory; nothing is written then.
     """
-    directory = Path(directory)
+    directory, metadata = Path(directory), dict(metadata or {})
     state = require_attached(model, "koff.save")
     _check_savable(state, directory, overwrite)
-    metadata = dict(metadata or {})
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -191,37 +191,35 @@ def load(
         FileNotFoundError, ValueError: not a saved model, damaged, or memories that do not belong to
             the backbone.
     """
-    directory, where = Path(directory), "koff.load"
-    facts = disk.read_json(directory / MARKER, where)
+    directory = Path(directory)
+    facts = disk.read_json(directory / MARKER, _LOAD)
     version = facts.get("format")
-    require(
-        version == FORMAT, where, "the format version", f"be {FORMAT}", repr(version), "update koff"
-    )
-    config = AutoConfig.from_pretrained(directory)
-    arch.architecture(config.model_type, where)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, trust_remote_code=False
-    )
-    widths = facts.get("widths")
-    require(
-        arch.widths(model) == widths,
-        where,
-        "the backbone's widths",
-        f"be {widths}",
-        arch.widths(model),
-        "copy it",
-    )
+    rule = f"be {FORMAT}"
+    require(version == FORMAT, _LOAD, "the format version", rule, repr(version), "update koff")
+    model = _read_backbone(directory, facts, dtype)
     settings = KoffConfig.from_dict(facts["config"])
-    arch.check_supported(model, settings.kv is not None and bool(facts["memories"]), where)
+    arch.check_supported(model, settings.kv is not None and bool(facts["memories"]), _LOAD)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths = facts["dense_widths"]
-    state.kept = _kept(facts, where)
+    state.kept = _kept(facts, _LOAD)
     for name in facts["memories"]:
         state.memories.add(_read_memory(model, directory, name, facts, generator))
     install(model, state)
     use_koff_attention(model)
     return model.to(device or "cpu").eval()
+
+
+def _read_backbone(directory: Path, facts: dict[str, Any], dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory)
+    arch.architecture(config.model_type, _LOAD)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    widths, got = facts.get("widths"), arch.widths(model)
+    same = got == widths
+    require(same, _LOAD, "the backbone's widths", f"be {widths}", got, "copy the folder again")
+    return model
 
 
 def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
@@ -238,7 +236,7 @@ def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
 
 
 def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict, generator):
-    check_memory_name(name, "koff.load")
+    check_memory_name(name, _LOAD)
     where, folder = f"memory {name!r}", directory / MEMORIES / name
     own = disk.read_json(folder / "memory.json", where)
     same = own.get("backbone_sha256") == facts["backbone_sha256"]

@@ -283,8 +283,8 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         logging_steps=train.logging_every,
         seed=recipe.seed,
         report_to=[],
-        # Without memories there is nothing to tune behind a fixed mask.
-        fix_mask_at=train.fix_mask_at if recipe.koff.memories else None,
+        # Gates alone stop there, so that both variants train their gates equally long.
+        fix_mask_at=train.fix_mask_at,
         use_cpu=device == "cpu",
         **checkpointing,
         **{name: getattr(train, name) for name in same},

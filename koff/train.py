@@ -19,6 +19,7 @@ from .errors import require
 from .evaluate import evaluate as evaluate_domains
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
+from .optim import clip_groups, hold_constant_groups, parameter_groups
 from .prefill import fill_from_tokens
 from .schedule import MixtureDataset, MixtureSampler, collate
 from .state import KoffState, require_attached
@@ -236,39 +237,10 @@ class KoffTrainer(Trainer):
         """One group each for LoRA, KV, gates and the multiplier (which ascends)."""
         if self.optimizer is not None:
             return self.optimizer
-        koff, own = self.accelerator.unwrap_model(model or self.model).koff, self.settings
-        groups = [
-            {
-                "params": [p for m in koff.memories for p in m.lora.parameters()],
-                "lr": own.lora_learning_rate,
-                "weight_decay": self.args.weight_decay,
-            },
-            {
-                "params": [p for m in koff.memories for p in m.kv.parameters()],
-                "lr": own.kv_learning_rate,
-                "weight_decay": 0.0,
-            },
-        ]
-        if koff.gates is not None:
-            gates = list(koff.gates.log_alpha)
-            groups += [
-                {
-                    "params": gates,
-                    "lr": own.gate_learning_rate,
-                    "weight_decay": 0.0,
-                    "constant": True,
-                },
-                {
-                    "params": [koff.gates.multiplier],
-                    "lr": own.multiplier_learning_rate,
-                    "weight_decay": 0.0,
-                    "constant": True,
-                    "maximize": True,
-                    "unclipped": True,
-                },
-            ]
+        koff = self.accelerator.unwrap_model(model or self.model).koff
+        groups = parameter_groups(koff, self.settings, self.args.weight_decay)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = cls([g for g in groups if g["params"]], **kwargs)
+        self.optimizer = cls(groups, **kwargs)
         require(
             "maximize" in self.optimizer.defaults,
             "KoffTrainer",
@@ -282,26 +254,12 @@ class KoffTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """transformers' scheduler for the memories; gates and multiplier keep their rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        groups = (optimizer or self.optimizer).param_groups
-        if hasattr(scheduler, "lr_lambdas"):
-            scheduler.lr_lambdas = [
-                _constant if group.get("constant") else fn
-                for group, fn in zip(groups, scheduler.lr_lambdas, strict=True)
-            ]
-            for group, base in zip(groups, scheduler.base_lrs, strict=True):
-                if group.get("constant"):
-                    group["lr"] = base
+        hold_constant_groups(scheduler, (optimizer or self.optimizer).param_groups)
         return scheduler
 
     def _clip_grad_norm(self, model: nn.Module):
-        """Clip each group by itself; the multiplier is left alone. Returns the norm over all
-        groups."""
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
-            for group in self.optimizer.param_groups
-            if not group.get("unclipped")
-        ]
-        return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        """Clip each group by itself; the multiplier is left alone. Returns the norm over all."""
+        return clip_groups(self.optimizer.param_groups, self.args.max_grad_norm)
 
     # ---- start, logs, evaluation ----
 
@@ -402,10 +360,6 @@ class KoffTrainer(Trainer):
 
 def _seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def _constant(step: int) -> float:
-    return 1.0
 
 
 def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:

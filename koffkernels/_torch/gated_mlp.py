@@ -16,10 +16,11 @@ from ..reference import ACTIVATIONS
 from ..types import GatedMLPLoRA, LoRA
 from .rows import add_delta, lora_gradients, row_matrices, traced_linear
 
-# Elementwise work on the CPU goes through pieces of this many elements: 2 MiB in fp32, so that the
-# handful of passes over one piece stay in cache, and few enough pieces that the threads, which meet
-# after every pass, do not wait for one another for long on a busy machine.
-PIECE_ELEMENTS = 1 << 19
+# Elementwise work on the CPU goes through pieces of this many elements: 8 MiB in fp32, so that the
+# handful of passes over one piece stay in cache and no temporary has the size of the whole. Smaller
+# pieces are hardly faster on an idle machine and much slower on a busy one: the threads meet after
+# every pass over a piece, and each time wait for the one that was interrupted.
+PIECE_ELEMENTS = 1 << 21
 
 _aten = torch.ops.aten
 _ACTIVATION_OUT = {

@@ -23,13 +23,13 @@ def row_matrices(
         return a.to(dtype).expand(rows, -1, -1), b.to(dtype).expand(rows, -1, -1)
     index = ids.clamp(min=0)
     none = (ids < 0)[:, None, None]
+    a_rows = a.to(dtype)[index]
+    b_rows = (b * scaling.to(b.dtype)[:, None, None]).to(dtype)[index]
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(none.any()):
+        return a_rows, b_rows
     # masked_fill rather than a factor 0: an inf or NaN of another memory must not reach rows that
     # do not use it.
-    a_rows = a.to(dtype)[index].masked_fill_(none, 0.0)
-    b_rows = (
-        (b[index] * scaling[index].to(b.dtype)[:, None, None]).masked_fill_(none, 0.0).to(dtype)
-    )
-    return a_rows, b_rows
+    return a_rows.masked_fill_(none, 0.0), b_rows.masked_fill_(none, 0.0)
 
 
 def add_delta(y: Tensor, x: Tensor, a_rows: Tensor, b_rows: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""Parameter groups of a training run: each part of what is learned has a rate of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .state import KoffState
+from .training_args import Settings
+
+
+def parameter_groups(
+    state: KoffState, settings: Settings, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for LoRA, KV, gates and the multiplier, in this order; empty ones are left out.
+
+    Args:
+        state: ``model.koff``.
+        settings: the rates.
+        weight_decay: of the LoRA matrices; everything else has none.
+
+    Returns:
+        Groups for a torch optimiser. The multiplier's maximises, and is marked "unclipped"; gates
+        and multiplier are marked "constant".
+    """
+    lora = [p for memory in state.memories for p in memory.lora.parameters()]
+    kv = [p for memory in state.memories for p in memory.kv.parameters()]
+    groups = [
+        {"params": lora, "lr": settings.lora_learning_rate, "weight_decay": weight_decay},
+        {"params": kv, "lr": settings.kv_learning_rate, "weight_decay": 0.0},
+    ]
+    if state.gates is not None:
+        still = {"weight_decay": 0.0, "constant": True}
+        gates, multiplier = list(state.gates.log_alpha), [state.gates.multiplier]
+        ascent = {"maximize": True, "unclipped": True, **still}
+        groups.append({"params": gates, "lr": settings.gate_learning_rate, **still})
+        groups.append({"params": multiplier, "lr": settings.multiplier_learning_rate, **ascent})
+    return [group for group in groups if group["params"]]
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def hold_constant_groups(scheduler: Any, groups: list[dict[str, Any]]) -> None:
+    """Let the groups marked "constant" keep their rate under a ``LambdaLR``, in place."""
+    if not hasattr(scheduler, "lr_lambdas"):
+        return
+    scheduler.lr_lambdas = [
+        _constant if group.get("constant") else fn
+        for group, fn in zip(groups, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, base in zip(groups, scheduler.base_lrs, strict=True):
+        if group.get("constant"):
+            group["lr"] = base
+
+
+def clip_groups(groups: list[dict[str, Any]], max_norm: float) -> torch.Tensor:
+    """Clip the gradients of each group by itself, in place; "unclipped" groups are left alone.
+
+    Returns:
+        The norm over all clipped groups before clipping.
+    """
+    norms = [
+        torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        for group in groups
+        if not group.get("unclipped")
+    ]
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
