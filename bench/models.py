@@ -1,0 +1,78 @@
+"""Random models of a stated shape, and the FLOPs of their forward."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-shaped model.
+
+    Args:
+        hidden, intermediate, layers, heads, kv_heads, vocab: as in ``LlamaConfig``.
+        rows, tokens: the batch it is measured on.
+    """
+
+    hidden: int = 1024
+    intermediate: int = 3584
+    layers: int = 8
+    heads: int = 16
+    kv_heads: int = 8
+    vocab: int = 8192
+    rows: int = 8
+    tokens: int = 512
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def record(self) -> dict[str, int]:
+        """The shape as a dict, for a result file."""
+        return asdict(self)
+
+
+def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with random weights (untied), sdpa attention, the same for the same seed."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=4096,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def batch(shape: Shape, seed: int) -> Tensor:
+    """Random token ids [rows, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, shape.vocab, (shape.rows, shape.tokens), generator=generator)
+
+
+def forward_flops(shape: Shape, widths: list[int]) -> int:
+    """Multiplications and additions of every matmul of one forward on one batch.
+
+    Args:
+        shape: the model and its batch.
+        widths: MLP neurons of each layer.
+
+    Returns:
+        2 x the multiply-adds of the attention's four linear layers, its scores and their product
+        with the values (the causal half), the three MLP layers and the language-model head.
+    """
+    positions = shape.rows * shape.tokens
+    kv_width = shape.kv_heads * shape.head_dim
+    linears = shape.hidden * (2 * shape.hidden + 2 * kv_width)
+    scores = 2 * shape.hidden * (shape.tokens + 1) // 2
+    mlp = sum(3 * shape.hidden * width for width in widths)
+    head = shape.hidden * shape.vocab
+    return 2 * positions * (len(widths) * (linears + scores) + mlp + head)

@@ -1,0 +1,1 @@
+"""What koff is measured against, each written as well as its libraries allow."""

@@ -1,0 +1,101 @@
+"""Alternating measurements: what is compared runs in turns, A B A B ..., so that a slow minute of
+the machine hits both sides, and the ratio is taken pair by pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each function, called in turns.
+
+    Args:
+        functions: name -> what to time, called without arguments.
+        rounds: how many times each is timed.
+        warmup: how many untimed turns come first.
+
+    Returns:
+        name -> ``rounds`` wall-clock times in seconds, in the order they were taken.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum, maximum and number of ``values``."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "count": len(values),
+    }
+
+
+def paired_ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Spread of ``over[i] / under[i]``: measurements taken one right after the other."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _isa() -> list[str]:
+    """The instruction sets that decide which GEMM kernels run."""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return [name for name in wanted if name in line.split()]
+    except OSError:
+        pass
+    return []
+
+
+def environment(threads: int) -> dict[str, object]:
+    """Machine and versions, without anything that identifies the machine."""
+    import peft
+    import torch
+    import transformers
+
+    return {
+        "processor": _processor(),
+        "instruction_sets": _isa(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def write(path: str | None, record: dict[str, object]) -> None:
+    """Write ``record`` as JSON, folders included; nothing if ``path`` is None."""
+    if path is None:
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
