@@ -212,6 +212,7 @@ def _check_layers(model: PreTrainedModel, where: str) -> None:
             "mlp_bias=True",
             "use another model",
         )
+        _check_unpatched(layer, index, model, where)
         for name, linear in linears(layer, model):
             require(
                 type(linear) is nn.Linear,
@@ -222,6 +223,14 @@ def _check_layers(model: PreTrainedModel, where: str) -> None:
                 "detach other adapters and quantisation first",
                 TypeError,
             )
+
+
+def _check_unpatched(layer: nn.Module, index: int, model: PreTrainedModel, where: str) -> None:
+    """A forward bound to an instance (as Liger does) would bypass the gates without a word."""
+    modules = [mlp(layer, model), attention(layer, model), *(m for _, m in linears(layer, model))]
+    patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
+    rule, step = "use their classes' own forward", "load the model without kernel patches"
+    require(not patched, where, f"the modules of layer {index}", rule, patched, step)
 
 
 def _check_prefix(model: PreTrainedModel, where: str) -> None:

@@ -22,7 +22,7 @@ from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
 from . import arch, attention
 from .boundary import Boundary, KoffModelMixin, tag_cache
 from .config import KoffConfig, KVConfig, LoRAConfig
-from .context import LayerScope, MemoryArgument
+from .context import ForwardContext, LayerScope, MemoryArgument
 from .errors import require
 from .memories import Memory, MemoryBank
 from .prefill import fill_from_random_tokens
@@ -84,7 +84,7 @@ class _AttentionMixin:
     _koff: Site
 
     def forward(self, *args, koff_context=None, **kwargs):
-        self._koff.scope.context = koff_context or self._koff.scope.idle
+        self._koff.scope.context = koff_context or ForwardContext()
         return super().forward(*args, **kwargs)
 
 

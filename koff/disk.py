@@ -82,21 +82,18 @@ def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str 
     ).save_pretrained(str(directory))
 
 
+def _require_file(path: Path, where: str) -> None:
+    got, step = "no such file", "check the folder"
+    require(path.is_file(), where, path.name, "be there", got, step, FileNotFoundError)
+
+
 def read_json(path: Path, where: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         FileNotFoundError, ValueError: missing or malformed.
     """
-    require(
-        path.is_file(),
-        where,
-        path.name,
-        "be there",
-        "no such file",
-        "check the folder",
-        FileNotFoundError,
-    )
+    _require_file(path, where)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -120,15 +117,7 @@ def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError, ValueError: missing or damaged.
     """
-    require(
-        path.is_file(),
-        where,
-        path.name,
-        "be there",
-        "no such file",
-        "check the folder",
-        FileNotFoundError,
-    )
+    _require_file(path, where)
     try:
         return load_file(str(path))
     except Exception as error:

@@ -149,11 +149,10 @@ def _check_foreign(args: TrainingArguments) -> None:
         True,
         "resume from a checkpoint instead",
     )
-    require(
-        not args.fp16,
-        where,
-        "fp16",
-        "be False",
-        True,
-        "use bf16=True or a float16 base in fp32 autocast",
-    )
+    refused = {
+        "fp16": (args.fp16, "use bf16=True, or load the base in float16"),
+        "use_liger_kernel": (args.use_liger_kernel, "its patched MLPs would bypass the gates"),
+        "more than one GPU in a process": (args.n_gpu > 1, "start one process per GPU: torchrun"),
+    }
+    for name, (given, step) in refused.items():
+        require(not given, where, name, "not be used", given, step)

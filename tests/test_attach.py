@@ -118,6 +118,14 @@ def test_quantised_and_adapted_models_are_refused():
         koff.attach(wrapped.base_model.model, _config())
 
 
+def test_patched_modules_are_refused():
+    model = tiny("qwen2")
+    module = model.model.layers[2].mlp
+    module.forward = type(module).forward.__get__(module)  # as kernel libraries do
+    with pytest.raises(ValueError, match=r"modules of layer 2 must use their classes' own forward"):
+        koff.attach(model, _config())
+
+
 def test_positions_where_a_prefix_cannot_be_exact_are_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = tiny("llama", rope_parameters=rope)

@@ -138,6 +138,21 @@ def _hidden(model, ids, memory):
     return model(ids, memory=memory, output_hidden_states=True).hidden_states[-1]
 
 
+def test_layers_called_on_their_own_use_no_memory_and_keep_nothing():
+    model = attached("llama", target_sparsity=0)
+    layer, x = model.model.layers[0], torch.randn(1, 6, 64)
+    rotary = model.model.rotary_emb(x, torch.arange(6)[None])
+    with koff.use_memory(model, "en"):
+        model(tokens(), memory="en", attention_mask=torch.ones(3, 11))
+        out = layer(x, position_embeddings=rotary, attention_mask=None)
+    bounds = torch.tensor([[[[2, 6, 0]]]])  # first key, end, first query
+    masked = layer(x, position_embeddings=rotary, attention_mask=bounds)
+    assert torch.equal(layer(x, position_embeddings=rotary, attention_mask=None), out)
+    assert not torch.equal(masked, out)
+    plain = koff.detach(model).model.layers[0]
+    assert torch.equal(plain(x, position_embeddings=rotary, attention_mask=None), out)
+
+
 def test_hidden_states_are_still_recorded():
     plain = tiny("qwen3")
     count = len(plain(tokens(), output_hidden_states=True).hidden_states)

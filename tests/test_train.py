@@ -284,14 +284,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 REFUSALS = {
     "missing domain": (dict(domains={"en": DOMAINS["en"]}), KeyError, "none for .'es', 'keys'."),
     "unknown domain": (dict(domains={**DOMAINS, "de": []}), KeyError, "must name only memories"),
-    "empty": (dict(domains={**DOMAINS, "en": []}), ValueError, "en"),
-    "short": (dict(domains={**DOMAINS, "en": [{"input_ids": [3, 4]}]}), ValueError, "en"),
+    "empty": (dict(domains={**DOMAINS, "en": []}), ValueError, "en must not be empty"),
+    "short": (
+        dict(domains={**DOMAINS, "en": [{"input_ids": [3, 4]}]}),
+        ValueError,
+        "en must hold at least one block of 16 tokens, got 2",
+    ),
     "no domain": (dict(domains={}), ValueError, "must name a domain"),
     "too long": (
         dict(block_size=1020),
         ValueError,
         r"must fit the model's 1024 positions, got 5 \+ 1020",
     ),
+    "liger": (dict(use_liger_kernel=True), ValueError, "use_liger_kernel must not be used"),
     "batching": (dict(batching="both"), ValueError, "must be 'mixed' or 'single', got 'both'"),
     "fix_mask_at": (dict(fix_mask_at=0.0), ValueError, r"must be None or lie in \(0, 1\]"),
     "rate": (
