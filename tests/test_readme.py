@@ -1,0 +1,40 @@
+"""The README's first example runs as it stands, on a tiny model in place of the named one."""
+
+import random
+import re
+from pathlib import Path
+
+import torch
+from models import tiny
+from test_data import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMED = "meta-llama/Llama-3.2-3B"
+
+
+def test_readme_names_the_two_commands():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in ("demo", "test"):
+        assert f"make {command}" in README and re.search(rf"^{command}:", makefile, re.M)
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    assert code.count(NAMED) == 2 and "max_steps=2000" in code
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    model = tiny("llama", max_position_embeddings=1024, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=200)) for _ in range(8)]
+    inputs = tokenizer(["ab", "cde", "f"], return_tensors="pt", padding=True, padding_side="left")
+    inputs.pop("token_type_ids", None)
+    names = dict(en=texts, fr=texts[::-1], es=texts[2:], math=texts[1:], inputs=inputs)
+    code = code.replace(NAMED, str(tmp_path / "base")).replace("max_steps=2000", "max_steps=2")
+    code = code.replace('"run", ', '"run", use_cpu=True, ')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["small"].dtype == torch.bfloat16
+    assert names["small"].koff.memory_names == ("en", "fr", "es")
+    assert (tmp_path / "out" / "koff.json").is_file()
