@@ -265,7 +265,7 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
     same = (
         "block_size", "gate_learning_rate", "lora_learning_rate", "kv_learning_rate",
         "multiplier_learning_rate", "sparsity_penalty", "sparsity_warmup_ratio", "batching",
-        "width_multiple_of", "weight_decay", "max_grad_norm", "bf16",
+        "width_multiple_of", "distillation_weight", "weight_decay", "max_grad_norm", "bf16",
     )  # fmt: skip
     # Named only where it is wanted: newer transformers warn about the name.
     checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}

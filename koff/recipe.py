@@ -68,6 +68,7 @@ class TrainSettings:
     batching: Literal["mixed", "single"] = "mixed"
     fix_mask_at: float | None = 0.7
     width_multiple_of: int = 64
+    distillation_weight: float = 0.0
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0

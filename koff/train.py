@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from .checkpoint import read_checkpoint, write_checkpoint
 from .errors import require
 from .evaluate import evaluate as evaluate_domains
+from .losses import distillation_losses, next_token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
@@ -151,7 +151,8 @@ class KoffTrainer(Trainer):
     # ---- loss ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean-token cross-entropy plus, while the mask is open, the sparsity constraint."""
+        """Mean-token cross-entropy, mixed with the divergence from the frozen model where it is
+        asked for, plus the sparsity constraint while the mask is open."""
         ids, sources = inputs["input_ids"], inputs["source"]
         logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
         per_row = next_token_losses(logits, ids).mean(1)
@@ -170,8 +171,17 @@ class KoffTrainer(Trainer):
                 [per_row.detach().float(), torch.ones_like(per_row, dtype=torch.float32)], 1
             )
             self._sums.index_add_(0, index, values.to(self._sums.device))
-            loss = loss + self.constraint()
+            loss = self._distilled(loss, model, ids, logits) + self.constraint()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _distilled(self, loss: Tensor, model, ids: Tensor, logits: Tensor) -> Tensor:
+        """(1 - w) cross-entropy + w KL to the same frozen model, gates open and no memory."""
+        weight = self.settings.distillation_weight
+        if weight == 0:
+            return loss
+        with torch.no_grad(), self.koff.bypass():
+            teacher = model(input_ids=ids, use_cache=False).logits
+        return (1 - weight) * loss + weight * distillation_losses(logits, teacher).mean()
 
     def target_now(self) -> float:
         """The warmed-up target t."""
@@ -360,22 +370,3 @@ class KoffTrainer(Trainer):
 
 def _seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
-
-
-def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """-log p(token t + 1 | tokens up to t) of each position but the last.
-
-    Args:
-        logits: [B, T, V].
-        ids: int64 [B, T].
-
-    Returns:
-        fp32 [B, T - 1], nats.
-    """
-    labels = F.pad(
-        ids[:, 1:], (0, 1), value=-100
-    )  # ignore the last position instead of copying the logits
-    losses = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-    )
-    return losses.view(ids.shape)[:, :-1]

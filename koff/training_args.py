@@ -35,6 +35,8 @@ class KoffTrainingArguments(TrainingArguments):
             tuned; None leaves binarising to the caller.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
         block_size: tokens per training row.
+        distillation_weight: w in 0..1; the loss is (1 - w) cross-entropy + w KL to the same frozen
+            model with its gates open and no memory. 0: no second forward.
     """
 
     gate_learning_rate: float = 0.1
@@ -48,6 +50,7 @@ class KoffTrainingArguments(TrainingArguments):
     fix_mask_at: float | None = 0.7
     width_multiple_of: int = 64
     block_size: int = 512
+    distillation_weight: float = 0.0
     adam_beta2: float = 0.95
     report_to: None | str | list[str] = "none"
 
@@ -64,6 +67,7 @@ OWN_FIELDS = (
     "fix_mask_at",
     "width_multiple_of",
     "block_size",
+    "distillation_weight",
 )
 
 
@@ -83,6 +87,7 @@ class Settings:
     fix_mask_at: float | None
     width_multiple_of: int
     block_size: int
+    distillation_weight: float
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Settings:
@@ -105,6 +110,8 @@ class Settings:
             require(good, where, name, "be a finite number of at least 0", repr(value), "change it")
         ratio = self.sparsity_warmup_ratio
         require(0 <= ratio <= 1, where, "sparsity_warmup_ratio", "lie in 0..1", ratio, "change it")
+        weight = self.distillation_weight
+        require(0 <= weight <= 1, where, "distillation_weight", "lie in 0..1", weight, "change it")
         at = self.fix_mask_at
         require(
             at is None or 0 < at <= 1,
