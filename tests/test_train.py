@@ -99,6 +99,16 @@ def test_constraint_reaches_the_target(tmp_path):
     assert all(p.abs().max() <= limit for p in run.model.koff.gates.log_alpha)
 
 
+def test_two_runs_are_bit_equal_and_another_seed_is_not(tmp_path):
+    results = []
+    for seed in (3, 3, 4):
+        run = trainer(tmp_path, max_steps=4, seed=seed)
+        run.train()
+        results.append(learned(run.model))
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+    assert not all(torch.equal(results[0][n], results[2][n]) for n in results[0])
+
+
 @pytest.mark.parametrize("batching", ["mixed", "single"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_is_bit_identical(tmp_path, batching, accumulation):
