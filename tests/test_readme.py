@@ -21,7 +21,7 @@ def test_readme_names_the_two_commands():
 
 def test_readme_example_runs(tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    assert code.count(NAMED) == 2 and "max_steps=2000" in code
+    assert code.count(NAMED) == 1 and "max_steps=2000" in code
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     model = tiny("llama", max_position_embeddings=1024, vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path / "base")
@@ -32,7 +32,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     inputs.pop("token_type_ids", None)
     names = dict(en=texts, fr=texts[::-1], es=texts[2:], math=texts[1:], inputs=inputs)
     code = code.replace(NAMED, str(tmp_path / "base")).replace("max_steps=2000", "max_steps=2")
-    code = code.replace('"run", ', '"run", use_cpu=True, ')
+    code = code.replace('("run", ', '("run", use_cpu=True, ')
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), names)
     assert names["small"].dtype == torch.bfloat16
