@@ -185,7 +185,8 @@ def test_pack_takes_records_ids_datasets_and_packed(tokenizer):
 
 
 def test_pack_takes_a_datasets_dataset(tokenizer):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = datasets.Dataset.from_dict({"text": ["abcd", "efgh"]})
     assert torch.equal(
         pack(data, tokenizer, 4).blocks, pack(list(data["text"]), tokenizer, 4).blocks
