@@ -65,7 +65,17 @@ class Gates(nn.Module):
         """
         if self.fixed:
             return [mask.to(p.dtype) for mask, p in zip(self.masks, self.log_alpha, strict=True)]
-        return [hard_concrete(p, sample=self.training) for p in self.log_alpha]
+        return self._drawn(self.training)
+
+    def _drawn(self, sample: bool) -> list[Tensor]:
+        return [hard_concrete(p, sample=sample) for p in self.log_alpha]
+
+    @torch.no_grad()
+    def open_widths(self) -> list[int]:
+        """How many neurons of each layer are open: in the mask, or with a deterministic gate above
+        0."""
+        values = self.masks if self.fixed else self._drawn(False)
+        return [int((z > 0).sum()) for z in values]
 
     def expected_sparsity(self) -> Tensor:
         """1 - mean P(z > 0) over all neurons: differentiable scalar, in units of the target."""

@@ -26,7 +26,8 @@ class SparsityReport:
         non_embedding: of all base weights but the embedding and output tables.
         undecided: share of gates with 0.1 < P(z > 0) < 0.9.
         hard: True for a binary mask or a compacted model; False: expected values of trained gates.
-        widths: kept MLP neurons of each layer (of a soft mask: those with P(z > 0) > 0.5).
+        widths: kept MLP neurons of each layer (of a soft mask: those whose
+            deterministic gate is above 0).
     """
 
     mlp: float
@@ -93,21 +94,12 @@ def sparsity(model: PreTrainedModel) -> SparsityReport:
     if state.gates is None:
         widths = arch.widths(model)
         return _report(state, sum(state.dense_widths) - sum(widths), model, widths)
+    widths = state.gates.open_widths()
     if state.gates.fixed:
-        widths = [int(mask.sum()) for mask in state.gates.masks]
-        return _report(state, state.gates.neurons - sum(widths), model, widths)
-    removed = float(state.gates.expected_sparsity()) * state.gates.neurons
-    # P(z > 0) > 0.5 <=> log_alpha > -OPEN_SHIFT, but "most likely open" is all that a width can
-    # mean here.
-    widths = [int((z > 0).sum()) for z in _soft_values(state)]
+        removed = state.gates.neurons - sum(widths)
+    else:
+        removed = float(state.gates.expected_sparsity()) * state.gates.neurons
     return _report(state, removed, model, widths)
-
-
-def _soft_values(state: KoffState) -> list[Tensor]:
-    training = state.gates.training
-    values = state.gates.eval().values()
-    state.gates.train(training)
-    return values
 
 
 def _raw_widths(scores: list[Tensor], keep: int) -> list[int]:
@@ -158,8 +150,6 @@ def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> l
 
 def _check(state: KoffState, target: float, per_layer: str, multiple_of: int) -> None:
     where = "binarize"
-    step = "attach with target_sparsity > 0"
-    require(state.gates is not None, where, "the model", "have gates", "none", step)
     require(
         per_layer in ("global", "uniform"),
         where,
@@ -205,7 +195,9 @@ def binarize(
     Source: KOFF (arXiv 2605.29075), top-k over the learned gates; rounding is koff's own.
     """
     state = require_attached(model, "binarize")
-    target = state.gates.target if target is None and state.gates is not None else (target or 0.0)
+    step = "attach with target_sparsity > 0"
+    require(state.gates is not None, "binarize", "the model", "have gates", "none", step)
+    target = state.gates.target if target is None else target
     _check(state, target, per_layer, multiple_of)
     gates, undecided = state.gates, state.gates.undecided()
     scores = [p.detach() for p in gates.log_alpha]

@@ -13,6 +13,7 @@ from .data import PackedBlocks, load_documents, pack
 from .progress import TrainProgress
 from .recipe import Recipe, first_difference
 from .report import write_json
+from .training_args import OWN_FIELDS
 
 RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoints"
 
@@ -262,11 +263,8 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
     import koff
 
     train = recipe.train
-    same = (
-        "block_size", "gate_learning_rate", "lora_learning_rate", "kv_learning_rate",
-        "multiplier_learning_rate", "sparsity_penalty", "sparsity_warmup_ratio", "batching",
-        "width_multiple_of", "distillation_weight", "weight_decay", "max_grad_norm", "bf16",
-    )  # fmt: skip
+    own = {name: getattr(train, name) for name in OWN_FIELDS}
+    own["general_every"] = train.general_every if recipe.general else 0
     # Named only where it is wanted: newer transformers warn about the name.
     checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
     return koff.KoffTrainingArguments(
@@ -274,7 +272,6 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation,
-        general_every=train.general_every if recipe.general else 0,
         lr_scheduler_type=train.lr_scheduler,
         warmup_steps=int(train.warmup_ratio * train.steps),
         save_strategy="steps" if train.save_every else "no",
@@ -283,11 +280,12 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         logging_steps=train.logging_every,
         seed=recipe.seed,
         report_to=[],
-        # Gates alone stop there, so that both variants train their gates equally long.
-        fix_mask_at=train.fix_mask_at,
         use_cpu=device == "cpu",
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.bf16,
         **checkpointing,
-        **{name: getattr(train, name) for name in same},
+        **own,
     )
 
 

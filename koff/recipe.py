@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .config import KoffConfig
 from .data import DataSource, check_source
 from .schema import build, convert, join, unknown_key
+from .training_args import Settings
 
 Columns = str | tuple[str, ...]
 
@@ -50,25 +51,13 @@ class GeneralData(DomainData):
             raise ValueError(f"weight must be positive, got {self.weight}; 1.0 is neutral")
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+@dataclass
+class TrainSettings(Settings):
     """How long and how fast; what is not named here keeps the default of KoffTrainingArguments."""
 
     steps: int = 1000
     batch_size: int = 8
-    block_size: int = 512
     gradient_accumulation: int = 1
-    gate_learning_rate: float = 0.1
-    lora_learning_rate: float = 1e-3
-    kv_learning_rate: float = 2e-2
-    multiplier_learning_rate: float = 0.01
-    sparsity_penalty: float = 10.0
-    sparsity_warmup_ratio: float = 0.2
-    general_every: int = 4
-    batching: Literal["mixed", "single"] = "mixed"
-    fix_mask_at: float | None = 0.7
-    width_multiple_of: int = 64
-    distillation_weight: float = 0.0
     lr_scheduler: str = "linear"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
@@ -111,7 +100,7 @@ class Recipe:
     data: dict[str, DomainData]
     koff: KoffConfig
     general: dict[str, GeneralData] = field(default_factory=dict)
-    train: TrainSettings = TrainSettings()
+    train: TrainSettings = field(default_factory=TrainSettings)
     seed: int = 0
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -47,12 +47,11 @@ class KoffState(nn.Module):
         super().__init__()
         self.config = config
         self.dense_widths = arch.widths(model)
-        self.weights = count_weights(model)
         self.max_positions = model.config.max_position_embeddings
         self.memories = MemoryBank(arch.inverse_frequencies(model))
         self.gates: Gates | None = None
         if config.target_sparsity > 0 and with_gates:
-            target = self.neuron_target(config.target_sparsity, config.sparsity_scope)
+            target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
             self.gates = Gates(self.dense_widths, target, model.device, generator)
         self.active: MemoryArgument = None
         self.bypassed = False
@@ -65,19 +64,6 @@ class KoffState(nn.Module):
     def memory_names(self) -> tuple[str, ...]:
         """Names of the memories, in order."""
         return tuple(self.memories.names)
-
-    def neuron_target(self, target: float, scope: str) -> float:
-        """The share of MLP neurons that removes ``target`` of ``scope``."""
-        share = target if scope == "mlp" else target * self.weights["total"] / self.weights["mlp"]
-        require(
-            share <= MAX_SPARSITY,
-            "target_sparsity",
-            f"the share of MLP neurons that it means (scope {scope!r})",
-            f"be at most {MAX_SPARSITY}",
-            f"{share:.3f}",
-            "lower the target",
-        )
-        return share
 
     def check(self, memory: MemoryArgument, where: str) -> None:
         """Refuse unknown memories; the number of rows is checked when they are known."""
@@ -137,6 +123,21 @@ def count_weights(model: PreTrainedModel) -> dict[str, int]:
         for m in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     return {"total": total, "mlp": mlp, "embedding": sum(tables.values())}
+
+
+def _neuron_target(model: PreTrainedModel, target: float, scope: str) -> float:
+    """The share of MLP neurons that removes ``target`` of ``scope``."""
+    weights = count_weights(model)
+    share = target if scope == "mlp" else target * weights["total"] / weights["mlp"]
+    require(
+        share <= MAX_SPARSITY,
+        "target_sparsity",
+        f"the share of MLP neurons that it means (scope {scope!r})",
+        f"be at most {MAX_SPARSITY}",
+        f"{share:.3f}",
+        "lower the target",
+    )
+    return share
 
 
 def is_attached(model: object) -> bool:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
 from .errors import require
 
 _HF_LEARNING_RATE = 5e-5
+_RATES = (
+    "gate_learning_rate",
+    "lora_learning_rate",
+    "kv_learning_rate",
+    "multiplier_learning_rate",
+    "sparsity_penalty",
+)
 
 
 @dataclass
-class KoffTrainingArguments(TrainingArguments):
-    """transformers' ``TrainingArguments`` with koff's rates and schedule.
-
-    ``learning_rate`` is not used: gates, LoRA, KV and the multiplier have rates of their own. The
-    learning-rate scheduler acts on LoRA and KV; gates and multiplier keep theirs. ``max_grad_norm``
-    clips each group by itself.
+class Settings:
+    """koff's own settings of a run, and their defaults.
 
     Args:
         gate_learning_rate: of log_alpha.
@@ -46,65 +49,28 @@ class KoffTrainingArguments(TrainingArguments):
     sparsity_penalty: float = 10.0
     sparsity_warmup_ratio: float = 0.2
     general_every: int = 4
-    batching: str = "mixed"
+    batching: Literal["mixed", "single"] = "mixed"
     fix_mask_at: float | None = 0.7
     width_multiple_of: int = 64
     block_size: int = 512
     distillation_weight: float = 0.0
-    adam_beta2: float = 0.95
-    report_to: None | str | list[str] = "none"
-
-
-OWN_FIELDS = (
-    "gate_learning_rate",
-    "lora_learning_rate",
-    "kv_learning_rate",
-    "multiplier_learning_rate",
-    "sparsity_penalty",
-    "sparsity_warmup_ratio",
-    "general_every",
-    "batching",
-    "fix_mask_at",
-    "width_multiple_of",
-    "block_size",
-    "distillation_weight",
-)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """koff's own fields of the training arguments, checked. Plain ``TrainingArguments`` get the
-    defaults."""
-
-    gate_learning_rate: float
-    lora_learning_rate: float
-    kv_learning_rate: float
-    multiplier_learning_rate: float
-    sparsity_penalty: float
-    sparsity_warmup_ratio: float
-    general_every: int
-    batching: str
-    fix_mask_at: float | None
-    width_multiple_of: int
-    block_size: int
-    distillation_weight: float
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Settings:
-        """Read and check the settings.
+        """Read and check the settings; plain ``TrainingArguments`` get the defaults.
 
         Raises:
             ValueError: an illegal value, or a transformers setting that koff cannot honour.
         """
-        defaults = {f.name: f.default for f in dataclasses.fields(KoffTrainingArguments)}
-        settings = cls(**{name: getattr(args, name, defaults[name]) for name in OWN_FIELDS})
+        given = {name: getattr(args, name) for name in OWN_FIELDS if hasattr(args, name)}
+        settings = cls(**given)
         settings._check()
         _check_foreign(args)
         return settings
 
     def _check(self) -> None:
         where = "KoffTrainingArguments"
-        for name in OWN_FIELDS[:5]:
+        for name in _RATES:
             value: Any = getattr(self, name)
             good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
             require(good, where, name, "be a finite number of at least 0", repr(value), "change it")
@@ -136,6 +102,22 @@ class Settings:
                 repr(value),
                 "change it",
             )
+
+
+OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Settings))
+
+
+@dataclass
+class KoffTrainingArguments(Settings, TrainingArguments):
+    """transformers' ``TrainingArguments`` with koff's ``Settings``.
+
+    ``learning_rate`` is not used: gates, LoRA, KV and the multiplier have rates of their own. The
+    learning-rate scheduler acts on LoRA and KV; gates and multiplier keep theirs. ``max_grad_norm``
+    clips each group by itself.
+    """
+
+    adam_beta2: float = 0.95
+    report_to: None | str | list[str] = "none"
 
 
 def _check_foreign(args: TrainingArguments) -> None:

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
 import koff
 from koff import arch
+from koff.state import count_weights
 
 CONFIG = koff.KoffConfig(
     memories=NAMES, lora=koff.LoRAConfig(r=4), kv=koff.KVConfig(num_tokens=5, init="tokens")
@@ -196,7 +197,7 @@ def test_config_goes_through_json():
 def test_model_scope_turns_into_a_share_of_neurons():
     model = tiny("llama")
     koff.attach(model, _config(target_sparsity=0.1, sparsity_scope="model"))
-    weights = model.koff.weights
+    weights = count_weights(model)
     assert model.koff.gates.target == pytest.approx(0.1 * weights["total"] / weights["mlp"])
     koff.binarize(model, multiple_of=1)
     assert koff.sparsity(model).model == pytest.approx(0.1, abs=1e-3)

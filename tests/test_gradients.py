@@ -39,7 +39,6 @@ def test_checkpointed_gradients_equal_plain_ones(architecture, reentrant):
     plain = gradients(model)
     assert plain["gates.log_alpha.0"].abs().max() > 0
     model.zero_grad()
-    model._activation_checkpointing = True
     enable_checkpointing(model, reentrant)
     with koff.use_memory(model, "en"):
         loss = loss_of(model, ids, MIX)
