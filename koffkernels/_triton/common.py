@@ -1,0 +1,142 @@
+"""What every kernel shares: launching, matmul precision, the memory of a token, activations.
+
+The interpreter cannot multiply bf16 (it multiplies the raw bits), so ``dot`` widens there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_WIDEN = tl.constexpr(INTERPRETED)
+_NO_MEMORY = tl.constexpr(1 << 30)
+
+# Below this many rows a tile has the tensor cores' smallest height, 16.
+SMALLEST_TILE = 16
+
+
+class Rows(NamedTuple):
+    """Which memory each token of x [M, K] uses.
+
+    Args:
+        ids: int64 [M / tokens], -1 for none; None: every token uses memory 0.
+        tokens: consecutive tokens that share one entry of ids.
+    """
+
+    ids: Tensor | None
+    tokens: int
+
+    def args(self) -> dict[str, Any]:
+        """The arguments of a kernel that calls ``token_memory``."""
+        return {"ids_ptr": self.ids, "tokens": self.tokens, "HAS_IDS": self.ids is not None}
+
+
+class Launch(NamedTuple):
+    """One kernel launch: what ``recording`` collects instead of running it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them: the compile gate runs launchers on meta tensors."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **args: Any
+) -> None:
+    """Run ``kernel`` over ``grid``; an empty grid runs nothing.
+
+    Args:
+        kernel: a ``triton.jit`` function; arguments go by keyword.
+        grid: one to three sizes.
+        num_warps, num_stages: warps per program; depth of the software pipeline.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, options))
+        return
+    kernel[grid](**args, **options)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How ``dot`` multiplies fp32: as torch is set to; other dtypes have one way only."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def rank_block(r: int, limit: int = 64) -> int:
+    """Tile width for a rank r: a power of two in 16..limit; larger ranks go in several steps."""
+    return min(limit, max(SMALLEST_TILE, triton.next_power_of_2(r)))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b with fp32 accumulation."""
+    if _WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS: tl.constexpr):
+    """Memory of each token [BLOCK_M], -1 for none and for tokens outside the mask."""
+    if HAS_IDS:
+        return tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1).to(tl.int32)
+    return tl.where(mask_m, 0, -1)
+
+
+@triton.jit
+def memory_range(memory):
+    """(first, last + 1) of the memories in a tile; an empty range where no token has one."""
+    first = tl.min(tl.where(memory < 0, _NO_MEMORY, memory), 0)
+    return first, tl.max(memory, 0) + 1
+
+
+@triton.jit
+def activate(g, ACTIVATION: tl.constexpr):
+    """act(g) in fp32."""
+    if ACTIVATION == "silu":
+        return g * tl.sigmoid(g)
+    elif ACTIVATION == "gelu":
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:  # gelu_tanh; tanh(v) = 2 sigmoid(2 v) - 1
+        inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+        return g * tl.sigmoid(inner)
+
+
+@triton.jit
+def activate_grad(g, ACTIVATION: tl.constexpr):
+    """(act(g), act'(g)) in fp32."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(g)
+        return g * s, s * (1.0 + g * (1.0 - s))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    else:
+        s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        return g * s, s + g * s * (1.0 - s) * slope

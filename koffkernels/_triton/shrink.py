@@ -1,0 +1,130 @@
+"""s = x A_m^T, m the memory of each token: the narrow half of a low-rank update.
+
+x is read once for one or two updates (gate and up share it). Where tokens are few, K is split over
+programs that write fp32 partials, and ``sum_partials`` adds these in order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .reduce import sum_partials
+
+EXPECTS = {"_shrink_fwd_kernel": "dot"}
+_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+
+
+@triton.jit(do_not_specialize=["M", "tokens", "k_per_split"])
+def _shrink_fwd_kernel(
+    x_ptr,
+    a0_ptr,
+    a1_ptr,
+    s_ptr,
+    ids_ptr,
+    M,
+    K,
+    R0,
+    R1,
+    tokens,
+    k_per_split,
+    stride_xm,
+    HAS_IDS: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M tokens, BLOCK_R ranks, one split of K. s is [splits, M, R0 + R1]."""
+    pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < M
+    memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+    first, last = memory_range(memory)
+    begin = split * k_per_split
+    end = tl.minimum(begin + k_per_split, K)
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    s0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    s1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for m in range(first, last):
+        mine = memory == m
+        a0_rows = a0_ptr + (m * R0 + offs_r[None, :]) * K
+        a1_rows = a1_ptr + (m * R1 + offs_r[None, :]) * K
+        part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k in range(begin, end, BLOCK_K):
+            mask_k = k + offs_k < end
+            x = tl.load(
+                x_rows + (k + offs_k)[None, :], mask=mine[:, None] & mask_k[None, :], other=0.0
+            )
+            mask0 = mask_k[:, None] & (offs_r < R0)[None, :]
+            a0 = tl.load(a0_rows + (k + offs_k)[:, None], mask=mask0, other=0.0)
+            part0 = dot(x, a0.to(x.dtype), part0, PRECISION)
+            if TWO:
+                mask1 = mask_k[:, None] & (offs_r < R1)[None, :]
+                a1 = tl.load(a1_rows + (k + offs_k)[:, None], mask=mask1, other=0.0)
+                part1 = dot(x, a1.to(x.dtype), part1, PRECISION)
+        # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
+        s0 = tl.where(mine[:, None], part0, s0)
+        s1 = tl.where(mine[:, None], part1, s1)
+    s_rows = s_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * (R0 + R1)
+    mask0 = mask_m[:, None] & (offs_r < R0)[None, :]
+    tl.store(s_rows + offs_r[None, :], s0.to(s_ptr.dtype.element_ty), mask=mask0)
+    if TWO:
+        mask1 = mask_m[:, None] & (offs_r < R1)[None, :]
+        tl.store(s_rows + R0 + offs_r[None, :], s1.to(s_ptr.dtype.element_ty), mask=mask1)
+
+
+def _splits(programs: int, blocks: int) -> int:
+    """In how many parts to cut K (``blocks`` tiles), so that every multiprocessor has work."""
+    return max(1, min(blocks // 4, triton.cdiv(_PROGRAMS, max(programs, 1))))
+
+
+def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
+    """s0 = x a0_m^T and, beside it, s1 = x a1_m^T.
+
+    Args:
+        x: [M, K], last stride 1.
+        a0, a1: [n, r, K], contiguous, any floating dtype (rounded to x's); a1 may be None.
+        rows: memory of each token; 0 where it has none.
+
+    Returns:
+        [M, r0 + r1] in x's dtype.
+    """
+    (m, k), r0, r1 = x.shape, a0.shape[1], 0 if a1 is None else a1.shape[1]
+    block_m, block_k, block_r = 64, 64, rank_block(max(r0, r1))
+    tiles = triton.cdiv(m, block_m), triton.cdiv(max(r0, r1), block_r)
+    splits = _splits(tiles[0] * tiles[1], triton.cdiv(k, block_k))
+    k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
+    splits = triton.cdiv(k, k_per_split)
+    dtype = x.dtype if splits == 1 else torch.float32
+    s = x.new_empty(splits, m, r0 + r1, dtype=dtype)
+    launch(
+        _shrink_fwd_kernel,
+        (*tiles, splits),
+        x_ptr=x,
+        a0_ptr=a0,
+        a1_ptr=a0 if a1 is None else a1,
+        s_ptr=s,
+        M=m,
+        K=k,
+        R0=r0,
+        R1=r1,
+        k_per_split=k_per_split,
+        stride_xm=x.stride(0),
+        TWO=a1 is not None,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        PRECISION=precision(x.dtype),
+        num_warps=4,
+        num_stages=3,
+        **rows.args(),
+    )
+    return s[0] if splits == 1 else sum_partials(s, x.dtype)
