@@ -1,0 +1,153 @@
+"""Forward and backward of the MLP with one LoRA, against what a user would write or install."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from koffkernels import LoRA
+
+from .. import timing
+from ..peers.lora_mlp import lora_mlp
+from . import layers
+from .clock import Variant
+from .context import Bench
+from .results import Case, judged
+
+# name -> (least speed-up over it, most memory of it); None: only for information
+PEERS = {"peft-liger": (1.3, 0.7), "hand-written": (1.1, None), "peft": (None, None)}
+Call = Callable[[Tensor], Tensor]
+
+
+def _ours(layer: layers.Layer) -> tuple[Call, list[Tensor]]:
+    """koffkernels with fp32 master weights."""
+    lora = {}
+    trained: list[Tensor] = []
+    for name, (a, b, scaling) in layer.lora.items():
+        a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+        lora[name] = LoRA(a, b, scaling)
+        trained += [a, b]
+    path = layers.Koff(True)
+    held = layers.Layer(layer.weights, lora)
+    return lambda x: path.mlp(held, x), trained
+
+
+def _hand_written(layer: layers.Layer) -> tuple[Call, list[Tensor]]:
+    """``bench.peers.lora_mlp`` with LoRA in the base's dtype."""
+    weights = tuple(layer.weights[name] for name in layers.MLP)
+    like = weights[0]
+    flat = [m[0].to(like.dtype) for name in layers.MLP for m in layer.lora[name][:2]]
+    trained = [m.requires_grad_() for m in flat]
+    return lambda x: lora_mlp(x, weights, trained, 2.0), trained
+
+
+def _peft(layer: layers.Layer, rank: int, liger: bool) -> tuple[Call, list[Tensor]] | None:
+    """PEFT on transformers' or Liger's MLP; None where that is not installed."""
+    from ..peers import peft_mlp  # imports transformers and peft
+
+    kind = peft_mlp.liger_mlp() if liger else peft_mlp.LlamaMLP
+    if kind is None:
+        return None
+    weights = tuple(layer.weights[name] for name in layers.MLP)
+    mlp = peft_mlp.peft_mlp(weights, rank, kind)
+    return mlp, [p for p in mlp.parameters() if p.requires_grad]
+
+
+def _step(call: Call, trained: list[Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """Forward and all gradients: of x and of LoRA."""
+    return torch.autograd.grad(call(x), [x, *trained], dy)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> float | None:
+    """Most memory that ``step`` needs beyond what is held before it; None on the CPU."""
+    if device.type != "cuda":
+        step()
+        return None
+    step()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
+def _build(bench: Bench, layer: layers.Layer) -> dict[str, tuple[Call, list[Tensor]] | None]:
+    return {
+        "ours": _ours(layer),
+        "hand-written": _hand_written(layer),
+        "peft": _peft(layer, bench.rank, False),
+        "peft-liger": _peft(layer, bench.rank, True),
+    }
+
+
+def mlp_training(bench: Bench) -> list[dict]:
+    """One time row and one memory row per peer."""
+    hidden, width = bench.shape.hidden, bench.shape.intermediate
+    sets = bench.sets(3 * hidden * width * bench.dtype.itemsize)
+    built = [_build(bench, layers.random_layer(bench, width, 1, layers.MLP)) for _ in range(sets)]
+    xs = [bench.normal(*bench.prefill(), hidden).requires_grad_() for _ in range(sets)]
+    dy = bench.normal(*bench.prefill(), hidden)
+    present = [name for name, pair in built[0].items() if pair is not None]
+
+    def step(name: str, i: int) -> object:
+        return _step(*built[i][name], xs[i], dy)
+
+    peaks = {n: peak_bytes(lambda n=n: step(n, 0), bench.device) for n in present}
+    times = bench.measure(
+        **{n: Variant(lambda i, n=n: step(n, i), sets, graph=False) for n in present}
+    )
+    facts = {
+        "shape": {"rows": dy.shape[0], "tokens": dy.shape[1], "hidden": hidden, "width": width},
+        "rank": bench.rank,
+        "times": {name: timing.spread(values) for name, values in times.items()},
+    }
+    return [row for peer in PEERS for row in _rows(peer, times, peaks, facts)]
+
+
+def _rows(peer: str, times: dict, peaks: dict, facts: dict) -> list[dict]:
+    """The rows of one peer; of a missing one they say so."""
+    faster, leaner = PEERS[peer]
+    name = f"mlp-training-over-{peer}"
+    if peer not in times:
+        reason = "peer missing: liger-kernel"
+        return [
+            judged(name, None, faster, status=reason),
+            judged(f"{name}-memory", None, leaner, at_most=True, status=reason),
+        ]
+    speedup = timing.paired_ratio(times[peer], times["ours"])
+    share = peaks["ours"] / peaks[peer] if peaks[peer] else None
+    medians = {n: statistics.median(times[n]) for n in ("ours", peer)}
+    return [
+        judged(
+            name,
+            speedup["median"],
+            faster,
+            us=medians["ours"],
+            limit_us=medians[peer],
+            limit=f"forward and backward by {peer}",
+            speedup=speedup,
+            **facts,
+        ),
+        judged(
+            f"{name}-memory",
+            share,
+            leaner,
+            at_most=True,
+            bytes=peaks["ours"],
+            limit_bytes=peaks[peer],
+            limit=f"peak bytes of {peer} in forward and backward beyond weights and inputs",
+            shape=facts["shape"],
+            rank=facts["rank"],
+        ),
+    ]
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """The training rows."""
+    yield "mlp-training", lambda: mlp_training(bench)
