@@ -94,7 +94,7 @@ def _verdict(record: dict, check: bool) -> int:
 
     rows = record["rows"]
     if record["part"] == "tests":
-        return int(failed(rows))
+        return int(failed(rows, record["dry"]))
     return int(check and any("error" in row or row.get("passed") is False for row in rows))
 
 

@@ -157,6 +157,16 @@ def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...
     results.run(cases(bench, deadline), deadline, only)
 
 
-def failed(rows: list[dict]) -> bool:
-    """Did a test fail, or did memcheck find an error?"""
-    return any(row.get("failed") or "errors" in str(row.get("status")) for row in rows)
+def failed(rows: list[dict], dry: bool) -> bool:
+    """Did a test fail, did pytest not finish, or did memcheck find an error?
+
+    In a dry run all tests are deselected, for which pytest's exit code is 5.
+    """
+    for row in rows:
+        status = row.get("status")
+        if status is None:
+            if row.get("exit_code") not in ((0, 5) if dry else (0,)):
+                return True
+        elif status == "failed" or status.endswith("errors"):
+            return True
+    return False
