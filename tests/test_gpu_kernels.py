@@ -9,7 +9,8 @@ from gpu_cases import ATTENTION, BUILDERS, NAMES, SHAPES, Case, attention_case
 from oracle import assert_same, compare, cotangent_for, leaves_of, run, run_oracle
 from tolerances import BACKWARD, FORWARD
 
-from koffkernels import dispatch
+from koffkernels.dispatch import choose
+from koffkernels.routes import force_route
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +59,7 @@ def build(op: str, shape, dtype: str, **options) -> Case:
 
 def routed(route: str):
     """Force a route."""
-    return contextlib.nullcontext() if route == "automatic" else dispatch.force_route(route)
+    return contextlib.nullcontext() if route == "automatic" else force_route(route)
 
 
 def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
@@ -76,6 +77,11 @@ def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
         assert grad is not None, f"gradient of {name} is missing"
         assert grad.dtype == case.tensors[name].dtype and grad.device.type == DEVICE.type
         compare(name, grad, want_grads[name], NAMES[dtype], BACKWARD, theirs[1].get(name))
+
+
+@every_op
+def test_gpu_operations_run_on_triton(op):
+    assert choose(op, DEVICE).backend == "triton"
 
 
 def linear_cases():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,10 +14,11 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+from koffkernels.routes import ROUTES
+
 from . import device
 from .context import Bench
 from .results import Case, Deadline, Results
-from .smallest import ROUTES
 
 ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = "tests/test_gpu_kernels.py"
@@ -41,11 +43,13 @@ def pytest_row(name: str, arguments: list[str], seconds: float) -> dict:
         arguments: files and options.
         seconds: after which it is stopped.
     """
-    start = time.monotonic()
+    start, workers = time.monotonic(), []
+    if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling
+        workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-        command += ["--durations=5", f"--junitxml={report}", *arguments]
+        command += ["--durations=5", f"--junitxml={report}", *workers, *arguments]
         code, output = _process(command, seconds)
         row = {"name": name, "exit_code": code, **_counts(report)}
     row["seconds"] = round(time.monotonic() - start, 1)

@@ -11,7 +11,7 @@ import torch
 from .. import timing
 
 # name to import -> distribution to install
-NEEDED = {"triton": "triton", "pytest": "pytest", "transformers": "transformers"}
+NEEDED = {"triton": "triton", "pytest": "pytest", "transformers": "transformers", "peft": "peft"}
 DRY_NAME = "dry"
 _QUERY = (
     "clocks.sm",

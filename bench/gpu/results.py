@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -124,6 +125,7 @@ def _free() -> str | None:
     """Give back memory; why the GPU cannot be used any more, None if it can."""
     if not torch.cuda.is_available():
         return None
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Route tables: every route and configuration of an operation at every shape, and the winners.
 
-All timings go to bench/results/<gpu>-tables.json; koffkernels/configs/<gpu>.json holds the fastest
-route of each shape. A route must beat the vendor's by ``MARGIN`` to be chosen.
+All timings go to bench/results/<gpu>-tables.json; ``koffkernels.routes.table_path`` holds the
+fastest route of each shape. A route must beat the vendor's by ``MARGIN`` to be chosen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 import koffkernels
-from koffkernels import GatedMLPLoRA, dispatch
+from koffkernels import GatedMLPLoRA
+from koffkernels.routes import DECODE_TOKENS, force_route, table_path
 
 from .. import timing
 from . import device, layers
@@ -27,13 +28,13 @@ from .context import Bench, pruned
 from .results import Case, Deadline, Results
 
 MARGIN = 0.99
-DECODE_TOKENS = 64
+ARCHS = (80, 90, 100)  # chips that configurations know; another counts as the next older one
 FORWARD_TOKENS = (1, 16, 64, 256, 1024, 8192, 4, 2048)  # in order of value
 BACKWARD_TOKENS = (8192, 1024)
 # The file in koffkernels/_triton whose CONFIGS an operation's route can use.
 FILES = {
-    ("gated_mlp", "fused"): "gemm_mlp_up",
-    ("gated_mlp", "decode"): "decode_mlp_up",
+    ("gated_mlp", "fused"): "gemm_mlp",
+    ("gated_mlp", "decode"): "decode_mlp",
     ("lora_linear", "fused"): "gemm_linear",
     ("lora_linear", "decode"): "decode_linear",
 }
@@ -56,7 +57,9 @@ OTHERS = (
 
 
 class Key(NamedTuple):
-    """What a row of the table is for."""
+    """What a row of the table is for: tokens m, and the widths k -> n of the GEMM, of an MLP H and
+    I. The GEMM of a linear layer's backward goes from its outputs to its inputs.
+    """
 
     op: str
     direction: str
@@ -81,18 +84,17 @@ class Candidate(NamedTuple):
         return self.route if self.config is None else f"{self.route}:{self.config}"
 
 
-def configurations(op: str, route: str, arch: str) -> list[str | None]:
-    """Configurations that a route may use on ``arch`` ("sm_90"); none without its file."""
+def configurations(op: str, route: str, arch: int) -> list[str]:
+    """Configurations that a route may use on ``arch`` (90: sm_90); none without its file."""
     module = f"koffkernels._triton.{FILES[op, route]}"
     if importlib.util.find_spec(module) is None:
         return []
     found = importlib.import_module(module).CONFIGS
-    return [
-        name for name, config in found.items() if arch in (getattr(config, "archs", None) or [arch])
-    ]
+    chip = max((known for known in ARCHS if known <= arch), default=ARCHS[0])
+    return [name for name, config in found.items() if chip in (config.archs or ARCHS)]
 
 
-def candidates(key: Key, arch: str) -> list[Candidate]:
+def candidates(key: Key, arch: int) -> list[Candidate]:
     """The vendor's route, then every configuration of the others that can run this shape."""
     routes = ["fused"]
     if key.direction == "forward" and key.m <= DECODE_TOKENS:
@@ -107,7 +109,7 @@ def routed(bench: Bench, candidate: Candidate) -> AbstractContextManager:
     """Run one candidate; a dry run has no routes."""
     if bench.dry:
         return contextlib.nullcontext()
-    return dispatch.force_route(candidate.name)
+    return force_route(candidate.name)
 
 
 def _call(bench: Bench, key: Key, layer: layers.Layer, x: torch.Tensor) -> Callable:
@@ -122,7 +124,8 @@ def _call(bench: Bench, key: Key, layer: layers.Layer, x: torch.Tensor) -> Calla
 
 def _layer(bench: Bench, key: Key, train: bool) -> layers.Layer:
     """Weights and one memory of an operation."""
-    names = {"q": (key.n, key.k)}
+    forward = key.direction == "forward"
+    names = {"q": (key.n, key.k) if forward else (key.k, key.n)}
     if key.op == "gated_mlp":
         names = {"gate": (key.n, key.k), "up": (key.n, key.k), "down": (key.k, key.n)}
     weights = {name: bench.normal(*size, scale=size[1] ** -0.5) for name, size in names.items()}
@@ -147,7 +150,7 @@ def _forward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
             with torch.no_grad(), routed(bench, candidate):
                 return calls[i]()
 
-        return Variant(call, sets)
+        return Variant(call, sets, calls=16 if key.m <= 1024 else 2)
 
     return variant
 
@@ -155,7 +158,8 @@ def _forward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
 def _backward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
     """candidate -> what to time: all gradients, from a graph that is kept."""
     layer = _layer(bench, key, True)
-    x = bench.normal(key.m, key.k).requires_grad_()
+    width = key.k if key.op == "gated_mlp" else key.n
+    x = bench.normal(key.m, width).requires_grad_()
     trained = [x, *(t for part in layer.lora.values() for t in part[:2])]
     call = _call(bench, key, layer, x)
 
@@ -173,7 +177,7 @@ def _backward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
     return variant
 
 
-def measure(bench: Bench, key: Key, arch: str) -> list[dict]:
+def measure(bench: Bench, key: Key, arch: int) -> list[dict]:
     """One row per candidate, errors of single candidates included."""
     make = (_forward if key.direction == "forward" else _backward)(bench, key)
     variants, failed = {}, []
@@ -258,8 +262,9 @@ def run(
 ) -> None:
     """Measure every shape, and rewrite the table after each."""
     environment = results.record["environment"]
-    arch = "sm_{}{}".format(*environment["gpu"]["capability"])
-    target = configs / f"{device.slug(environment['gpu']['name'])}.json"
+    major, minor = environment["gpu"]["capability"]
+    arch = 10 * major + minor
+    target = configs / table_path(environment["gpu"]["name"]).name
 
     def case(key: Key) -> list[dict]:
         rows = measure(bench, key, arch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from koffkernels import LoRA
 from .. import timing
 from ..peers.lora_mlp import lora_mlp
 from . import layers
-from .clock import Variant
+from .clock import Times, Variant
 from .context import Bench
 from .results import Case, judged
 
@@ -62,19 +63,34 @@ def _step(call: Call, trained: list[Tensor], x: Tensor, dy: Tensor) -> tuple[Ten
     return torch.autograd.grad(call(x), [x, *trained], dy)
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory that ``step`` needs beyond what is held before it; None on the CPU."""
-    if device.type != "cuda":
-        step()
-        return None
-    step()
+class Memory(NamedTuple):
+    """Bytes beyond weights and inputs; 0 on the CPU.
+
+    Args:
+        peak: the most during forward and backward.
+        held: between them, the output excluded: what every layer of a model keeps at once.
+    """
+
+    peak: float
+    held: float
+
+
+def memory_of(call: Call, trained: list[Tensor], x: Tensor, dy: Tensor) -> Memory:
+    """Memory of one forward and backward, the second one: the first allocates workspaces."""
+    _step(call, trained, x, dy)
+    if x.device.type != "cuda":
+        return Memory(0.0, 0.0)
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
+    y = call(x)
+    held = torch.cuda.memory_allocated() - before - y.nbytes
+    grads = torch.autograd.grad(y, [x, *trained], dy)
     torch.cuda.synchronize()
-    return float(torch.cuda.max_memory_allocated() - before)
+    peak = torch.cuda.max_memory_allocated() - before
+    del y, grads
+    return Memory(float(peak), float(held))
 
 
 def _build(bench: Bench, layer: layers.Layer) -> dict[str, tuple[Call, list[Tensor]] | None]:
@@ -98,7 +114,7 @@ def mlp_training(bench: Bench) -> list[dict]:
     def step(name: str, i: int) -> object:
         return _step(*built[i][name], xs[i], dy)
 
-    peaks = {n: peak_bytes(lambda n=n: step(n, 0), bench.device) for n in present}
+    memory = {name: memory_of(*built[0][name], xs[0], dy) for name in present}
     times = bench.measure(
         **{n: Variant(lambda i, n=n: step(n, i), sets, graph=False) for n in present}
     )
@@ -107,10 +123,10 @@ def mlp_training(bench: Bench) -> list[dict]:
         "rank": bench.rank,
         "times": {name: timing.spread(values) for name, values in times.items()},
     }
-    return [row for peer in PEERS for row in _rows(peer, times, peaks, facts)]
+    return [row for peer in PEERS for row in _rows(peer, times, memory, facts)]
 
 
-def _rows(peer: str, times: dict, peaks: dict, facts: dict) -> list[dict]:
+def _rows(peer: str, times: Times, memory: dict[str, Memory], facts: dict) -> list[dict]:
     """The rows of one peer; of a missing one they say so."""
     faster, leaner = PEERS[peer]
     name = f"mlp-training-over-{peer}"
@@ -121,7 +137,7 @@ def _rows(peer: str, times: dict, peaks: dict, facts: dict) -> list[dict]:
             judged(f"{name}-memory", None, leaner, at_most=True, status=reason),
         ]
     speedup = timing.paired_ratio(times[peer], times["ours"])
-    share = peaks["ours"] / peaks[peer] if peaks[peer] else None
+    ours, theirs = memory["ours"], memory[peer]
     medians = {n: statistics.median(times[n]) for n in ("ours", peer)}
     return [
         judged(
@@ -136,12 +152,15 @@ def _rows(peer: str, times: dict, peaks: dict, facts: dict) -> list[dict]:
         ),
         judged(
             f"{name}-memory",
-            share,
+            ours.peak / theirs.peak if theirs.peak else None,
             leaner,
             at_most=True,
-            bytes=peaks["ours"],
-            limit_bytes=peaks[peer],
-            limit=f"peak bytes of {peer} in forward and backward beyond weights and inputs",
+            bytes=ours.peak,
+            limit_bytes=theirs.peak,
+            limit=f"peak bytes of {peer} in forward and backward, beyond weights and inputs",
+            held_bytes=ours.held,
+            limit_held_bytes=theirs.held,
+            held_share=ours.held / theirs.held if theirs.held else None,
             shape=facts["shape"],
             rank=facts["rank"],
         ),
