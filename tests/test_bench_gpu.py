@@ -73,6 +73,17 @@ def test_bench_gpu_a_missing_peer_is_said_and_not_faked(bench, monkeypatch):
         assert row["share"] is None and row["passed"] is None and "us" not in row
 
 
+def test_bench_gpu_a_peer_that_fails_costs_no_other_row(bench, monkeypatch):
+    class Broken(peft_mlp.LlamaMLP):
+        def forward(self, x):
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(peft_mlp, "liger_mlp", lambda: Broken)
+    rows = {row["name"]: row for row in training.mlp_training(bench)}
+    assert rows["mlp-training-over-peft-liger"]["status"] == "peer failed: no kernel"
+    assert rows["mlp-training-over-hand-written"]["us"] > 0 and len(rows) == 6
+
+
 def test_bench_gpu_decode_dry(tmp_path):
     rows = dry("decode", tmp_path)["rows"]
     assert len(rows) == 2 * 3 * (2 + 3 + 3)  # width x batch x (paths with 0, 1, 8 memories)
@@ -170,9 +181,11 @@ def test_bench_gpu_verdicts(share, at_most, passed):
 @pytest.mark.parametrize(
     "part,row,codes",
     [
-        ("targets", {"passed": False}, (0, 1)),
+        ("targets", {"passed": False, "target": 1.0}, (0, 1)),
+        ("targets", {"passed": None, "target": 1.0}, (0, 1)),  # a peer was missing
+        ("targets", {"passed": None, "target": None}, (0, 0)),
         ("targets", {"error": "why"}, (0, 1)),
-        ("targets", {"passed": True}, (0, 0)),
+        ("targets", {"passed": True, "target": 1.0}, (0, 0)),
         ("tests", {"passed": 3, "failed": 0, "exit_code": 0}, (0, 0)),
         ("tests", {"passed": 3, "failed": 1, "exit_code": 1}, (1, 1)),
         ("tests", {"passed": 0, "failed": 0, "exit_code": 5}, (1, 1)),  # nothing collected

@@ -14,7 +14,7 @@ from koffkernels import LoRA
 
 from .. import timing
 from ..peers.lora_mlp import lora_mlp
-from . import layers
+from . import device, layers
 from .clock import Times, Variant
 from .context import Bench
 from .results import Case, judged
@@ -93,13 +93,32 @@ def memory_of(call: Call, trained: list[Tensor], x: Tensor, dy: Tensor) -> Memor
     return Memory(float(peak), float(held))
 
 
-def _build(bench: Bench, layer: layers.Layer) -> dict[str, tuple[Call, list[Tensor]] | None]:
-    return {
+def _build(bench: Bench, layer: layers.Layer) -> dict[str, tuple[Call, list[Tensor]]]:
+    """What is compared; Liger only where it is installed."""
+    found = {
         "ours": _ours(layer),
         "hand-written": _hand_written(layer),
         "peft": _peft(layer, bench.rank, False),
         "peft-liger": _peft(layer, bench.rank, True),
     }
+    return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def _memories(
+    built: dict[str, tuple[Call, list[Tensor]]], x: Tensor, dy: Tensor
+) -> tuple[dict[str, Memory], dict[str, str]]:
+    """Memory of everything that runs, and why a peer is missing or does not run."""
+    memory = {"ours": memory_of(*built["ours"], x, dy)}
+    absent = {}
+    for peer in PEERS:
+        if peer not in built:
+            absent[peer] = "peer missing: liger-kernel"
+            continue
+        try:
+            memory[peer] = memory_of(*built[peer], x, dy)
+        except Exception as error:  # a peer that does not run here must not cost the other rows
+            absent[peer] = f"peer failed: {device.without_paths(str(error), 300)}"
+    return memory, absent
 
 
 def mlp_training(bench: Bench) -> list[dict]:
@@ -109,33 +128,36 @@ def mlp_training(bench: Bench) -> list[dict]:
     built = [_build(bench, layers.random_layer(bench, width, 1, layers.MLP)) for _ in range(sets)]
     xs = [bench.normal(*bench.prefill(), hidden).requires_grad_() for _ in range(sets)]
     dy = bench.normal(*bench.prefill(), hidden)
-    present = [name for name, pair in built[0].items() if pair is not None]
 
     def step(name: str, i: int) -> object:
         return _step(*built[i][name], xs[i], dy)
 
-    memory = {name: memory_of(*built[0][name], xs[0], dy) for name in present}
+    memory, absent = _memories(built[0], xs[0], dy)
     times = bench.measure(
-        **{n: Variant(lambda i, n=n: step(n, i), sets, graph=False) for n in present}
+        **{n: Variant(lambda i, n=n: step(n, i), sets, graph=False) for n in memory}
     )
     facts = {
         "shape": {"rows": dy.shape[0], "tokens": dy.shape[1], "hidden": hidden, "width": width},
         "rank": bench.rank,
         "times": {name: timing.spread(values) for name, values in times.items()},
     }
-    return [row for peer in PEERS for row in _rows(peer, times, memory, facts)]
+    rows = [_rows(peer, times, memory, facts) for peer in PEERS if peer not in absent]
+    rows += [_absent_rows(peer, why) for peer, why in absent.items()]
+    return [row for pair in rows for row in pair]
+
+
+def _absent_rows(peer: str, why: str) -> list[dict]:
+    """The rows of a peer that was not measured."""
+    name, (faster, leaner) = f"mlp-training-over-{peer}", PEERS[peer]
+    return [
+        judged(name, None, faster, status=why),
+        judged(f"{name}-memory", None, leaner, at_most=True, status=why),
+    ]
 
 
 def _rows(peer: str, times: Times, memory: dict[str, Memory], facts: dict) -> list[dict]:
-    """The rows of one peer; of a missing one they say so."""
-    faster, leaner = PEERS[peer]
-    name = f"mlp-training-over-{peer}"
-    if peer not in times:
-        reason = "peer missing: liger-kernel"
-        return [
-            judged(name, None, faster, status=reason),
-            judged(f"{name}-memory", None, leaner, at_most=True, status=reason),
-        ]
+    """The rows of one peer."""
+    name, (faster, leaner) = f"mlp-training-over-{peer}", PEERS[peer]
     speedup = timing.paired_ratio(times[peer], times["ours"])
     ours, theirs = memory["ours"], memory[peer]
     medians = {n: statistics.median(times[n]) for n in ("ours", peer)}
