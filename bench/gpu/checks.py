@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = "tests/test_gpu_kernels.py"
 MARK = "mark." + "gpu"
 DTYPES = ("bf16", "fp16", "fp32")
+MEMCHECK_SECONDS = 150.0
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 REFUSALS = ("device not supported", "unable to", "failed to initialize")
 
@@ -150,7 +151,7 @@ def cases(bench: Bench, deadline: Deadline) -> Iterator[Case]:
     for route in ROUTES:
         yield (
             f"memcheck-{route}",
-            lambda r=route: [memcheck_row(bench, r, min(120.0, deadline.left()))],
+            lambda r=route: [memcheck_row(bench, r, min(MEMCHECK_SECONDS, deadline.left()))],
         )
     for path in other_tests():
         yield tests(path.removeprefix("tests/").removesuffix(".py"), path)
