@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
-    WIDEST_RANK,
     Config,
     expand_rows,
     inside,
     narrow,
+    rank_step,
     shrink_rows,
     split_blocks,
     sum_splits,
@@ -270,7 +270,7 @@ def decode_linear(
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
-        BLOCK_R=rank_block(r, WIDEST_RANK),
+        BLOCK_R=rank_step(r, token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=4,
         num_stages=3,

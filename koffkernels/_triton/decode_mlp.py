@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, activate, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
-    WIDEST_RANK,
     Config,
     expand_rows,
     inside,
     narrow,
+    rank_step,
     shrink_rows,
     split_blocks,
     token_block,
@@ -332,7 +332,7 @@ def decode_mlp_up(
         BLOCK_N=config.block_n,
         BLOCK_M=token_block(m),
         BLOCK_K=block_k,
-        BLOCK_R=rank_block(max(r_gate, r_up), WIDEST_RANK),
+        BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
