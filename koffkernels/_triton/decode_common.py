@@ -57,7 +57,7 @@ def split_blocks(tiles: int, k: int, block_k: int, config: Config) -> tuple[int,
     """(splits, blocks of K in each): how often K is cut so that all multiprocessors are busy.
 
     The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. The number of
-    tokens does not count, so a token's sums are the same in every batch.
+    tokens does not count, so a token's sums are added in the same order in every batch.
 
     Args:
         tiles: programs without a split.

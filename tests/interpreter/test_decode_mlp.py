@@ -104,6 +104,16 @@ def test_decode_mlp_up_is_the_same_in_every_run():
     assert torch.equal(decode_mlp_up(*args, "silu"), decode_mlp_up(*args, "silu"))
 
 
+def test_decode_mlp_up_token_is_the_same_in_every_batch():
+    """Other tokens, and more memories beside its own, leave a token's bits alone."""
+    x, w_gate, w_up, gates, *loras, rows = make((6, 1100, 70, 40, 16, 8), torch.float16, "mixed")
+    whole = decode_mlp_up(x, w_gate, w_up, gates, *loras, rows, "silu")
+    for i, m in enumerate(rows.ids.tolist()):
+        own = [type(lora)(*(t[m : m + 1] for t in lora)) if m >= 0 else None for lora in loras]
+        alone = decode_mlp_up(x[i : i + 1], w_gate, w_up, gates, *own, Rows(None, 1), "silu")
+        assert torch.equal(alone[0], whole[i])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_decode_mlp_up_closed_neurons_give_zero(bad):
     """Whatever x, weights and memories hold, in a tile that is skipped and in one that is not."""
