@@ -30,7 +30,7 @@ class Config(NamedTuple):
         warps: warps of a program.
         programs: multiprocessors to fill; 132 on an H100 or H200.
         split_cost: what one more split of K costs, as a share of the time of the weights.
-        archs: compute capabilities that the configuration fits.
+        archs: compute capabilities on which the configuration fits without spills.
     """
 
     block_n: int
