@@ -1,0 +1,176 @@
+"""Every kernel's launchers at the shapes of real models: the one list of what the gate compiles.
+
+A kernel file has one entry in ``FILES``: a function that yields a ``Case`` for each of the file's
+configurations and each way of calling its launchers that changes the code. Tensors are on the
+"meta" device: shapes and dtypes without data.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import Rows
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORIES = 3
+
+
+class Model(NamedTuple):
+    """Widths of one layer: hidden, MLP neurons, query and key-value heads, head width."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+# From the config.json of each model on the Hugging Face hub.
+MODELS = (
+    Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128),
+    Model("Llama-3.2-3B", 3072, 8192, 24, 8, 128),
+    Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128),
+    Model("Qwen3-4B", 2560, 9728, 32, 8, 128),
+)
+
+
+class Setting(NamedTuple):
+    """What a file's cases are made for.
+
+    Args:
+        model: the layer's widths.
+        inner: MLP neurons kept: all of the model's, or a multiple of 64 after pruning.
+        r: LoRA rank.
+        mixed: memory ids are given; otherwise every token uses memory 0.
+        dtype: of x and the base weights.
+    """
+
+    model: Model
+    inner: int
+    r: int
+    mixed: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """For people: "Llama-3.1-8B I=11904 r=16 mixed"."""
+        mixed = " mixed" if self.mixed else ""
+        return f"{self.model.name} I={self.inner} r={self.r}{mixed}"
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of this shape without data, of the setting's dtype unless given."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def master(self, *shape: int) -> Tensor:
+        """The same in fp32, as memories and gates are kept."""
+        return self.empty(*shape, dtype=torch.float32)
+
+    def rows(self, m: int) -> Rows:
+        """Memories of m tokens: at most 8 sequences, or one memory."""
+        sequences = min(m, 8)
+        ids = self.empty(sequences, dtype=torch.int64) if self.mixed else None
+        return Rows(ids, m // sequences)
+
+    def lora(self, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, b, scaling) of a k -> n layer."""
+        count = MEMORIES if self.mixed else 1
+        return self.master(count, self.r, k), self.master(count, n, self.r), self.master(count)
+
+
+class Case(NamedTuple):
+    """One call of a launcher.
+
+    Args:
+        where: what it is called for, for people ("M=8192").
+        run: the call, without arguments.
+        config: name of the shipped configuration.
+        archs: the chips that this configuration is for.
+    """
+
+    where: str
+    run: Callable[[], object]
+    config: str = "default"
+    archs: tuple[str, ...] = ARCHS
+
+
+def pruned(inner: int, removed: float = 0.17) -> int:
+    """Neurons left of ``inner``, rounded to 64 as saved models are."""
+    return round(inner * (1 - removed) / 64) * 64
+
+
+def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) -> list[Setting]:
+    """All combinations of model, dense or pruned, rank, one or several memories, and dtype."""
+    found = []
+    for model, r in itertools.product(models, ranks):
+        for inner in (model.inner, pruned(model.inner)):
+            for mixed, dtype in itertools.product((False, True), DTYPES.values()):
+                found.append(Setting(model, inner, r, mixed, dtype))
+    return found
+
+
+def subset() -> list[Setting]:
+    """Enough to compile every kernel once per dtype, with and without memory ids."""
+    return [s for s in settings(MODELS[:1], (16,)) if s.inner != s.model.inner]
+
+
+def _configs(module: ModuleType) -> Iterator[dict[str, Any]]:
+    """For each shipped configuration: the arguments of ``Case`` and the configuration itself."""
+    for name, value in module.CONFIGS.items():
+        yield {"config": name, "archs": getattr(value, "archs", ARCHS)}, value
+
+
+def _shrink(module: ModuleType, at: Setting) -> Iterator[Case]:
+    for m in (1, 8192):  # K in several splits; in one
+        x, rows = at.empty(m, at.model.hidden), at.rows(m)
+        a = at.lora(at.model.hidden, at.inner)[0]
+        for a1 in (None, a):
+            yield Case(f"M={m}", functools.partial(module.shrink, x, a, a1, rows))
+
+
+def _reduce(module: ModuleType, at: Setting) -> Iterator[Case]:
+    part = at.master(16, 64, at.model.hidden)
+    for dtype in (at.dtype, torch.float32):
+        yield Case("16 splits", functools.partial(module.sum_partials, part, dtype))
+
+
+FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
+    "shrink": _shrink,
+    "reduce": _reduce,
+}
+
+
+def module_named(name: str) -> ModuleType:
+    """The kernel file of this name."""
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def cases(at: Setting) -> Iterator[tuple[str, Case]]:
+    """(file, case) for every file in ``FILES``."""
+    for name, generate in FILES.items():
+        for case in generate(module_named(name), at):
+            yield name, case
+
+
+def all_kernels() -> set[tuple[str, str]]:
+    """(file, kernel) of every jitted function of this folder whose name ends in ``_kernel``."""
+    import triton
+
+    found = set()
+    for info in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
+        module = module_named(info.name)
+        for name, value in vars(module).items():
+            mine = getattr(value, "__module__", None) == module.__name__
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction) and mine:
+                found.add((info.name, name))
+    return found
