@@ -1,0 +1,271 @@
+"""y = x W^T + bias + scaling_m s_m B_m^T for few tokens, in one or two launches.
+
+1. Weight rows, and beside them the rows of all A, times x; K is split over programs, which write
+   fp32 partials. Without memories and with one split this is already y.
+2. The partials added in order, plus the bias and the low-rank update.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .decode_common import (
+    Config,
+    expand_rows,
+    inside,
+    shrink_rows,
+    split_blocks,
+    sum_splits,
+    token_block,
+)
+
+EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": "dot16"}
+
+CONFIGS = {
+    "n64_k128_s4": Config(64, 128, 4, 4),
+}
+
+_EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
+
+
+@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+def _decode_linear_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    a_ptr,
+    out_ptr,
+    s_ptr,
+    ids_ptr,
+    M,
+    N,
+    K,
+    R,
+    ROWS,
+    tokens,
+    blocks,
+    stride_xm,
+    stride_wn,
+    HAS_IDS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_N rows of W or, in the first tiles, of the stacked A, for one split of K.
+
+    out is [splits, M, N], s [splits, M, R].
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    # Cuts are multiples of a constant, so the compiler knows that rows stay aligned.
+    begin = split * blocks * BLOCK_K
+    end = tl.minimum(begin + blocks * BLOCK_K, K)
+    tiles_a = 0
+    if a_ptr is not None:
+        tiles_a = tl.cdiv(ROWS, BLOCK_N)
+    if tile < tiles_a:
+        if a_ptr is not None:
+            memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+            shrink_rows(
+                x_ptr,
+                a_ptr,
+                s_ptr + split.to(tl.int64) * M * R,
+                tile,
+                memory,
+                offs_m,
+                K,
+                R,
+                ROWS,
+                begin,
+                end,
+                stride_xm,
+                R,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_A,
+                EVEN_K,
+                PRECISION,
+            )
+    else:
+        offs_n = (tile - tiles_a) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_n = offs_n < N
+        w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
+        x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in range(begin, end, BLOCK_K):
+            mask_k = inside(k + offs_k, K, EVEN_K)
+            w = tl.load(
+                w_rows + (k + offs_k)[None, :],
+                mask=mask_n[:, None] & mask_k[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
+            mask_x = mask_k[:, None] & mask_m[None, :]
+            x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
+            acc = dot(w, x, acc, PRECISION)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
+        tl.store(
+            out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["M", "tokens", "splits"])
+def _decode_expand_fwd_kernel(
+    part_ptr,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    scaling_ptr,
+    y_ptr,
+    ids_ptr,
+    M,
+    N,
+    R,
+    tokens,
+    splits,
+    HAS_IDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_N outputs of all tokens. part is [splits, M, N], s [splits, M, R]."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_n, mask_m = offs_n < N, offs_m < M
+    mask = mask_n[:, None] & mask_m[None, :]
+    offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tokens_wide = tl.cast(M, tl.int64)
+    y = sum_splits(part_ptr + offs, mask, splits, tokens_wide * N)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if b_ptr is not None:
+        memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+        first, last = memory_range(memory)
+        y += expand_rows(
+            s_ptr,
+            b_ptr,
+            scaling_ptr,
+            memory,
+            offs_n,
+            offs_m,
+            N,
+            R,
+            first,
+            last,
+            splits,
+            tokens_wide * R,
+            R,
+            y_ptr.dtype.element_ty,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_R,
+            PRECISION,
+        )
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _multiply(x, weight, bias, a, rows, out, s, blocks, config) -> None:
+    """First launch: out [splits, M, N] and, with a [n, r, K], s [splits, M, r]."""
+    (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
+    r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
+    block_k = config.block_k * 2 // x.element_size()
+    launch(
+        _decode_linear_fwd_kernel,
+        (triton.cdiv(a_rows, config.block_n) + triton.cdiv(n, config.block_n), splits),
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        a_ptr=a,
+        out_ptr=out,
+        s_ptr=s,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        ROWS=a_rows,
+        blocks=blocks,
+        stride_xm=x.stride(0),
+        stride_wn=weight.stride(0),
+        EVEN_K=k % block_k == 0,
+        BLOCK_N=config.block_n,
+        BLOCK_M=token_block(m),
+        BLOCK_K=block_k,
+        BLOCK_A=config.block_k // 2,
+        PRECISION=precision(x.dtype),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **rows.args(),
+    )
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, Tensor] | None,
+    rows: Rows,
+    config: Config | None = None,
+) -> Tensor:
+    """y = x W^T + bias + scaling_m (x A_m^T) B_m^T, m the memory of each token; M <= 64.
+
+    Args:
+        x: [M, K], last stride 1.
+        weight: [N, K] in x's dtype, last stride 1.
+        bias: [N], or None.
+        lora: None, or (a [n, r, K], b [n, N, r], scaling fp32 [n]), a and b contiguous and of any
+            floating dtype (rounded to x's).
+        rows: memory of each token; tokens without one get no update.
+        config: an entry of CONFIGS; None: the first.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n)
+    if m == 0:
+        return y
+    config = config or next(iter(CONFIGS.values()))
+    tiles, block_k = triton.cdiv(n, config.block_n), config.block_k * 2 // x.element_size()
+    splits, blocks = split_blocks(tiles, k, block_k, config)
+    if lora is None and splits == 1:
+        _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
+        return y
+    a, b, scaling = (None, None, None) if lora is None else lora
+    r = 0 if a is None else a.shape[1]
+    part = x.new_empty(splits, m, n, dtype=torch.float32)
+    s = None if a is None else x.new_empty(splits, m, r, dtype=torch.float32)
+    _multiply(x, weight, None, a, rows, part, s, blocks, config)
+    launch(
+        _decode_expand_fwd_kernel,
+        (triton.cdiv(n, _EXPAND_BLOCK),),
+        part_ptr=part,
+        bias_ptr=bias,
+        s_ptr=s,
+        b_ptr=b,
+        scaling_ptr=scaling,
+        y_ptr=y,
+        M=m,
+        N=n,
+        R=r,
+        splits=splits,
+        BLOCK_N=_EXPAND_BLOCK,
+        BLOCK_M=token_block(m),
+        BLOCK_R=rank_block(r),
+        PRECISION=precision(x.dtype),
+        num_warps=4,
+        num_stages=3,
+        **rows.args(),
+    )
+    return y
