@@ -48,43 +48,73 @@ class Unit(NamedTuple):
     arch: str
     labels: dict[str, Any]
 
+    @property
+    def kernel(self) -> str:
+        """Name of the kernel's function."""
+        return self.launch.kernel.fn.__name__
+
+    @property
+    def shapes(self) -> list[str]:
+        """The calls that need this machine code."""
+        return self.labels["shapes"]
+
 
 def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = None) -> list[Unit]:
     """What to compile, each different machine code once per chip.
 
     Args:
         archs: of "sm_80", "sm_90", "sm_100".
-        subset: one model's shapes, rank 16, and each file's first configuration only.
+        subset: one model's shapes and each file's first configuration; at least one unit of every
+            kernel.
         kernels: names of kernels; None for all.
 
     Raises:
         ValueError: an unknown kernel, or one in ``_triton`` that no case launches.
     """
+    from ._triton import cases, compiling
+
+    few, units, chosen = set(cases.subset()), {}, set()
+    for at, file, case in _all_cases():
+        first = case.config in ("default", first_config(file))
+        for key, launch, labels in _launches(at, file, case):
+            for arch in [arch for arch in archs if arch in case.archs]:
+                unit = units.setdefault((key, arch), Unit(launch, arch, labels))
+                unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
+                if at in few and first:
+                    chosen.add((key, arch))
+    launched = {(compiling.module_of(u.launch), u.kernel): None for u in units.values()}
+    _check_coverage(cases.all_kernels(), set(launched), kernels)
+    if subset:
+        seen = {(units[key].kernel, units[key].arch) for key in chosen}
+        for key, unit in units.items():
+            if (unit.kernel, unit.arch) not in seen:
+                seen.add((unit.kernel, unit.arch))
+                chosen.add(key)
+        units = {key: unit for key, unit in units.items() if key in chosen}
+    order = sorted(units.values(), key=_sort_key)
+    return [unit for unit in order if kernels is None or unit.kernel in kernels]
+
+
+def _all_cases() -> Iterator[tuple[Any, str, Any]]:
+    from ._triton import cases
+
+    for at in cases.settings():
+        for file, case in cases.cases(at):
+            yield at, file, case
+
+
+def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """(key of the machine code, launch, labels) of what one case launches."""
     from ._triton import cases, common, compiling
 
     dtypes = {dtype: name for name, dtype in cases.DTYPES.items()}
-    units: dict[tuple, Unit] = {}
-    launched: set[tuple[str, str]] = set()
-    for at in cases.subset() if subset else cases.settings():
-        for file, case in cases.cases(at):
-            if subset and case.config not in ("default", first_config(file)):
-                continue
-            with common.recording() as launches:
-                case.run()
-            keys = compiling.signatures(launches)
-            for launch, key in zip(launches, keys, strict=True):
-                launched.add((compiling.module_of(launch), compiling.name_of(launch)))
-                own = compiling.module_of(launch) == file
-                config = compiling.config_of(launch, case.config if own else "default")
-                for arch in set(archs) & set(case.archs):
-                    labels = {"dtype": dtypes[at.dtype], "config": config, "shapes": []}
-                    unit = units.setdefault((key, arch), Unit(launch, arch, labels))
-                    shape = f"{at.name} {case.where}"
-                    if shape not in unit.labels["shapes"]:
-                        unit.labels["shapes"].append(shape)
-    _check_coverage(cases.all_kernels(), launched, kernels)
-    order = sorted(units.values(), key=_sort_key)
-    return [u for u in order if kernels is None or compiling.name_of(u.launch) in kernels]
+    with common.recording() as launches:
+        case.run()
+    for launch, key in zip(launches, compiling.signatures(launches), strict=True):
+        own = compiling.module_of(launch) == file
+        config = compiling.config_of(launch, case.config if own else "default")
+        shapes = [f"{at.name} {file} {case.where}"]
+        yield key, launch, {"dtype": dtypes[at.dtype], "config": config, "shapes": shapes}
 
 
 def first_config(file: str) -> str:
@@ -96,7 +126,7 @@ def first_config(file: str) -> str:
 
 def _sort_key(unit: Unit) -> tuple:
     config = json.dumps(unit.labels["config"], sort_keys=True, default=str)
-    return unit.launch.kernel.fn.__name__, int(unit.arch[3:]), unit.labels["dtype"], config
+    return unit.kernel, int(unit.arch[3:]), unit.labels["dtype"], config
 
 
 def _check_coverage(

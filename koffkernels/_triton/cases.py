@@ -63,6 +63,11 @@ class Setting(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def plain(self) -> bool:
+        """The setting at which ways of calling that are rare are compiled, once per dtype."""
+        return self.r == 16 and not self.mixed
+
+    @property
     def name(self) -> str:
         """For people: "Llama-3.1-8B I=11904 r=16 mixed"."""
         mixed = " mixed" if self.mixed else ""
@@ -77,8 +82,8 @@ class Setting(NamedTuple):
         return self.empty(*shape, dtype=torch.float32)
 
     def rows(self, m: int) -> Rows:
-        """Memories of m tokens: at most 8 sequences, or one memory."""
-        sequences = min(m, 8)
+        """Memories of m tokens: a decode step of m sequences, or 8 long ones; or one memory."""
+        sequences = m if m <= 64 else 8
         ids = self.empty(sequences, dtype=torch.int64) if self.mixed else None
         return Rows(ids, m // sequences)
 
@@ -105,8 +110,9 @@ class Case(NamedTuple):
 
 
 def pruned(inner: int, removed: float = 0.17) -> int:
-    """Neurons left of ``inner``, rounded to 64 as saved models are."""
-    return round(inner * (1 - removed) / 64) * 64
+    """Neurons left of ``inner``, a multiple of 64; not of 128 for two of the models, so that tiles
+    that do not divide the width are compiled too."""
+    return int(inner * (1 - removed)) // 64 * 64
 
 
 def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) -> list[Setting]:
@@ -120,14 +126,16 @@ def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) 
 
 
 def subset() -> list[Setting]:
-    """Enough to compile every kernel once per dtype, with and without memory ids."""
-    return [s for s in settings(MODELS[:1], (16,)) if s.inner != s.model.inner]
+    """One setting that shows most of each kernel's code: pruned, several memories, bf16."""
+    found = settings(MODELS[:1], (16,))
+    return [s for s in found if s.inner != s.model.inner and s.mixed and s.dtype == torch.bfloat16]
 
 
-def _configs(module: ModuleType) -> Iterator[dict[str, Any]]:
-    """For each shipped configuration: the arguments of ``Case`` and the configuration itself."""
-    for name, value in module.CONFIGS.items():
-        yield {"config": name, "archs": getattr(value, "archs", ARCHS)}, value
+def _configs(module: ModuleType) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each shipped configuration, with what it says about its cases."""
+    for name, config in module.CONFIGS.items():
+        archs = tuple(f"sm_{number}" for number in config.archs or ())
+        yield config, {"config": name, "archs": archs or ARCHS}
 
 
 def _shrink(module: ModuleType, at: Setting) -> Iterator[Case]:
@@ -144,9 +152,36 @@ def _reduce(module: ModuleType, at: Setting) -> Iterator[Case]:
         yield Case("16 splits", functools.partial(module.sum_partials, part, dtype))
 
 
+def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    hidden, inner = at.model.hidden, at.inner
+    weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
+    for (config, labels), (name, (k, n)) in itertools.product(_configs(module), weights.items()):
+        calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
+        if at.plain:
+            calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
+        for m, bias, lora in calls:
+            args = at.empty(m, k), at.empty(n, k), bias, lora, at.rows(m), config
+            yield Case(f"{name} M={m}", functools.partial(module.decode_linear, *args), **labels)
+
+
+def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    k, n = at.model.hidden, at.inner
+    gates, lora = at.master(n), at.lora(k, n)
+    for config, labels in _configs(module):
+        calls = [(m, gates, lora, lora) for m in (1, 32, 64)]
+        if at.plain:
+            calls += [(1, None, lora, lora), (1, gates, None, None), (1, None, None, None)]
+            calls += [(1, None, lora, None), (1, None, None, lora)]
+        for m, *rest in calls:
+            args = at.empty(m, k), at.empty(n, k), at.empty(n, k), *rest, at.rows(m), "silu", config
+            yield Case(f"M={m}", functools.partial(module.decode_mlp_up, *args), **labels)
+
+
 FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
     "shrink": _shrink,
     "reduce": _reduce,
+    "decode_linear": _decode_linear,
+    "decode_mlp": _decode_mlp,
 }
 
 

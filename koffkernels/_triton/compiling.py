@@ -89,6 +89,9 @@ def module_of(launch: Launch) -> str:
 def contract_of(launch: Launch) -> Contract:
     """What the kernel's file declares in EXPECTS and, for prefill GEMMs, PREFILL.
 
+    ``EXPECTS[kernel]`` is a kind, or a function of the launch's arguments that returns one, for a
+    kernel that multiplies only under some of them. ``PREFILL[kernel]`` is a number of accumulators.
+
     Raises:
         ValueError: the file declares nothing for this kernel, or what is not known.
     """
@@ -98,6 +101,8 @@ def contract_of(launch: Launch) -> Contract:
             f"{module.__name__}: EXPECTS must name every kernel, got no {name}; add it"
         )
     kind = module.EXPECTS[name]
+    if callable(kind):
+        kind = kind(launch.args)
     if kind not in ("dot", "dot16", None):
         rule = "be 'dot', 'dot16' or None"
         raise ValueError(f"{module.__name__}: EXPECTS[{name!r}] must {rule}, got {kind!r}; fix it")
@@ -132,7 +137,8 @@ def config_of(launch: Launch, name: str) -> dict[str, Any]:
     """The shipped configuration's name, and everything that is fixed at compile time."""
     constants = {p.name: launch.args[p.name] for p in launch.kernel.params if p.is_constexpr}
     options = {key: launch.options[key] for key in ("num_warps", "num_stages")}
-    return {"name": name, **constants, **options}
+    absent = [key for key, value in launch.args.items() if value is None and key not in constants]
+    return {"name": name, **constants, **options, "absent": absent}
 
 
 def _numbers(pattern: str, log: str) -> list[int]:

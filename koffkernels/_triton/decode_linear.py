@@ -115,9 +115,7 @@ def _decode_linear_fwd_kernel(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
-        tl.store(
-            out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :]
-        )
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
