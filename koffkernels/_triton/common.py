@@ -17,6 +17,7 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _WIDEN = tl.constexpr(INTERPRETED)
 _NO_MEMORY = tl.constexpr(1 << 30)
+_IDS_BLOCK = tl.constexpr(1024)
 
 # Below this many rows a tile has the tensor cores' smallest height, 16.
 SMALLEST_TILE = 16
@@ -113,6 +114,42 @@ def memory_range(memory):
     """(first, last + 1) of the memories in a tile; an empty range where no token has one."""
     first = tl.min(tl.where(memory < 0, _NO_MEMORY, memory), 0)
     return first, tl.max(memory, 0) + 1
+
+
+@triton.jit
+def memory_span(ids_ptr, begin, end, tokens, HAS_IDS: tl.constexpr):
+    """(lowest, highest) memory of tokens begin..end-1, -1 for none included."""
+    if HAS_IDS:
+        low = tl.full((), _NO_MEMORY, tl.int32)
+        high = tl.full((), -1, tl.int32)
+        for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
+            offs = start + tl.arange(0, _IDS_BLOCK)
+            inside = offs < end
+            memory = tl.load(ids_ptr + offs // tokens, mask=inside, other=-1).to(tl.int32)
+            low = tl.minimum(low, tl.min(tl.where(inside, memory, _NO_MEMORY), 0))
+            high = tl.maximum(high, tl.max(memory, 0))
+    else:
+        low = tl.full((), 0, tl.int32)
+        high = tl.full((), 0, tl.int32)
+    return low, high
+
+
+@triton.jit
+def token_span(ids_ptr, begin, end, tokens, m, HAS_IDS: tl.constexpr):
+    """(first, last + 1) of the tokens begin..end-1 that use memory m; begin twice for none."""
+    first = begin
+    last = end
+    if HAS_IDS:
+        first = tl.full((), _NO_MEMORY, tl.int32)
+        last = tl.full((), 0, tl.int32)
+        for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
+            offs = start + tl.arange(0, _IDS_BLOCK)
+            inside = offs < end
+            memory = tl.load(ids_ptr + offs // tokens, mask=inside, other=-1).to(tl.int32)
+            mine = inside & (memory == m)
+            first = tl.minimum(first, tl.min(tl.where(mine, offs, _NO_MEMORY), 0))
+            last = tl.maximum(last, tl.max(tl.where(mine, offs + 1, 0), 0))
+    return first, last
 
 
 @triton.jit

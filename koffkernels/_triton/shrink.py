@@ -18,7 +18,7 @@ EXPECTS = {"_shrink_fwd_kernel": "dot"}
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "k_per_split"])
+@triton.jit(do_not_specialize=["M", "tokens"])
 def _shrink_fwd_kernel(
     x_ptr,
     a0_ptr,
@@ -32,6 +32,12 @@ def _shrink_fwd_kernel(
     tokens,
     k_per_split,
     stride_xm,
+    stride_a0n,
+    stride_a0r,
+    stride_a0k,
+    stride_a1n,
+    stride_a1r,
+    stride_a1k,
     HAS_IDS: tl.constexpr,
     TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -48,27 +54,26 @@ def _shrink_fwd_kernel(
     memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
     first, last = memory_range(memory)
     begin = split * k_per_split
-    end = tl.minimum(begin + k_per_split, K)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     s0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     s1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for m in range(first, last):
         mine = memory == m
-        a0_rows = a0_ptr + (m * R0 + offs_r[None, :]) * K
-        a1_rows = a1_ptr + (m * R1 + offs_r[None, :]) * K
+        a0_rows = a0_ptr + m * stride_a0n + offs_r[None, :] * stride_a0r
+        a1_rows = a1_ptr + m * stride_a1n + offs_r[None, :] * stride_a1r
         part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k in range(begin, end, BLOCK_K):
-            mask_k = k + offs_k < end
+        for k in range(begin, begin + k_per_split, BLOCK_K):
+            mask_k = k + offs_k < K
             x = tl.load(
                 x_rows + (k + offs_k)[None, :], mask=mine[:, None] & mask_k[None, :], other=0.0
             )
             mask0 = mask_k[:, None] & (offs_r < R0)[None, :]
-            a0 = tl.load(a0_rows + (k + offs_k)[:, None], mask=mask0, other=0.0)
+            a0 = tl.load(a0_rows + (k + offs_k)[:, None] * stride_a0k, mask=mask0, other=0.0)
             part0 = dot(x, a0.to(x.dtype), part0, PRECISION)
             if TWO:
                 mask1 = mask_k[:, None] & (offs_r < R1)[None, :]
-                a1 = tl.load(a1_rows + (k + offs_k)[:, None], mask=mask1, other=0.0)
+                a1 = tl.load(a1_rows + (k + offs_k)[:, None] * stride_a1k, mask=mask1, other=0.0)
                 part1 = dot(x, a1.to(x.dtype), part1, PRECISION)
         # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
         s0 = tl.where(mine[:, None], part0, s0)
@@ -91,7 +96,7 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
 
     Args:
         x: [M, K], last stride 1.
-        a0, a1: [n, r, K], contiguous, any floating dtype (rounded to x's); a1 may be None.
+        a0, a1: [n, r, K], any strides and floating dtype (rounded to x's); a1 may be None.
         rows: memory of each token; 0 where it has none.
 
     Returns:
@@ -104,13 +109,14 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
     dtype = x.dtype if splits == 1 else torch.float32
+    second = a0 if a1 is None else a1
     s = x.new_empty(splits, m, r0 + r1, dtype=dtype)
     launch(
         _shrink_fwd_kernel,
         (*tiles, splits),
         x_ptr=x,
         a0_ptr=a0,
-        a1_ptr=a0 if a1 is None else a1,
+        a1_ptr=second,
         s_ptr=s,
         M=m,
         K=k,
@@ -118,12 +124,18 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         R1=r1,
         k_per_split=k_per_split,
         stride_xm=x.stride(0),
+        stride_a0n=a0.stride(0),
+        stride_a0r=a0.stride(1),
+        stride_a0k=a0.stride(2),
+        stride_a1n=second.stride(0),
+        stride_a1r=second.stride(1),
+        stride_a1k=second.stride(2),
         TWO=a1 is not None,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
         PRECISION=precision(x.dtype),
-        num_warps=4,
+        num_warps=8 if block_r == 64 else 4,
         num_stages=3,
         **rows.args(),
     )

@@ -1,0 +1,93 @@
+"""How a Triton operation joins torch: a direct call, an autograd.Function, or a custom operator.
+
+Eager inference calls the launchers directly, since the operator's boundary alone costs tens of
+microseconds; eager training goes through an autograd.Function; torch.compile sees one opaque
+operator with a fake and a backward operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Operation(NamedTuple):
+    """The differentiable forms of one operation: same arguments, same results."""
+
+    eager: Callable[..., tuple[Tensor, ...]]
+    traced: Callable[..., tuple[Tensor, ...]]
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """Call whichever form fits: inside torch.compile, or outside."""
+        return (self.traced if torch.compiler.is_compiling() else self.eager)(*args)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would have to record a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def wanted(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are not None: an operator's list cannot hold None."""
+    return [g for g in gradients if g is not None]
+
+
+def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Inverse of ``wanted``."""
+    rest = iter(gradients)
+    return [next(rest) if need else None for need in needs]
+
+
+def operation(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    setup: Callable[[Any, tuple, tuple], None],
+    backward: Callable[..., list[Tensor]],
+    backward_fake: Callable[..., list[Tensor]],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+) -> Operation:
+    """Register ``koff::name`` and ``koff::name_backward`` and tie them to autograd.
+
+    Args:
+        name: of the operator.
+        forward: annotated for ``torch.library``; the first result is the output, the others are
+            kept for backward.
+        fake: the same on tensors without data.
+        setup: (ctx, inputs, outputs) -> None, saves what backward needs.
+        backward: annotated; returns only the gradients that are wanted.
+        backward_fake: the same on tensors without data.
+        gradients: (run, ctx, dy) -> one entry per input, where ``run`` is ``backward`` or its
+            operator.
+
+    Returns:
+        Both forms.
+    """
+    op = torch.library.custom_op(f"koff::{name}", forward, mutates_args=())
+    op.register_fake(fake)
+    op_backward = torch.library.custom_op(f"koff::{name}_backward", backward, mutates_args=())
+    op_backward.register_fake(backward_fake)
+    op.register_autograd(
+        lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return forward(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[1:])
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dy, *_):
+            return gradients(backward, ctx, dy)
+
+    return Operation(Eager.apply, op)

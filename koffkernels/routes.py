@@ -1,0 +1,123 @@
+"""Which way a Triton operation takes: vendor GEMM and small kernels, fused GEMM, or decode kernels.
+
+The choice is a look-up in a measured table, one JSON file per GPU in ``configs/``; the nearest
+measured shape counts. A GPU without a table takes the vendor's GEMMs, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .checks import require
+
+ROUTES = ("vendor", "fused", "decode")
+DECODE_TOKENS = 64  # the decode kernels hold all tokens of a call in one tile
+FOLDER = Path(__file__).parent / "configs"
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Shape(NamedTuple):
+    """What a route is chosen by.
+
+    Args:
+        op: "lora_linear" or "gated_mlp".
+        stage: "forward" or "backward".
+        m, k, n: tokens, input and output width (H and I of an MLP).
+        dtype: the compute dtype.
+    """
+
+    op: str
+    stage: str
+    m: int
+    k: int
+    n: int
+    dtype: torch.dtype
+
+
+class Route(NamedTuple):
+    """A route, the launcher's config (None: its default), and why."""
+
+    name: str
+    config: str | None
+    reason: str
+
+
+# A plain global, set by force_route for the whole process.
+_FORCED: Route | None = None
+
+
+@contextlib.contextmanager
+def force_route(route: str) -> Iterator[None]:
+    """Use one route for every Triton operation inside the ``with`` block, in the whole process.
+
+    Args:
+        route: "vendor", "fused" or "decode"; a config of the launcher may follow: "fused:NAME".
+            Where a call cannot take it (decode with over 64 tokens or with gradients) it takes the
+            vendor's.
+
+    Raises:
+        ValueError: unknown route.
+    """
+    name, _, config = route.partition(":")
+    rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
+    require(name in ROUTES, "force_route", "route", rule, repr(route), step)
+    global _FORCED
+    before, _FORCED = _FORCED, Route(name, config or None, "set by force_route")
+    try:
+        yield
+    finally:
+        _FORCED = before
+
+
+def table_path(gpu: str) -> Path:
+    """Where the table of a GPU is, by the name that CUDA gives it."""
+    return FOLDER / (re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json")
+
+
+@functools.cache
+def table(gpu: str) -> tuple[dict, ...]:
+    """The measured rows of a GPU; empty where it was never measured."""
+    path = table_path(gpu)
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.is_file() else ()
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def _distance(row: dict, shape: Shape) -> float:
+    """How far a measured shape is, in powers of two."""
+    return sum(abs(math.log2(row[x] / max(getattr(shape, x), 1))) for x in "mkn")
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(gpu: str, shape: Shape) -> Route:
+    names = (shape.op, shape.stage, _DTYPES.get(shape.dtype))
+    rows = [r for r in table(gpu) if (r["op"], r["pass"], r["dtype"]) == names]
+    if not rows:
+        return Route("vendor", None, f"unmeasured on {gpu}")
+    best = min(rows, key=lambda row: (_distance(row, shape), row["us"]))
+    return Route(best["route"], best.get("config"), f"measured on {gpu} at {best['m']} tokens")
+
+
+def choose(shape: Shape, device: torch.device) -> Route:
+    """The route of a call; never raises, never times anything."""
+    if _FORCED is not None:
+        found = _FORCED
+    elif device.type == "cuda":
+        found = _nearest(_gpu(device.index or 0), shape)
+    else:
+        found = Route("vendor", None, "not a GPU")
+    if found.name == "decode" and (shape.m > DECODE_TOKENS or shape.stage == "backward"):
+        return Route("vendor", None, f"over {DECODE_TOKENS} tokens, or a backward")
+    return found
