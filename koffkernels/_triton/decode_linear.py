@@ -1,4 +1,4 @@
-"""y = x W^T + bias + scaling_m s_m B_m^T for few tokens, in one or two launches.
+"""y = x W^T + bias + scaling_m x A_m^T B_m^T for few tokens, in one or two launches.
 
 1. Weight rows, and beside them the rows of all A, times x; K is split over programs, which write
    fp32 partials. Without memories and with one split this is already y.
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
 from .decode_common import (
+    WIDEST_RANK,
     Config,
     expand_rows,
     inside,
+    narrow,
     shrink_rows,
     split_blocks,
     sum_splits,
@@ -27,6 +29,12 @@ EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": "dot
 
 CONFIGS = {
     "n64_k128_s4": Config(64, 128, 4, 4),
+    "n64_k64_s5": Config(64, 64, 5, 4),
+    "n64_k128_s3": Config(64, 128, 3, 4),
+    "n64_k256_s2": Config(64, 256, 2, 4),
+    "n128_k64_s4": Config(128, 64, 4, 4),
+    "n128_k64_s5_w8": Config(128, 64, 5, 8),
+    "n128_k128_s3_w8": Config(128, 128, 3, 8),
 }
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
@@ -38,6 +46,7 @@ def _decode_linear_fwd_kernel(
     w_ptr,
     bias_ptr,
     a_ptr,
+    scaling_ptr,
     out_ptr,
     s_ptr,
     ids_ptr,
@@ -77,6 +86,7 @@ def _decode_linear_fwd_kernel(
             shrink_rows(
                 x_ptr,
                 a_ptr,
+                scaling_ptr,
                 s_ptr + split.to(tl.int64) * M * R,
                 tile,
                 memory,
@@ -114,8 +124,10 @@ def _decode_linear_fwd_kernel(
             acc = dot(w, x, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-        out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+        out_ptrs = out_ptr + split.to(tl.int64) * M * N + (offs_m[None, :] * N + offs_n[:, None])
+        tl.store(
+            out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
@@ -124,7 +136,6 @@ def _decode_expand_fwd_kernel(
     bias_ptr,
     s_ptr,
     b_ptr,
-    scaling_ptr,
     y_ptr,
     ids_ptr,
     M,
@@ -143,18 +154,18 @@ def _decode_expand_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     mask_n, mask_m = offs_n < N, offs_m < M
     mask = mask_n[:, None] & mask_m[None, :]
-    offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    offs = offs_m[None, :] * N + offs_n[:, None]
     tokens_wide = tl.cast(M, tl.int64)
-    y = sum_splits(part_ptr + offs, mask, splits, tokens_wide * N)
+    y = sum_splits(part_ptr, offs, mask, splits, tokens_wide * N)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if b_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
         first, last = memory_range(memory)
-        y += expand_rows(
+        y = expand_rows(
+            y,
             s_ptr,
             b_ptr,
-            scaling_ptr,
             memory,
             offs_n,
             offs_m,
@@ -166,17 +177,16 @@ def _decode_expand_fwd_kernel(
             tokens_wide * R,
             R,
             y_ptr.dtype.element_ty,
-            BLOCK_N,
-            BLOCK_M,
             BLOCK_R,
             PRECISION,
         )
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _multiply(x, weight, bias, a, rows, out, s, blocks, config) -> None:
-    """First launch: out [splits, M, N] and, with a [n, r, K], s [splits, M, r]."""
+def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
+    """First launch: out [splits, M, N] and, with memories, s [splits, M, r]."""
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
+    a, _, scaling = lora or (None, None, None)
     r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
     block_k = config.block_k * 2 // x.element_size()
     launch(
@@ -186,6 +196,7 @@ def _multiply(x, weight, bias, a, rows, out, s, blocks, config) -> None:
         w_ptr=weight,
         bias_ptr=bias,
         a_ptr=a,
+        scaling_ptr=scaling,
         out_ptr=out,
         s_ptr=s,
         M=m,
@@ -240,11 +251,11 @@ def decode_linear(
     if lora is None and splits == 1:
         _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
         return y
-    a, b, scaling = (None, None, None) if lora is None else lora
-    r = 0 if a is None else a.shape[1]
+    b = None if lora is None else lora[1]
+    r = 0 if b is None else b.shape[2]
     part = x.new_empty(splits, m, n, dtype=torch.float32)
-    s = None if a is None else x.new_empty(splits, m, r, dtype=torch.float32)
-    _multiply(x, weight, None, a, rows, part, s, blocks, config)
+    s = None if b is None else x.new_empty(splits, m, r, dtype=torch.float32)
+    _multiply(x, weight, None, lora, rows, part, s, blocks, config)
     launch(
         _decode_expand_fwd_kernel,
         (triton.cdiv(n, _EXPAND_BLOCK),),
@@ -252,7 +263,6 @@ def decode_linear(
         bias_ptr=bias,
         s_ptr=s,
         b_ptr=b,
-        scaling_ptr=scaling,
         y_ptr=y,
         M=m,
         N=n,
@@ -260,7 +270,7 @@ def decode_linear(
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
-        BLOCK_R=rank_block(r),
+        BLOCK_R=rank_block(r, WIDEST_RANK),
         PRECISION=precision(x.dtype),
         num_warps=4,
         num_stages=3,

@@ -1,6 +1,7 @@
 """h = act(x Wg^T + delta_g) * (x Wu^T + delta_u) * gates for few tokens, in one or two launches.
 
-1. With memories: s = x A^T of gate and up; K is split over programs, which write fp32 partials.
+1. With memories: s = scaling x A^T of gate and up; K is split over programs, which write fp32
+   partials.
 2. Both weights times x in two accumulators, the two low-rank updates, activation and gates. A tile
    whose gates are all 0 reads no weights.
 """
@@ -13,12 +14,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Rows, activate, dot, launch, memory_range, precision, rank_block, token_memory
-from .decode_common import Config, expand_rows, inside, shrink_rows, split_blocks, token_block
+from .decode_common import (
+    WIDEST_RANK,
+    Config,
+    expand_rows,
+    inside,
+    narrow,
+    shrink_rows,
+    split_blocks,
+    token_block,
+)
 
 EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
 
 CONFIGS = {
     "n64_k64_s4": Config(64, 64, 4, 4),
+    "n64_k64_s3": Config(64, 64, 3, 4),
+    "n64_k64_s5": Config(64, 64, 5, 4),
+    "n64_k128_s3": Config(64, 128, 3, 4),
+    "n64_k64_s4_w8": Config(64, 64, 4, 8),
+    "n128_k64_s3_w8": Config(128, 64, 3, 8),
+    "n128_k64_s4_w8": Config(128, 64, 4, 8),
 }
 
 # The first launch reads little: short programs, but every program of the second adds up the splits.
@@ -32,6 +48,8 @@ def _decode_shrink_fwd_kernel(
     x_ptr,
     a0_ptr,
     a1_ptr,
+    scaling0_ptr,
+    scaling1_ptr,
     s_ptr,
     ids_ptr,
     M,
@@ -63,6 +81,7 @@ def _decode_shrink_fwd_kernel(
         shrink_rows(
             x_ptr,
             a0_ptr,
+            scaling0_ptr,
             s_ptr,
             tile,
             memory,
@@ -85,6 +104,7 @@ def _decode_shrink_fwd_kernel(
             shrink_rows(
                 x_ptr,
                 a1_ptr,
+                scaling1_ptr,
                 s_ptr + R0,
                 tile - tiles0,
                 memory,
@@ -113,8 +133,6 @@ def _decode_mlp_up_fwd_kernel(
     s_ptr,
     bg_ptr,
     bu_ptr,
-    scaling_g_ptr,
-    scaling_u_ptr,
     h_ptr,
     ids_ptr,
     M,
@@ -169,10 +187,10 @@ def _decode_mlp_up_fwd_kernel(
         width = RG + RU
         split_stride = tl.cast(M, tl.int64) * width
         if bg_ptr is not None:
-            g += expand_rows(
+            g = expand_rows(
+                g,
                 s_ptr,
                 bg_ptr,
-                scaling_g_ptr,
                 memory,
                 offs_n,
                 offs_m,
@@ -184,16 +202,14 @@ def _decode_mlp_up_fwd_kernel(
                 split_stride,
                 width,
                 h_ptr.dtype.element_ty,
-                BLOCK_N,
-                BLOCK_M,
                 BLOCK_R,
                 PRECISION,
             )
         if bu_ptr is not None:
-            u += expand_rows(
+            u = expand_rows(
+                u,
                 s_ptr + RG,
                 bu_ptr,
-                scaling_u_ptr,
                 memory,
                 offs_n,
                 offs_m,
@@ -205,8 +221,6 @@ def _decode_mlp_up_fwd_kernel(
                 split_stride,
                 width,
                 h_ptr.dtype.element_ty,
-                BLOCK_N,
-                BLOCK_M,
                 BLOCK_R,
                 PRECISION,
             )
@@ -214,13 +228,14 @@ def _decode_mlp_up_fwd_kernel(
     if gates_ptr is not None:
         # Selected, so that a closed neuron gives 0 whether or not its tile was skipped.
         h = tl.where(open_[:, None], h * gates[:, None], 0.0)
-    h_ptrs = h_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+    h_ptrs = h_ptr + (offs_m[None, :] * N + offs_n[:, None])
+    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def _shrink(x: Tensor, matrices: list[Tensor], rows: Rows) -> Tensor:
-    """fp32 partials [splits, M, sum of ranks] of x a_m^T, for one or two a [n, r, K]."""
-    (m, k), (a0, a1) = x.shape, (matrices + [None])[:2]
+def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
+    """fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two LoRA."""
+    (m, k), (a0, _, scaling0) = x.shape, loras[0]
+    a1, _, scaling1 = loras[1] if len(loras) == 2 else (None, None, None)
     r0, r1 = a0.shape[1], 0 if a1 is None else a1.shape[1]
     rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
     tiles = triton.cdiv(rows0, _SHRINK.block_n) + triton.cdiv(rows1, _SHRINK.block_n)
@@ -233,6 +248,8 @@ def _shrink(x: Tensor, matrices: list[Tensor], rows: Rows) -> Tensor:
         x_ptr=x,
         a0_ptr=a0,
         a1_ptr=a1,
+        scaling0_ptr=scaling0,
+        scaling1_ptr=scaling1,
         s_ptr=s,
         M=m,
         K=k,
@@ -287,10 +304,9 @@ def decode_mlp_up(
     config = config or next(iter(CONFIGS.values()))
     block_k = config.block_k * 2 // x.element_size()
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
-    s = _shrink(x, [a for a, _, _ in given], rows) if given else None
-    a_gate, b_gate, scaling_gate = lora_gate or (None, None, None)
-    a_up, b_up, scaling_up = lora_up or (None, None, None)
-    r_gate, r_up = (0 if a is None else a.shape[1] for a in (a_gate, a_up))
+    s = _shrink(x, given, rows) if given else None
+    b_gate, b_up = (None if lora is None else lora[1] for lora in (lora_gate, lora_up))
+    r_gate, r_up = (0 if b is None else b.shape[2] for b in (b_gate, b_up))
     launch(
         _decode_mlp_up_fwd_kernel,
         (triton.cdiv(n, config.block_n),),
@@ -301,8 +317,6 @@ def decode_mlp_up(
         s_ptr=s,
         bg_ptr=b_gate,
         bu_ptr=b_up,
-        scaling_g_ptr=scaling_gate,
-        scaling_u_ptr=scaling_up,
         h_ptr=h,
         M=m,
         N=n,
@@ -318,7 +332,7 @@ def decode_mlp_up(
         BLOCK_N=config.block_n,
         BLOCK_M=token_block(m),
         BLOCK_K=block_k,
-        BLOCK_R=rank_block(max(r_gate, r_up)),
+        BLOCK_R=rank_block(max(r_gate, r_up), WIDEST_RANK),
         PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
