@@ -1,8 +1,9 @@
-"""Every kernel's launchers at the shapes of real models: the one list of what the gate compiles.
+"""Every kernel at the shapes of real models: the one list of what the gate compiles.
 
-A kernel file has one entry in ``FILES``: a function that yields a ``Case`` for each of the file's
-configurations and each way of calling its launchers that changes the code. Tensors are on the
-"meta" device: shapes and dtypes without data.
+``FILES`` has an entry for each file whose functions are called: one that yields a ``Case`` for each
+of the file's configurations and each way of calling that changes the code. Kernels without
+configurations are reached through the operations that launch them, so that strides and dtypes are
+those of real calls. Tensors are on the "meta" device: shapes and dtypes without data.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import routes
+from ..types import GatedMLPLoRA, LoRA
 from .common import Rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -138,26 +141,59 @@ def _configs(module: ModuleType) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield config, {"config": name, "archs": archs or ARCHS}
 
 
-def _shrink(module: ModuleType, at: Setting) -> Iterator[Case]:
-    for m in (1, 8192):  # K in several splits; in one
-        x, rows = at.empty(m, at.model.hidden), at.rows(m)
-        a = at.lora(at.model.hidden, at.inner)[0]
-        for a1 in (None, a):
-            yield Case(f"M={m}", functools.partial(module.shrink, x, a, a1, rows))
+def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Forward and backward on the vendor's GEMMs: the narrow kernels as they are really called."""
+    k, n = at.model.hidden, at.inner
+    lora, weight = at.lora(k, n), at.empty(n, k)
+    for m in (1, 8192):  # the shrink in several splits, and in one
+        x, dy, s, rows = at.empty(m, k), at.empty(m, n), at.empty(m, at.r), at.rows(m)
+        run = functools.partial(module.linear_forward, x, weight, None, lora, rows)
+        yield Case(f"forward M={m}", _vendor(run))
+    run = functools.partial(module.linear_backward, dy, x, s, weight, lora, rows, (True,) * 4)
+    yield Case(f"backward M={m}", _vendor(run))
 
 
-def _reduce(module: ModuleType, at: Setting) -> Iterator[Case]:
-    part = at.master(16, 64, at.model.hidden)
-    for dtype in (at.dtype, torch.float32):
-        yield Case("16 splits", functools.partial(module.sum_partials, part, dtype))
+def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Training with and without gates, LoRA on all three layers or on the last one only."""
+    h, i, m = at.model.hidden, at.inner, 8192
+    weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
+    up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
+    x, rows, gates = at.empty(m, h), at.rows(m), at.master(i)
+    calls = [(gates, GatedMLPLoRA(up, up, down))]
+    if at.plain:
+        calls += [(None, GatedMLPLoRA(up, up, down)), (gates, GatedMLPLoRA(up, None, None))]
+        calls += [(gates, GatedMLPLoRA(None, None, down)), (gates, GatedMLPLoRA())]
+
+    def train(gates: Tensor | None, lora: GatedMLPLoRA) -> None:
+        y, kept = module.mlp_forward(x, weights, gates, lora, rows, "silu", True)
+        trains = [[part is not None] * 3 for part in lora]
+        needs = True, gates is not None, trains
+        module.mlp_backward(y, x, kept, weights, gates, lora, rows, "silu", needs)
+
+    for gates, lora in calls:
+        parts = " ".join(name for name, part in zip(lora._fields, lora, strict=True) if part)
+        with_gates = "no gates" if gates is None else "gates"
+        run = functools.partial(train, gates, lora)
+        yield Case(f"training M={m} {with_gates}, LoRA: {parts or 'none'}", _vendor(run))
+
+
+def _vendor(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, on the route that takes the vendor's GEMMs."""
+
+    def run() -> object:
+        with routes.force_route("vendor"):
+            return call()
+
+    return run
 
 
 def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     hidden, inner = at.model.hidden, at.inner
     weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
+    first = next(iter(module.CONFIGS.values()))
     for (config, labels), (name, (k, n)) in itertools.product(_configs(module), weights.items()):
         calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
-        if at.plain:
+        if at.plain and config is first:
             calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
         for m, bias, lora in calls:
             args = at.empty(m, k), at.empty(n, k), bias, lora, at.rows(m), config
@@ -166,10 +202,10 @@ def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
     k, n = at.model.hidden, at.inner
-    gates, lora = at.master(n), at.lora(k, n)
+    gates, lora, first = at.master(n), at.lora(k, n), next(iter(module.CONFIGS.values()))
     for config, labels in _configs(module):
         calls = [(m, gates, lora, lora) for m in (1, 32, 64)]
-        if at.plain:
+        if at.plain and config is first:
             calls += [(1, None, lora, lora), (1, gates, None, None), (1, None, None, None)]
             calls += [(1, None, lora, None), (1, None, None, lora)]
         for m, *rest in calls:
@@ -178,8 +214,8 @@ def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
-    "shrink": _shrink,
-    "reduce": _reduce,
+    "linear": _linear,
+    "mlp": _mlp,
     "decode_linear": _decode_linear,
     "decode_mlp": _decode_mlp,
 }

@@ -28,6 +28,8 @@ _INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync\b",
     "tcgen05": r"\btcgen05\.mma\b",
 }
+# Numbers of devices whose kernels are only named, never compiled, and of those that are compiled.
+_NAMED, _COMPILED = 1000, 2000
 _FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
 _MEASURED = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "tensor_columns", "mma")
 
@@ -50,26 +52,29 @@ class Contract(NamedTuple):
 class _Chip:
     """What triton asks of its driver before it compiles."""
 
-    def __init__(self, arch: str):
+    def __init__(self, arch: str, device: int):
         self.number = int(arch.removeprefix("sm_"))
+        self.device = device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.number, 32)
 
     def get_current_device(self) -> int:
-        # Caches are kept per device: no real one has such a number.
-        return 1000 + self.number
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 @contextlib.contextmanager
-def chip(arch: str) -> Iterator[_Chip]:
-    """Let triton take ``arch`` ("sm_90") for the current device; no GPU or driver is touched."""
+def _chip(arch: str, caches: int) -> Iterator[_Chip]:
+    """Let triton take ``arch`` ("sm_90") for the current device; no GPU or driver is touched.
+
+    triton keeps a kernel's variants per number of a device: ``caches`` is one that no GPU has.
+    """
     driver = triton.runtime.driver
     before = driver._active
-    driver.set_active(_Chip(arch))
+    driver.set_active(_Chip(arch, caches + int(arch.removeprefix("sm_"))))
     try:
         yield driver.active
     finally:
@@ -125,10 +130,9 @@ def signatures(launches: list[Launch], arch: str = "sm_90") -> list[tuple[str, s
         found.append((f"{fn.module}.{fn.name}", key))
         return True  # already dealt with: triton does not compile
 
-    with chip(arch) as device, triton.knobs.runtime.scope():
+    with _chip(arch, _NAMED), triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = note
         for launch in launches:
-            launch.kernel.device_caches.pop(device.get_current_device(), None)
             launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
     return found
 
@@ -166,11 +170,11 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
     """
     log = io.StringIO()
     knobs = triton.knobs
-    with chip(arch) as device, knobs.compilation.scope(), knobs.nvidia.scope():
+    with _chip(arch, _COMPILED) as chip, knobs.compilation.scope(), knobs.nvidia.scope():
         # A cached cubin comes without ptxas' report, the only place that counts spills.
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
-        launch.kernel.device_caches.pop(device.get_current_device(), None)
+        launch.kernel.device_caches.pop(chip.device, None)
         with contextlib.redirect_stdout(log):
             done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
     ptx = done.asm["ptx"]
