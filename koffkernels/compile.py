@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
@@ -146,9 +147,10 @@ def _work(units: list[Unit], pipe: Any) -> None:
     """A worker: compiles the units whose numbers come through the pipe, until None comes."""
     from ._triton import compiling
 
-    while (number := pipe.recv()) is not None:
-        unit = units[number]
-        pipe.send(compiling.row_of(unit.launch, unit.arch, **unit.labels))
+    with contextlib.suppress(EOFError):  # the gate itself was stopped
+        while (number := pipe.recv()) is not None:
+            unit = units[number]
+            pipe.send(compiling.row_of(unit.launch, unit.arch, **unit.labels))
 
 
 class _Worker:
@@ -301,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         from ._triton import common
     except ModuleNotFoundError as error:
         parser.error(f"triton must be installed, got {error}; it exists for Linux only")
-    if common.INTERPRETED:
+    if common.INTERPRETED or os.environ.get("KOFF_BACKEND") == "interpret":
         parser.error(
             "TRITON_INTERPRET and KOFF_BACKEND=interpret must not be set, got the interpreter, "
             "which replaces the compiler; unset them"

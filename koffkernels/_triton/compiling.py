@@ -6,6 +6,7 @@ GPU would run. Only the driver, which would name the chip, is replaced.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import re
@@ -135,6 +136,11 @@ def signatures(launches: list[Launch], arch: str = "sm_90") -> list[tuple[str, s
         for launch in launches:
             launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
     return found
+
+
+def variants(launches: list[Launch], arch: str = "sm_90") -> dict[str, int]:
+    """How many variants of each kernel ("file.kernel") these launches would compile."""
+    return dict(collections.Counter(kernel for kernel, _ in set(signatures(launches, arch))))
 
 
 def config_of(launch: Launch, name: str) -> dict[str, Any]:
