@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
-    WIDEST_RANK,
     Config,
     expand_rows,
     inside,
     narrow,
+    rank_step,
     shrink_rows,
     split_blocks,
     sum_splits,
@@ -33,14 +33,13 @@ CONFIGS = {
     "n64_k128_s3": Config(64, 128, 3, 4),
     "n64_k256_s2": Config(64, 256, 2, 4),
     "n128_k64_s4": Config(128, 64, 4, 4),
-    "n128_k64_s5_w8": Config(128, 64, 5, 8),
     "n128_k128_s3_w8": Config(128, 128, 3, 8),
 }
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS", "tokens", "blocks"])
 def _decode_linear_fwd_kernel(
     x_ptr,
     w_ptr,
@@ -113,21 +112,16 @@ def _decode_linear_fwd_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, end, BLOCK_K):
             mask_k = inside(k + offs_k, K, EVEN_K)
-            w = tl.load(
-                w_rows + (k + offs_k)[None, :],
-                mask=mask_n[:, None] & mask_k[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            mask_w = mask_n[:, None] & mask_k[None, :]
+            w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
             mask_x = mask_k[:, None] & mask_m[None, :]
             x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
             acc = dot(w, x, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + split.to(tl.int64) * M * N + (offs_m[None, :] * N + offs_n[:, None])
-        tl.store(
-            out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :]
-        )
+        mask = mask_n[:, None] & mask_m[None, :]
+        tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
@@ -155,8 +149,8 @@ def _decode_expand_fwd_kernel(
     mask_n, mask_m = offs_n < N, offs_m < M
     mask = mask_n[:, None] & mask_m[None, :]
     offs = offs_m[None, :] * N + offs_n[:, None]
-    tokens_wide = tl.cast(M, tl.int64)
-    y = sum_splits(part_ptr, offs, mask, splits, tokens_wide * N)
+    size = tl.cast(M, tl.int64)
+    y = sum_splits(part_ptr, offs, mask, splits, size * N)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if b_ptr is not None:
@@ -174,7 +168,7 @@ def _decode_expand_fwd_kernel(
             first,
             last,
             splits,
-            tokens_wide * R,
+            size * R,
             R,
             y_ptr.dtype.element_ty,
             BLOCK_R,
@@ -248,9 +242,11 @@ def decode_linear(
     config = config or next(iter(CONFIGS.values()))
     tiles, block_k = triton.cdiv(n, config.block_n), config.block_k * 2 // x.element_size()
     splits, blocks = split_blocks(tiles, k, block_k, config)
-    if lora is None and splits == 1:
-        _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
-        return y
+    if lora is None:
+        rows = Rows(None, 1)  # not read: no variant of its own
+        if splits == 1:
+            _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
+            return y
     b = None if lora is None else lora[1]
     r = 0 if b is None else b.shape[2]
     part = x.new_empty(splits, m, n, dtype=torch.float32)
@@ -270,7 +266,7 @@ def decode_linear(
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
-        BLOCK_R=rank_block(r, WIDEST_RANK),
+        BLOCK_R=rank_step(r, token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=4,
         num_stages=3,
