@@ -12,11 +12,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, SMALLEST_TILE, dot
+from .common import INTERPRETED, SMALLEST_TILE, dot, rank_block
 
 MOST_TOKENS = 64
 MOST_SPLITS = 16
-WIDEST_RANK = 32  # of a step: 64 beside two accumulators of 64 tokens spill
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _SHORTEST_SPLIT = 256  # of K: shorter ones have nothing left to pipeline
 
@@ -49,11 +48,16 @@ def token_block(m: int) -> int:
     return max(SMALLEST_TILE, triton.next_power_of_2(m))
 
 
+def rank_step(r: int, block_m: int) -> int:
+    """Ranks in a step of ``expand_rows``: wider ones spill beside two accumulators."""
+    return rank_block(r, limit=1024 // block_m)
+
+
 def split_blocks(tiles: int, k: int, block_k: int, config: Config) -> tuple[int, int]:
     """(splits, blocks of K in each): how often K is cut so that all multiprocessors are busy.
 
     The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. The number of
-    tokens does not count, so a token's sums are the same in every batch.
+    tokens does not count, so a token's sums are added in the same order in every batch.
 
     Args:
         tiles: programs without a split.

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, activate, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
-    WIDEST_RANK,
     Config,
     expand_rows,
     inside,
     narrow,
+    rank_step,
     shrink_rows,
     split_blocks,
     token_block,
@@ -32,18 +32,18 @@ CONFIGS = {
     "n64_k64_s3": Config(64, 64, 3, 4),
     "n64_k64_s5": Config(64, 64, 5, 4),
     "n64_k128_s3": Config(64, 128, 3, 4),
-    "n64_k64_s4_w8": Config(64, 64, 4, 8),
     "n128_k64_s3_w8": Config(128, 64, 3, 8),
     "n128_k64_s4_w8": Config(128, 64, 4, 8),
 }
 
-# The first launch reads little: short programs, but every program of the second adds up the splits.
-_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=1.0)
+# The first launch reads little: short programs, but every program of the second adds up the splits
+# (8 where K is long enough, whatever the number of memories).
+_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=2.0)
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "tokens", "blocks"])
 def _decode_shrink_fwd_kernel(
     x_ptr,
     a0_ptr,
@@ -175,9 +175,9 @@ def _decode_mlp_up_fwd_kernel(
         x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
         mask_w = mask_n[:, None] & mask_k[None, :]
         offs_w = (k + offs_k)[None, :]
-        wg = tl.load(wg_rows + offs_w, mask=mask_w, other=0.0, eviction_policy="evict_first")
+        wg = tl.load(wg_rows + offs_w, mask=mask_w, other=0.0)
         g = dot(wg, x, g, PRECISION)
-        wu = tl.load(wu_rows + offs_w, mask=mask_w, other=0.0, eviction_policy="evict_first")
+        wu = tl.load(wu_rows + offs_w, mask=mask_w, other=0.0)
         u = dot(wu, x, u, PRECISION)
     if s_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
@@ -240,7 +240,7 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
     rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
     tiles = triton.cdiv(rows0, _SHRINK.block_n) + triton.cdiv(rows1, _SHRINK.block_n)
     block_k = _SHRINK.block_k // 2
-    splits, blocks = split_blocks(tiles, k, block_k, _SHRINK)
+    splits, blocks = split_blocks(1, k, block_k, _SHRINK)
     s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
     launch(
         _decode_shrink_fwd_kernel,
@@ -304,6 +304,7 @@ def decode_mlp_up(
     config = config or next(iter(CONFIGS.values()))
     block_k = config.block_k * 2 // x.element_size()
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
+    rows = rows if given else Rows(None, 1)  # not read: no variant of its own
     s = _shrink(x, given, rows) if given else None
     b_gate, b_up = (None if lora is None else lora[1] for lora in (lora_gate, lora_up))
     r_gate, r_up = (0 if b is None else b.shape[2] for b in (b_gate, b_up))
@@ -332,7 +333,7 @@ def decode_mlp_up(
         BLOCK_N=config.block_n,
         BLOCK_M=token_block(m),
         BLOCK_K=block_k,
-        BLOCK_R=rank_block(max(r_gate, r_up), WIDEST_RANK),
+        BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
