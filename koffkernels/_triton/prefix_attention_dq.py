@@ -29,10 +29,10 @@ from .prefix_attention_call import (
 EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel": "dot"}
 
 CONFIGS = {
-    "128x64": Config(128, 64, 8, 2),
-    "128x128": Config(128, 128, 8, 1),
     "64x64": Config(64, 64, 4, 2),
-    "64x128": Config(64, 128, 4, 2),
+    "128x32": Config(128, 32, 8, 2),
+    "128x64": Config(128, 64, 8, 2, (90, 100)),
+    "128x128": Config(128, 128, 8, 1, (100,)),
 }
 FP32 = Config(32, 32, 4, 1)
 _DELTA_BLOCK = 32
@@ -274,7 +274,7 @@ def query_grad(
     resume = dq is not None
     dq = torch.empty_like(call.q) if dq is None else dq
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["128x64"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x64"])
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_dq_kernel,

@@ -122,7 +122,7 @@ def prefix_grads(
         return None, None
     k, v, lengths = call.prefix
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x128"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x64"])
     n, kv_heads, length, _ = k.shape
     rows, _, queries, _ = call.q.shape
     row_splits, query_splits = _splits(call, config)
