@@ -1,17 +1,20 @@
 """koffkernels: masked gated MLPs, LoRA deltas and attention over a learned prefix, usable on their
 own."""
 
-from .dispatch import backends, force_backend, preload
+from .dispatch import backends, force_backend, preload_defaults, recompute_hidden
 from .gated_mlp import gated_mlp
 from .hard_concrete import hard_concrete, open_probability
 from .lora_linear import lora_linear
 from .modules import GatedMLP, LoRALinear, PrefixAttention
 from .prefix_attention import prefix_attention
+from .routes import force_route
 from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from .warmup import LayerShape, warmup
 
 __all__ = [
     "GatedMLP",
     "GatedMLPLoRA",
+    "LayerShape",
     "LoRA",
     "LoRALinear",
     "Prefix",
@@ -19,13 +22,15 @@ __all__ = [
     "RowBounds",
     "backends",
     "force_backend",
+    "force_route",
     "gated_mlp",
     "hard_concrete",
     "lora_linear",
     "open_probability",
     "prefix_attention",
+    "recompute_hidden",
+    "warmup",
 ]
 
-preload("torch")
-preload("reference")
-del preload
+preload_defaults()
+del preload_defaults

@@ -2,19 +2,24 @@
 
 ``KOFF_BACKEND`` (torch | triton | interpret | reference) is read once, here, before triton could be
 imported: Triton's interpreter cannot be switched on later in a process. Without it the choice is
-automatic.
+automatic: Triton for tensors on a CUDA GPU, plain torch elsewhere. Which way a Triton operation
+then takes is looked up in ``routes``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
+from . import routes
 from .checks import refuse, require
 
 BACKENDS = ("torch", "triton", "interpret", "reference")
@@ -23,10 +28,14 @@ BACKENDS = ("torch", "triton", "interpret", "reference")
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gated_mlp": {
         "torch": "koffkernels._torch.gated_mlp:run",
+        "triton": "koffkernels._triton.gated_mlp:run",
+        "interpret": "koffkernels._triton.gated_mlp:run",
         "reference": "koffkernels.reference:gated_mlp",
     },
     "lora_linear": {
         "torch": "koffkernels._torch.lora_linear:run",
+        "triton": "koffkernels._triton.lora_linear:run",
+        "interpret": "koffkernels._triton.lora_linear:run",
         "reference": "koffkernels.reference:lora_linear",
     },
     "prefix_attention": {
@@ -53,10 +62,28 @@ def _read_environment() -> str | None:
     return value
 
 
+def _switch_interpreter_on() -> None:
+    """Make triton, when it is imported, interpret kernels on the CPU."""
+    on = os.environ.get("TRITON_INTERPRET") == "1"
+    require(
+        on or "triton" not in sys.modules,
+        "KOFF_BACKEND",
+        "interpret",
+        "be chosen before triton is imported",
+        "an imported triton",
+        "import koffkernels first, or set TRITON_INTERPRET=1 too",
+    )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 _ENVIRONMENT = _read_environment()
-# A plain global, because torch.compile guards on it: a compiled function follows force_backend.
+if _ENVIRONMENT == "interpret":
+    _switch_interpreter_on()
+# Plain globals, because torch.compile guards on them: a compiled function follows force_backend.
 _FORCED: str | None = None
+_RECOMPUTE = False
 _LOADED: dict[tuple[str, str], Callable] = {}
+_OLDEST = (8, 0)  # compute capability: bf16 on tensor cores
 
 
 class BackendChoice(NamedTuple):
@@ -67,20 +94,67 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def choose(op: str) -> BackendChoice:
+def _missing() -> str | None:
+    """Why no Triton kernel can run in this process, None if one can. Does not initialise CUDA."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if torch.version.hip is not None:
+        return "a ROCm GPU, for which the kernels were never compiled"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+# Found once, since torch.compile cannot trace the question.
+_WITHOUT_TRITON = _missing()
+
+
+@functools.cache
+def _too_old(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index) < _OLDEST
+
+
+def _automatic(op: str, device: torch.device | None) -> BackendChoice:
+    if "triton" not in IMPLEMENTATIONS[op]:
+        return BackendChoice(op, "torch", "it has no Triton kernel")
+    if device is not None and device.type != "cuda":
+        return BackendChoice(op, "torch", f"tensors on {device.type}")
+    if _WITHOUT_TRITON is not None:
+        return BackendChoice(op, "torch", _WITHOUT_TRITON)
+    if not torch.compiler.is_compiling() and _too_old(None if device is None else device.index):
+        return BackendChoice(op, "torch", "a GPU older than compute capability 8.0")
+    return BackendChoice(op, "triton", "tensors on a CUDA GPU")
+
+
+def preload_defaults() -> None:
+    """``preload`` what may be chosen without being asked for."""
+    automatic = () if _WITHOUT_TRITON else ("triton",)
+    for backend in ("torch", "reference", *automatic):
+        preload(backend)
+    if _ENVIRONMENT is not None:
+        preload(_ENVIRONMENT)
+
+
+def choose(op: str, device: torch.device | None = None) -> BackendChoice:
     """The backend that ``op`` would use now, with the reason.
 
+    Args:
+        op: a key of ``IMPLEMENTATIONS``.
+        device: of the tensors; None: the GPU if there is one.
+
     Raises:
-        ValueError: a backend was asked for that has no implementation of ``op``.
+        ValueError: Triton was asked for, and the tensors are where it cannot run.
     """
     asked, reason = _FORCED, "force_backend"
     if asked is None:
         asked, reason = _ENVIRONMENT, "KOFF_BACKEND"
     if asked is None:
-        return BackendChoice(op, "torch", "the only backend of this operation in this version")
+        return _automatic(op, device)
     if asked not in IMPLEMENTATIONS[op]:
-        rule = f"be one of {', '.join(IMPLEMENTATIONS[op])} for this operation"
-        refuse(op, f"the backend ({reason})", rule, repr(asked), "choose one of these or unset it")
+        return BackendChoice(op, "torch", f"{asked} was set by {reason}, but has no {op}")
+    if asked == "triton" and device is not None and device.type != "cuda":
+        rule, step = "fit tensors on " + device.type, "move them to a GPU, or choose torch"
+        refuse(op, f"the backend ({reason})", rule, repr(asked), step)
     return BackendChoice(op, asked, f"set by {reason}")
 
 
@@ -94,16 +168,17 @@ def preload(backend: str) -> None:
     """Import a backend's implementation of every operation that has one.
 
     torch.compile cannot trace an import, so this runs before the first call may be traced: for the
-    backends in plain torch when koffkernels is imported, for any other in ``force_backend``.
+    backends in plain torch, and for Triton where it would be chosen, when koffkernels is imported;
+    for any other in ``force_backend``.
     """
     for op, found in IMPLEMENTATIONS.items():
         if backend in found and (op, backend) not in _LOADED:
             _load(op, backend)
 
 
-def implementation(op: str) -> Callable:
-    """The function that runs ``op`` under the current choice."""
-    backend = choose(op).backend
+def implementation(op: str, device: torch.device) -> Callable:
+    """The function that runs ``op`` on tensors of a device under the current choice."""
+    backend = choose(op, device).backend
     found = _LOADED.get((op, backend))
     return _load(op, backend) if found is None else found
 
@@ -135,12 +210,40 @@ def force_backend(backend: str) -> Iterator[None]:
         _FORCED = before
 
 
+@contextlib.contextmanager
+def recompute_hidden(enabled: bool = True) -> Iterator[None]:
+    """Let ``gated_mlp`` keep only its input for backward inside the ``with`` block, and compute the
+    results of the gate and up layers again there: two thirds less memory for one more GEMM.
+
+    Args:
+        enabled: False: keep them, as outside.
+    """
+    global _RECOMPUTE
+    before, _RECOMPUTE = _RECOMPUTE, enabled
+    try:
+        yield
+    finally:
+        _RECOMPUTE = before
+
+
+def recomputes() -> bool:
+    """Whether ``recompute_hidden`` is on."""
+    return _RECOMPUTE
+
+
 def backends() -> list[BackendChoice]:
-    """Print, and return, which backend each operation would use now and why."""
-    choices = [choose(op) for op in IMPLEMENTATIONS]
+    """Print, and return, which backend each operation would use now and why; for Triton also
+    whether this GPU's routes were measured."""
+    choices = [_with_route(choose(op)) for op in IMPLEMENTATIONS]
     for choice in choices:
         print(f"{choice.op:18s} {choice.backend:10s} {choice.reason}")
     return choices
+
+
+def _with_route(choice: BackendChoice) -> BackendChoice:
+    if choice.backend != "triton" or not torch.cuda.is_available():
+        return choice
+    return choice._replace(reason=f"{choice.reason}; {routes.describe(choice.op)}")
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

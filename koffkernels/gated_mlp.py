@@ -48,5 +48,5 @@ def gated_mlp(
         rule = f"be one of {', '.join(ACTIVATIONS)}"
         refuse(where, "activation", rule, repr(activation), "choose one of these")
     check_gated_mlp(where, x, (w_gate, w_up, w_down), gates, lora, memory_ids)
-    run = dispatch.implementation("gated_mlp")
+    run = dispatch.implementation("gated_mlp", x.device)
     return run(x, (w_gate, w_up, w_down), gates, lora, memory_ids, activation)

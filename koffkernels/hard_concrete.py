@@ -47,7 +47,8 @@ def hard_concrete(log_alpha: Tensor, *, sample: bool, u: Tensor | None = None) -
         check_tensor(where, "u", u, (log_alpha.dim(),))
         check_shape(where, "u", u, shape_of(log_alpha), "draw one number per gate")
         check_device(where, "u", u, log_alpha, "log_alpha")
-    return dispatch.implementation("hard_concrete")(log_alpha, u, BETA, LOW, HIGH)
+    run = dispatch.implementation("hard_concrete", log_alpha.device)
+    return run(log_alpha, u, BETA, LOW, HIGH)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:

@@ -37,4 +37,4 @@ def lora_linear(
     Source: Hu et al. 2021 (LoRA); reference: ``koffkernels.reference.lora_linear``.
     """
     check_linear("lora_linear", x, weight, bias, lora, memory_ids)
-    return dispatch.implementation("lora_linear")(x, weight, bias, lora, memory_ids)
+    return dispatch.implementation("lora_linear", x.device)(x, weight, bias, lora, memory_ids)

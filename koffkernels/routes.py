@@ -90,6 +90,15 @@ def table(gpu: str) -> tuple[dict, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.is_file() else ()
 
 
+def describe(op: str) -> str:
+    """What ``backends()`` says of an operation's routes on the current GPU."""
+    if _FORCED is not None:
+        return f"route {_FORCED.name} {_FORCED.reason}"
+    gpu = _gpu(torch.cuda.current_device())
+    rows = sum(row["op"] == op for row in table(gpu))
+    return f"{rows} measured routes on {gpu}" if rows else f"vendor route, unmeasured on {gpu}"
+
+
 @functools.cache
 def _gpu(index: int) -> str:
     return torch.cuda.get_device_name(index)

@@ -1,9 +1,14 @@
 """What every test runs under: a fixed seed, one thread, and NaN in memory that nobody wrote."""
 
+import os
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Triton's interpreter needs a process of its own: test_interpreter.py starts it.
+collect_ignore = [] if os.environ.get("KOFF_BACKEND") == "interpret" else ["interpreter"]
 
 
 @pytest.fixture(autouse=True)

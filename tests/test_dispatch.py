@@ -41,7 +41,7 @@ def test_dispatch_every_listed_implementation_can_be_called():
         assert set(found) >= {"torch", "reference"} and set(found) <= set(dispatch.BACKENDS)
         for backend in ("torch", "reference"):
             with koffkernels.force_backend(backend):
-                assert callable(dispatch.implementation(op))
+                assert callable(dispatch.implementation(op, torch.device("cpu")))
 
 
 def test_dispatch_force_backend_nests_and_restores():
@@ -72,14 +72,54 @@ def test_dispatch_force_backend_refuses(name):
             pass
 
 
-def test_dispatch_backend_that_an_operation_lacks():
+def test_dispatch_triton_refuses_tensors_on_the_cpu():
     with koffkernels.force_backend("triton"):
         with pytest.raises(ValueError) as error:
             koffkernels.lora_linear(normal(2, 3), normal(4, 3))
     assert str(error.value) == (
-        "lora_linear: the backend (force_backend) must be one of torch, reference for this "
-        "operation, got 'triton'; choose one of these or unset it"
+        "lora_linear: the backend (force_backend) must fit tensors on cpu, got 'triton'; "
+        "move them to a GPU, or choose torch"
     )
+
+
+def test_dispatch_backend_that_an_operation_lacks():
+    with koffkernels.force_backend("triton"):
+        choice = dispatch.choose("hard_concrete", torch.device("cpu"))
+        z = koffkernels.hard_concrete(torch.zeros(3), sample=False)
+    assert choice.backend == "torch" and "has no hard_concrete" in choice.reason
+    assert torch.equal(z, torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("missing", "device", "backend", "reason"),
+    [
+        (None, "cuda", "triton", "tensors on a CUDA GPU"),
+        (None, "cpu", "torch", "tensors on cpu"),
+        ("no CUDA GPU", "cuda", "torch", "no CUDA GPU"),
+    ],
+)
+def test_dispatch_automatic_choice(missing, device, backend, reason, monkeypatch):
+    """What a machine with a GPU would choose; nothing runs on it here."""
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", missing)
+    monkeypatch.setattr(dispatch, "_too_old", lambda index: False)
+    choice = dispatch.choose("gated_mlp", torch.device(device))
+    assert (choice.backend, choice.reason) == (backend, reason)
+    assert dispatch.choose("hard_concrete", torch.device(device)).backend == "torch"
+
+
+def test_dispatch_old_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
+    monkeypatch.setattr(dispatch, "_too_old", lambda index: True)
+    choice = dispatch.choose("gated_mlp", torch.device("cuda"))
+    assert choice.backend == "torch" and "8.0" in choice.reason
+
+
+def test_environment_interpret_must_come_before_triton():
+    """The interpreter cannot be switched on once triton is there."""
+    code = "import triton, koffkernels"
+    result = python(code, KOFF_BACKEND="interpret")
+    assert "interpret must be chosen before triton is imported" in result.stderr
+    assert python(code, KOFF_BACKEND="interpret", TRITON_INTERPRET="1").returncode == 0
 
 
 def test_backends_prints_every_operation(capsys):
@@ -122,7 +162,10 @@ def test_compiled_function_follows_force_backend():
     compiled = torch.compile(koffkernels.lora_linear, fullgraph=True, backend="aot_eager")
     x, w = normal(2, 3), normal(4, 3)
     want = compiled(x, w)
-    with koffkernels.force_backend("triton"), pytest.raises(Exception, match="for this operation"):
+    with (
+        koffkernels.force_backend("triton"),
+        pytest.raises(Exception, match="must fit tensors on cpu"),
+    ):
         compiled(x, w)
     with koffkernels.force_backend("reference"):
         torch.testing.assert_close(compiled(x, w), want)

@@ -67,18 +67,26 @@ def test_layering_nothing_runs_code_from_data(path):
             assert name not in FORBIDDEN_CALLS, f"line {node.lineno}: {name}"
 
 
+def is_kernel(node: ast.FunctionDef) -> bool:
+    """Whether Triton compiles a function, which then cannot take keyword bundles or call back."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
 @pytest.mark.parametrize("path", FILES + TESTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_layering_lengths(path):
-    """A file has fewer than 400 lines, a function at most 50, a public one at most 8 arguments."""
+    """A file has fewer than 400 lines, a function at most 50 (what Triton compiles 120, signature
+    not counted: one line a pointer or stride), a public one at most 8 arguments."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 400
     for node in ast.walk(tree_of(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= 50, f"line {node.lineno}: {node.name} has {lines} lines"
+            first = node.body[0].lineno if is_kernel(node) else node.lineno
+            lines, limit = node.end_lineno - first + 1, 120 if is_kernel(node) else 50
+            assert lines <= limit, f"line {node.lineno}: {node.name} has {lines} lines"
     if path in TESTS:
         return
     for node in tree_of(path).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if public and not is_kernel(node):
             arguments = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
             assert arguments <= 8, f"line {node.lineno}: {node.name} has {arguments} arguments"
 

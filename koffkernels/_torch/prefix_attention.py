@@ -24,7 +24,7 @@ from ..types import Prefix, RowBounds
 _aten = torch.ops.aten
 
 
-def _flash(q, k, v, causal, mask, scale):
+def flash(q, k, v, causal, mask, scale):
     """(o, lse) of the CPU's flash kernel, which reads garbage unless the last stride is 1."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -32,7 +32,7 @@ def _flash(q, k, v, causal, mask, scale):
     )
 
 
-def _flash_backward(do, q, k, v, o, lse, causal, mask, scale):
+def flash_backward(do, q, k, v, o, lse, causal, mask, scale):
     """(dq, dk, dv) given the whole softmax's o and lse; same remark about strides."""
     do, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, q, k, v))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -117,7 +117,7 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds | None, scale
             q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)
         )
     causal, mask, nothing = _own_mask(q, k, bounds)
-    o, lse = _flash(q, k, v, causal, mask, scale)
+    o, lse = flash(q, k, v, causal, mask, scale)
     if nothing is not None:  # the kernel reports lse 0 there, and o NaN where the query is NaN
         lse = lse.masked_fill(nothing[:, None], -math.inf)
         o = o.masked_fill(nothing[:, None, :, None], 0.0)
@@ -138,7 +138,7 @@ class _PrefixAttention(torch.autograd.Function):
                 prefix_v[m : m + 1, :, :length].float(),
             )
             q_m = _fold(q[rows].float(), k.shape[1])
-            o_m, lse_m = _flash(q_m, k_m, v_m, False, None, scale)
+            o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
             own = lse[rows]
             o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
             share = torch.sigmoid(lse_m - own)[..., None]
@@ -158,7 +158,7 @@ class _PrefixAttention(torch.autograd.Function):
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         else:
             causal, mask, _ = _own_mask(q, k, RowBounds(*bounds) if bounds else None)
-            dq, dk, dv = _flash_backward(do, q, k, v, o, lse, causal, mask, ctx.scale)
+            dq, dk, dv = flash_backward(do, q, k, v, o, lse, causal, mask, ctx.scale)
         for m, rows, length in _groups(ids, q.shape[0], lengths):
             k_m, v_m = (
                 prefix_k[m : m + 1, :, :length].float(),
@@ -167,7 +167,7 @@ class _PrefixAttention(torch.autograd.Function):
             do_m, q_m, o_m = (_fold(x[rows].float(), k.shape[1]) for x in (do, q, o))
             own = lse[rows]
             lse_m = _fold(own, k.shape[1])
-            dq_m, dk_m, dv_m = _flash_backward(
+            dq_m, dk_m, dv_m = flash_backward(
                 do_m, q_m, k_m, v_m, o_m, lse_m, False, None, ctx.scale
             )
             dq[rows] += _unfold(dq_m, own.shape).to(dq.dtype)

@@ -1,7 +1,7 @@
 """What the decode kernels share: tiles for few tokens, the split of K, and both halves of a LoRA.
 
-At decode (M <= 64 tokens) a linear layer takes as long as its weights take to arrive. So weights are
-the left operand, whose tile side is 64 or more, tokens the narrow right one, and every weight
+At decode (M <= 64 tokens) a linear layer takes as long as its weights take to arrive. So weights
+are the left operand, whose tile side is 64 or more, tokens the narrow right one, and every weight
 element is read by one program. Accumulators are [BLOCK_N neurons, BLOCK_M tokens].
 """
 
@@ -12,10 +12,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .common import SMALLEST_TILE, dot
+from .common import INTERPRETED, SMALLEST_TILE, dot, rank_block
 
 MOST_TOKENS = 64
 MOST_SPLITS = 16
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _SHORTEST_SPLIT = 256  # of K: shorter ones have nothing left to pipeline
 
 
@@ -29,7 +30,7 @@ class Config(NamedTuple):
         warps: warps of a program.
         programs: multiprocessors to fill; 132 on an H100 or H200.
         split_cost: what one more split of K costs, as a share of the time of the weights.
-        archs: compute capabilities that the configuration fits.
+        archs: compute capabilities on which the configuration fits without spills.
     """
 
     block_n: int
@@ -47,11 +48,16 @@ def token_block(m: int) -> int:
     return max(SMALLEST_TILE, triton.next_power_of_2(m))
 
 
+def rank_step(r: int, block_m: int) -> int:
+    """Ranks in a step of ``expand_rows``: wider ones spill beside two accumulators."""
+    return rank_block(r, limit=1024 // block_m)
+
+
 def split_blocks(tiles: int, k: int, block_k: int, config: Config) -> tuple[int, int]:
     """(splits, blocks of K in each): how often K is cut so that all multiprocessors are busy.
 
     The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. The number of
-    tokens does not count, so a token's sums are the same in every batch.
+    tokens does not count, so a token's sums are added in the same order in every batch.
 
     Args:
         tiles: programs without a split.
@@ -79,19 +85,30 @@ def inside(offs, size, EVEN: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(ptrs, mask, splits, stride):
+def narrow(x, dtype: tl.constexpr):
+    """x rounded to the nearest number of ``dtype``. The interpreter's own cast to bf16 cuts off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def sum_splits(part_ptr, offs, mask, splits, stride):
     """Sum of the partials of splits 0, 1, 2, ..., in this order; four loads are under way at once.
 
-    Each split lies ``stride`` (int64) elements behind the one before.
+    Each split lies ``stride`` (int64) elements behind the one before. ``offs`` inside a split are
+    int32: they take half the registers, and a split of 64 tokens holds fewer than 2^31 elements.
     """
-    total = tl.zeros(ptrs.shape, tl.float32)
+    total = tl.zeros(offs.shape, tl.float32)
     for split in range(0, splits, 4):
-        part0 = tl.load(ptrs, mask=mask, other=0.0)
-        part1 = tl.load(ptrs + stride, mask=mask & (split + 1 < splits), other=0.0)
-        part2 = tl.load(ptrs + 2 * stride, mask=mask & (split + 2 < splits), other=0.0)
-        part3 = tl.load(ptrs + 3 * stride, mask=mask & (split + 3 < splits), other=0.0)
+        part0 = tl.load(part_ptr + offs, mask=mask, other=0.0)
+        part1 = tl.load(part_ptr + stride + offs, mask=mask & (split + 1 < splits), other=0.0)
+        part2 = tl.load(part_ptr + 2 * stride + offs, mask=mask & (split + 2 < splits), other=0.0)
+        part3 = tl.load(part_ptr + 3 * stride + offs, mask=mask & (split + 3 < splits), other=0.0)
         total = total + part0 + part1 + part2 + part3
-        ptrs += 4 * stride
+        part_ptr += 4 * stride
     return total
 
 
@@ -99,6 +116,7 @@ def sum_splits(ptrs, mask, splits, stride):
 def shrink_rows(
     x_ptr,
     a_ptr,
+    scaling_ptr,
     s_ptr,
     tile,
     memory,
@@ -116,10 +134,11 @@ def shrink_rows(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s = x A_m^T of each token's own memory m, over K from begin to end.
+    """s = scaling_m x A_m^T of each token's own memory m, over K from begin to end.
 
     The A of all memories are one matrix [ROWS = n R, K]; this is one tile of its rows. Rows of
-    memories that no token has are not read. s [M, width] holds R values of each token.
+    memories that no token has are not read. s [M, width] holds R values of each token. It is scaled
+    here, in fp32, because here a scale takes one register and beside an accumulator many.
     """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -136,16 +155,17 @@ def shrink_rows(
         x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_m, other=0.0)
         mask_a = mask_k[None, :] & (used > 0)[:, None]
         a = tl.load(a_rows + (k + offs_k)[None, :], mask=mask_a, other=0.0)
-        acc = dot(a.to(x.dtype), x, acc, PRECISION)
-    s_ptrs = s_ptr + offs_m.to(tl.int64)[None, :] * width + (rows % R)[:, None]
-    tl.store(s_ptrs, acc, mask=mine)
+        acc = dot(narrow(a, x.dtype), x, acc, PRECISION)
+    scaling = tl.load(scaling_ptr + owner, mask=used > 0, other=0.0)
+    s_ptrs = s_ptr + (offs_m[None, :] * width + (rows % R)[:, None])
+    tl.store(s_ptrs, acc * scaling[:, None], mask=mine)
 
 
 @triton.jit
 def expand_rows(
+    acc,
     s_ptr,
     b_ptr,
-    scaling_ptr,
     memory,
     offs_n,
     offs_m,
@@ -157,22 +177,19 @@ def expand_rows(
     split_stride,
     width,
     dtype: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """scaling_m B_m s^T of each token's own memory m [BLOCK_N, BLOCK_M], 0 where it has none.
+    """acc + B_m s^T of each token's own memory m; acc is [BLOCK_N, BLOCK_M].
 
     s [splits, M, width] are fp32 partials (R values of each token), rounded to ``dtype`` once
     added. Memories from first to last - 1 are gone through; those that no token has are not read.
     """
-    delta = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
-        s_ptrs = s_ptr + offs_m.to(tl.int64)[None, :] * width + offs_r[:, None]
+        offs_s = offs_m[None, :] * width + offs_r[:, None]
         mask_s = (offs_r < R)[:, None] & (memory >= 0)[None, :]
-        s = sum_splits(s_ptrs, mask_s, splits, split_stride).to(dtype)
+        s = narrow(sum_splits(s_ptr, offs_s, mask_s, splits, split_stride), dtype)
         for m in range(first, last):
             mine = memory == m
             used = tl.max(mine.to(tl.int32), 0) > 0
@@ -180,6 +197,5 @@ def expand_rows(
             b_rows = b_ptr + (m * N + offs_n.to(tl.int64)[:, None]) * R
             b = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
             # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
-            delta = tl.where(mine[None, :], dot(b.to(dtype), s, delta, PRECISION), delta)
-    scaling = tl.load(scaling_ptr + memory, mask=memory >= 0, other=0.0)
-    return delta * scaling[None, :]
+            acc = tl.where(mine[None, :], dot(narrow(b, dtype), s, acc, PRECISION), acc)
+    return acc

@@ -1,4 +1,4 @@
-"""y = x W^T + bias + scaling_m s_m B_m^T for few tokens, in one or two launches.
+"""y = x W^T + bias + scaling_m x A_m^T B_m^T for few tokens, in one or two launches.
 
 1. Weight rows, and beside them the rows of all A, times x; K is split over programs, which write
    fp32 partials. Without memories and with one split this is already y.
@@ -12,32 +12,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
     Config,
     expand_rows,
     inside,
+    narrow,
+    rank_step,
     shrink_rows,
     split_blocks,
     sum_splits,
     token_block,
 )
 
+# The second only adds where there are no memories, and then needs no tensor cores.
 EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": "dot16"}
 
 CONFIGS = {
     "n64_k128_s4": Config(64, 128, 4, 4),
+    "n64_k64_s5": Config(64, 64, 5, 4, archs=(90, 100)),
+    "n64_k128_s3": Config(64, 128, 3, 4),
+    "n64_k256_s2": Config(64, 256, 2, 4, archs=(80, 90)),
+    "n128_k64_s4": Config(128, 64, 4, 4),
+    "n128_k128_s3_w8": Config(128, 128, 3, 8),
 }
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS", "tokens", "blocks"])
 def _decode_linear_fwd_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     a_ptr,
+    scaling_ptr,
     out_ptr,
     s_ptr,
     ids_ptr,
@@ -77,6 +86,7 @@ def _decode_linear_fwd_kernel(
             shrink_rows(
                 x_ptr,
                 a_ptr,
+                scaling_ptr,
                 s_ptr + split.to(tl.int64) * M * R,
                 tile,
                 memory,
@@ -103,21 +113,16 @@ def _decode_linear_fwd_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, end, BLOCK_K):
             mask_k = inside(k + offs_k, K, EVEN_K)
-            w = tl.load(
-                w_rows + (k + offs_k)[None, :],
-                mask=mask_n[:, None] & mask_k[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            mask_w = mask_n[:, None] & mask_k[None, :]
+            w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
             mask_x = mask_k[:, None] & mask_m[None, :]
             x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
             acc = dot(w, x, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-        out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
-        tl.store(
-            out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :]
-        )
+        out_ptrs = out_ptr + split.to(tl.int64) * M * N + (offs_m[None, :] * N + offs_n[:, None])
+        mask = mask_n[:, None] & mask_m[None, :]
+        tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
@@ -126,7 +131,6 @@ def _decode_expand_fwd_kernel(
     bias_ptr,
     s_ptr,
     b_ptr,
-    scaling_ptr,
     y_ptr,
     ids_ptr,
     M,
@@ -145,18 +149,18 @@ def _decode_expand_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     mask_n, mask_m = offs_n < N, offs_m < M
     mask = mask_n[:, None] & mask_m[None, :]
-    offs = offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tokens_wide = tl.cast(M, tl.int64)
-    y = sum_splits(part_ptr + offs, mask, splits, tokens_wide * N)
+    offs = offs_m[None, :] * N + offs_n[:, None]
+    size = tl.cast(M, tl.int64)
+    y = sum_splits(part_ptr, offs, mask, splits, size * N)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if b_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
         first, last = memory_range(memory)
-        y += expand_rows(
+        y = expand_rows(
+            y,
             s_ptr,
             b_ptr,
-            scaling_ptr,
             memory,
             offs_n,
             offs_m,
@@ -165,20 +169,19 @@ def _decode_expand_fwd_kernel(
             first,
             last,
             splits,
-            tokens_wide * R,
+            size * R,
             R,
             y_ptr.dtype.element_ty,
-            BLOCK_N,
-            BLOCK_M,
             BLOCK_R,
             PRECISION,
         )
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _multiply(x, weight, bias, a, rows, out, s, blocks, config) -> None:
-    """First launch: out [splits, M, N] and, with a [n, r, K], s [splits, M, r]."""
+def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
+    """First launch: out [splits, M, N] and, with memories, s [splits, M, r]."""
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
+    a, _, scaling = lora or (None, None, None)
     r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
     block_k = config.block_k * 2 // x.element_size()
     launch(
@@ -188,6 +191,7 @@ def _multiply(x, weight, bias, a, rows, out, s, blocks, config) -> None:
         w_ptr=weight,
         bias_ptr=bias,
         a_ptr=a,
+        scaling_ptr=scaling,
         out_ptr=out,
         s_ptr=s,
         M=m,
@@ -239,14 +243,16 @@ def decode_linear(
     config = config or next(iter(CONFIGS.values()))
     tiles, block_k = triton.cdiv(n, config.block_n), config.block_k * 2 // x.element_size()
     splits, blocks = split_blocks(tiles, k, block_k, config)
-    if lora is None and splits == 1:
-        _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
-        return y
-    a, b, scaling = (None, None, None) if lora is None else lora
-    r = 0 if a is None else a.shape[1]
+    if lora is None:
+        rows = Rows(None, 1)  # not read: no variant of its own
+        if splits == 1:
+            _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
+            return y
+    b = None if lora is None else lora[1]
+    r = 0 if b is None else b.shape[2]
     part = x.new_empty(splits, m, n, dtype=torch.float32)
-    s = None if a is None else x.new_empty(splits, m, r, dtype=torch.float32)
-    _multiply(x, weight, None, a, rows, part, s, blocks, config)
+    s = None if b is None else x.new_empty(splits, m, r, dtype=torch.float32)
+    _multiply(x, weight, None, lora, rows, part, s, blocks, config)
     launch(
         _decode_expand_fwd_kernel,
         (triton.cdiv(n, _EXPAND_BLOCK),),
@@ -254,7 +260,6 @@ def decode_linear(
         bias_ptr=bias,
         s_ptr=s,
         b_ptr=b,
-        scaling_ptr=scaling,
         y_ptr=y,
         M=m,
         N=n,
@@ -262,7 +267,7 @@ def decode_linear(
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
-        BLOCK_R=rank_block(r),
+        BLOCK_R=rank_step(r, token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=4,
         num_stages=3,

@@ -1,6 +1,7 @@
 """h = act(x Wg^T + delta_g) * (x Wu^T + delta_u) * gates for few tokens, in one or two launches.
 
-1. With memories: s = x A^T of gate and up; K is split over programs, which write fp32 partials.
+1. With memories: s = scaling x A^T of gate and up; K is split over programs, which write fp32
+   partials.
 2. Both weights times x in two accumulators, the two low-rank updates, activation and gates. A tile
    whose gates are all 0 reads no weights.
 """
@@ -12,26 +13,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, dot, launch, memory_range, precision, rank_block, token_memory
-from .decode_common import Config, expand_rows, inside, shrink_rows, split_blocks, token_block
+from .common import Rows, activate, dot, launch, memory_range, precision, token_memory
+from .decode_common import (
+    Config,
+    expand_rows,
+    inside,
+    narrow,
+    rank_step,
+    shrink_rows,
+    split_blocks,
+    token_block,
+)
 
 EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
 
 CONFIGS = {
     "n64_k64_s4": Config(64, 64, 4, 4),
+    "n64_k64_s3": Config(64, 64, 3, 4),
+    "n64_k64_s5": Config(64, 64, 5, 4),
+    "n64_k128_s3": Config(64, 128, 3, 4, archs=(90, 100)),
+    "n128_k64_s3_w8": Config(128, 64, 3, 8, archs=(80, 90)),
+    "n128_k64_s4_w8": Config(128, 64, 4, 8, archs=(80, 90)),
 }
 
-# The first launch reads little: short programs, but every program of the second adds up the splits.
-_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=1.0)
+# The first launch reads little: short programs, but every program of the second adds up the splits
+# (8 where K is long enough, whatever the number of memories).
+_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=2.0)
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "tokens", "blocks"])
 def _decode_shrink_fwd_kernel(
     x_ptr,
     a0_ptr,
     a1_ptr,
+    scaling0_ptr,
+    scaling1_ptr,
     s_ptr,
     ids_ptr,
     M,
@@ -63,6 +81,7 @@ def _decode_shrink_fwd_kernel(
         shrink_rows(
             x_ptr,
             a0_ptr,
+            scaling0_ptr,
             s_ptr,
             tile,
             memory,
@@ -85,6 +104,7 @@ def _decode_shrink_fwd_kernel(
             shrink_rows(
                 x_ptr,
                 a1_ptr,
+                scaling1_ptr,
                 s_ptr + R0,
                 tile - tiles0,
                 memory,
@@ -113,8 +133,6 @@ def _decode_mlp_up_fwd_kernel(
     s_ptr,
     bg_ptr,
     bu_ptr,
-    scaling_g_ptr,
-    scaling_u_ptr,
     h_ptr,
     ids_ptr,
     M,
@@ -157,9 +175,9 @@ def _decode_mlp_up_fwd_kernel(
         x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
         mask_w = mask_n[:, None] & mask_k[None, :]
         offs_w = (k + offs_k)[None, :]
-        wg = tl.load(wg_rows + offs_w, mask=mask_w, other=0.0, eviction_policy="evict_first")
+        wg = tl.load(wg_rows + offs_w, mask=mask_w, other=0.0)
         g = dot(wg, x, g, PRECISION)
-        wu = tl.load(wu_rows + offs_w, mask=mask_w, other=0.0, eviction_policy="evict_first")
+        wu = tl.load(wu_rows + offs_w, mask=mask_w, other=0.0)
         u = dot(wu, x, u, PRECISION)
     if s_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
@@ -169,10 +187,10 @@ def _decode_mlp_up_fwd_kernel(
         width = RG + RU
         split_stride = tl.cast(M, tl.int64) * width
         if bg_ptr is not None:
-            g += expand_rows(
+            g = expand_rows(
+                g,
                 s_ptr,
                 bg_ptr,
-                scaling_g_ptr,
                 memory,
                 offs_n,
                 offs_m,
@@ -184,16 +202,14 @@ def _decode_mlp_up_fwd_kernel(
                 split_stride,
                 width,
                 h_ptr.dtype.element_ty,
-                BLOCK_N,
-                BLOCK_M,
                 BLOCK_R,
                 PRECISION,
             )
         if bu_ptr is not None:
-            u += expand_rows(
+            u = expand_rows(
+                u,
                 s_ptr + RG,
                 bu_ptr,
-                scaling_u_ptr,
                 memory,
                 offs_n,
                 offs_m,
@@ -205,8 +221,6 @@ def _decode_mlp_up_fwd_kernel(
                 split_stride,
                 width,
                 h_ptr.dtype.element_ty,
-                BLOCK_N,
-                BLOCK_M,
                 BLOCK_R,
                 PRECISION,
             )
@@ -214,18 +228,19 @@ def _decode_mlp_up_fwd_kernel(
     if gates_ptr is not None:
         # Selected, so that a closed neuron gives 0 whether or not its tile was skipped.
         h = tl.where(open_[:, None], h * gates[:, None], 0.0)
-    h_ptrs = h_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+    h_ptrs = h_ptr + (offs_m[None, :] * N + offs_n[:, None])
+    tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def _shrink(x: Tensor, matrices: list[Tensor], rows: Rows) -> Tensor:
-    """fp32 partials [splits, M, sum of ranks] of x a_m^T, for one or two a [n, r, K]."""
-    (m, k), (a0, a1) = x.shape, (matrices + [None])[:2]
+def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
+    """fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two LoRA."""
+    (m, k), (a0, _, scaling0) = x.shape, loras[0]
+    a1, _, scaling1 = loras[1] if len(loras) == 2 else (None, None, None)
     r0, r1 = a0.shape[1], 0 if a1 is None else a1.shape[1]
     rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
     tiles = triton.cdiv(rows0, _SHRINK.block_n) + triton.cdiv(rows1, _SHRINK.block_n)
     block_k = _SHRINK.block_k // 2
-    splits, blocks = split_blocks(tiles, k, block_k, _SHRINK)
+    splits, blocks = split_blocks(1, k, block_k, _SHRINK)
     s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
     launch(
         _decode_shrink_fwd_kernel,
@@ -233,6 +248,8 @@ def _shrink(x: Tensor, matrices: list[Tensor], rows: Rows) -> Tensor:
         x_ptr=x,
         a0_ptr=a0,
         a1_ptr=a1,
+        scaling0_ptr=scaling0,
+        scaling1_ptr=scaling1,
         s_ptr=s,
         M=m,
         K=k,
@@ -287,10 +304,10 @@ def decode_mlp_up(
     config = config or next(iter(CONFIGS.values()))
     block_k = config.block_k * 2 // x.element_size()
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
-    s = _shrink(x, [a for a, _, _ in given], rows) if given else None
-    a_gate, b_gate, scaling_gate = lora_gate or (None, None, None)
-    a_up, b_up, scaling_up = lora_up or (None, None, None)
-    r_gate, r_up = (0 if a is None else a.shape[1] for a in (a_gate, a_up))
+    rows = rows if given else Rows(None, 1)  # not read: no variant of its own
+    s = _shrink(x, given, rows) if given else None
+    b_gate, b_up = (None if lora is None else lora[1] for lora in (lora_gate, lora_up))
+    r_gate, r_up = (0 if b is None else b.shape[2] for b in (b_gate, b_up))
     launch(
         _decode_mlp_up_fwd_kernel,
         (triton.cdiv(n, config.block_n),),
@@ -301,8 +318,6 @@ def decode_mlp_up(
         s_ptr=s,
         bg_ptr=b_gate,
         bu_ptr=b_up,
-        scaling_g_ptr=scaling_gate,
-        scaling_u_ptr=scaling_up,
         h_ptr=h,
         M=m,
         N=n,
@@ -318,7 +333,7 @@ def decode_mlp_up(
         BLOCK_N=config.block_n,
         BLOCK_M=token_block(m),
         BLOCK_K=block_k,
-        BLOCK_R=rank_block(max(r_gate, r_up)),
+        BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
         PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,

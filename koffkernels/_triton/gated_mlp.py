@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,13 @@ from .._torch import gated_mlp as plain
 from ..types import GatedMLPLoRA, LoRA
 from .common import Rows
 from .lora_linear import flat, rows_of
-from .mlp import Kept, mlp_backward, mlp_forward, mlp_inference
+from .mlp import Kept, Layer, mlp_backward, mlp_forward, mlp_inference
 from .ops import needs_grad, operation, spread, wanted
 
 
-def _lora(parts: tuple[Tensor | None, ...]) -> GatedMLPLoRA:
+def _lora(parts: Sequence[Tensor | None]) -> GatedMLPLoRA:
     """From nine tensors: a, b and scaling of gate, up and down."""
-    return GatedMLPLoRA(
-        *(None if parts[k] is None else LoRA(*parts[k : k + 3]) for k in (0, 3, 6))
-    )
+    return GatedMLPLoRA(*(None if parts[k] is None else LoRA(*parts[k : k + 3]) for k in (0, 3, 6)))
 
 
 def _or_empty(x: Tensor, kept: Kept) -> tuple[Tensor, ...]:
@@ -49,8 +49,8 @@ def _forward(
     lora = _lora(
         (gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling)
     )
-    weights, rows = (w_gate, w_up, w_down), Rows(ids, tokens)
-    y, kept = mlp_forward(x, weights, gates, lora, rows, activation, not recompute)
+    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
+    y, kept = mlp_forward(x, layer, not recompute)
     return y, *_or_empty(x, kept)
 
 
@@ -102,8 +102,8 @@ def _backward(
     )
     kept = Kept(*(None if part.dim() == 1 else part for part in (gu, s_gate_up, s_down)))
     flags = needs[0], needs[1], [needs[k : k + 3] for k in (2, 5, 8)]
-    weights, rows = (w_gate, w_up, w_down), Rows(ids, tokens)
-    return wanted(mlp_backward(dy, x, kept, weights, gates, lora, rows, activation, flags))
+    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
+    return wanted(mlp_backward(dy, x, kept, layer, flags))
 
 
 def _backward_fake(dy, x, gu, s_gate_up, s_down, w_gate, w_up, w_down, gates, *rest):
@@ -145,6 +145,7 @@ def run(
             recompute = dispatch.recomputes()
             y = _OPERATION(*inputs, gates, *parts, ids, tokens, activation, recompute)[0]
         else:
-            rows, lora = Rows(ids, tokens), _lora(tuple(parts))
-            y = mlp_inference(inputs[0], inputs[1:], gates, lora, rows, activation)
+            x2, *weights = inputs
+            layer = Layer(tuple(weights), gates, _lora(parts), Rows(ids, tokens), activation)
+            y = mlp_inference(x2, layer)
     return y.view(x.shape)

@@ -1,5 +1,5 @@
-"""LoRA linear, forward and backward, on [M, K]: the vendor's GEMM and narrow kernels, one fused GEMM,
-or the decode kernels; ``routes`` says which."""
+"""LoRA linear, forward and backward, on [M, K]: the vendor's GEMM and narrow kernels, one fused
+GEMM, or the decode kernels; ``routes`` says which."""
 
 from __future__ import annotations
 

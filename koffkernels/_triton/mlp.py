@@ -32,7 +32,15 @@ from .mlp_hidden_bwd import HiddenDeltas, mlp_hidden_bwd
 from .mlp_hidden_bwd_lora import LARGEST_RANK, HiddenGrads, mlp_hidden_bwd_lora
 from .shrink import shrink
 
-Weights = tuple[Tensor, Tensor, Tensor]
+
+class Layer(NamedTuple):
+    """An MLP as it is called: base weights, gates [I] or None, updates, memory of each token."""
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    gates: Tensor | None
+    lora: GatedMLPLoRA
+    rows: Rows
+    activation: str
 
 
 class Kept(NamedTuple):
@@ -83,17 +91,9 @@ def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     return gu
 
 
-def mlp_forward(
-    x: Tensor,
-    weights: Weights,
-    gates: Tensor | None,
-    lora: GatedMLPLoRA,
-    rows: Rows,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Kept]:
+def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Kept]:
     """(y, what backward needs); g0 and u0 are kept only with ``keep``. x is [M, H]."""
-    w_gate, w_up, w_down = weights
+    (w_gate, w_up, w_down), gates, lora, rows, activation = layer
     i, route = w_gate.shape[0], route_of("forward", x, w_gate)
     s_gate_up = _shrink_both(x, lora, rows)
     deltas = _deltas(s_gate_up, lora)
@@ -114,37 +114,24 @@ def mlp_forward(
     return y, Kept(gu if keep else None, s_gate_up, s_down)
 
 
-def mlp_inference(
-    x: Tensor,
-    weights: Weights,
-    gates: Tensor | None,
-    lora: GatedMLPLoRA,
-    rows: Rows,
-    activation: str,
-) -> Tensor:
+def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
     """y of ``mlp_forward``, where nothing is kept for backward."""
+    weights, gates, lora, rows, activation = layer
     route = route_of("forward", x, weights[0])
     if route.name != "decode":
-        return mlp_forward(x, weights, gates, lora, rows, activation, keep=False)[0]
+        return mlp_forward(x, layer, keep=False)[0]
     config = DECODE_UP.get(route.config)
     h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
     return decode_linear(h, weights[2], None, lora.down, rows, DECODE_DOWN.get(route.config))
 
 
 def _hidden_backward(
-    dh: Tensor,
-    gu: Tensor,
-    kept: Kept,
-    t_down: Tensor | None,
-    gates: Tensor | None,
-    lora: GatedMLPLoRA,
-    rows: Rows,
-    activation: str,
-    needs_gates: bool,
+    dh: Tensor, gu: Tensor, kept: Kept, t_down: Tensor | None, layer: Layer, needs_gates: bool
 ) -> HiddenGrads:
     """dg, du, dz and the sums over tokens, fused where the ranks allow it."""
+    _, gates, lora, rows, activation = layer
     i = dh.shape[1]
-    g0, u0 = gu[:, :i], gu[:, i:]
+    halves = gu[:, :i], gu[:, i:]
     s_gate, s_up = _deltas(kept.s_gate_up, lora)
     down = None
     if lora.down is not None:
@@ -152,9 +139,9 @@ def _hidden_backward(
     deltas = HiddenDeltas(s_gate, s_up, down)
     some = any(d is not None for d in deltas)
     if some and deltas.rank() <= LARGEST_RANK:
-        return mlp_hidden_bwd_lora(dh, g0, u0, gates, deltas, rows, activation, needs_gates)
+        return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs_gates)
     needs = needs_gates, down is not None
-    dgu, h, dz = mlp_hidden_bwd(dh, g0, u0, gates, deltas, rows, activation, needs)
+    dgu, h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
     wide = dgu[:, :i], dgu[:, i:], h
     narrow = [None if d is None else d.s for d in deltas]
     sums = [
@@ -164,11 +151,9 @@ def _hidden_backward(
     return HiddenGrads(dgu, dz, *sums)
 
 
-def _input_gradient(
-    dgu: Tensor, t: Tensor | None, weights: Weights, lora: GatedMLPLoRA, rows: Rows
-) -> Tensor:
+def _input_gradient(dgu: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
     """dx = dg Wg + du Wu + the low-rank updates of both."""
-    w_gate, w_up, _ = weights
+    (w_gate, w_up, _), _, lora, rows, _ = layer
     i, route = w_gate.shape[0], route_of("backward", dgu, w_gate)
     turned = GatedMLPLoRA(
         *(None if p is None else p._replace(b=p.a.transpose(1, 2)) for p in lora[:2])
@@ -185,23 +170,18 @@ def mlp_backward(
     dy: Tensor,
     x: Tensor,
     kept: Kept,
-    weights: Weights,
-    gates: Tensor | None,
-    lora: GatedMLPLoRA,
-    rows: Rows,
-    activation: str,
+    layer: Layer,
     needs: tuple[bool, bool, list[list[bool]]],
 ) -> list[Tensor | None]:
     """[dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x, gates, and
     three flags for each update) says so."""
+    weights, gates, lora, rows, _ = layer
     needs_x, needs_gates, trains = needs
     i = weights[0].shape[0]
     gu = _gate_up(x, *weights[:2]) if kept.gu is None else kept.gu
     down = lora.down
     t_down = None if down is None else shrink(dy, down.b.transpose(1, 2), None, rows)
-    hidden = _hidden_backward(
-        dy @ weights[2], gu, kept, t_down, gates, lora, rows, activation, needs_gates
-    )
+    hidden = _hidden_backward(dy @ weights[2], gu, kept, t_down, layer, needs_gates)
     narrow = [
         None if p is None else shrink(part, p.b.transpose(1, 2), None, rows)
         for p, part in zip(lora[:2], (hidden.dgu[:, :i], hidden.dgu[:, i:]), strict=True)
@@ -209,7 +189,7 @@ def mlp_backward(
     there = [part for part in narrow if part is not None]
     t = None if not there else there[0] if len(there) == 1 else torch.cat(there, 1)
     grads: list[Tensor | None] = [
-        _input_gradient(hidden.dgu, t, weights, lora, rows) if needs_x else None,
+        _input_gradient(hidden.dgu, t, layer) if needs_x else None,
         None if hidden.dz is None else hidden.dz.to(gates.dtype),
     ]
     for part, p, db, train in zip(lora[:2], narrow, hidden[2:4], trains[:2], strict=True):

@@ -6,7 +6,7 @@ g and u are recomputed from g0, u0 and the low-rank updates. This is the way for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -137,10 +137,27 @@ def _mlp_hidden_bwd_kernel(
         tl.store(dz_ptr + pid_m.to(tl.int64) * I + offs_i, tl.sum(dz, 0), mask=mask_i)
 
 
+def hidden_args(
+    dh: Tensor,
+    gu: tuple[Tensor, Tensor],
+    gates: Tensor | None,
+    dgu: Tensor,
+    deltas: HiddenDeltas,
+    rows: Rows,
+    activation: str,
+) -> dict[str, Any]:
+    """What both kernels of the backward take, but for the tile and where sums go."""
+    (g0, u0), (m, i) = gu, dh.shape
+    tensors = {"dh_ptr": dh, "g_ptr": g0, "u_ptr": u0, "dg_ptr": dgu, "du_ptr": dgu[:, i:]}
+    sizes = {"M": m, "I": i, "stride_hm": i, "stride_gm": g0.stride(0), "stride_dm": 2 * i}
+    gated = {"z_ptr": gates, "HAS_GATES": gates is not None, "ACTIVATION": activation}
+    shared = {"BLOCK_R": rank_block(deltas.rank()), "PRECISION": precision(g0.dtype)}
+    return tensors | sizes | gated | shared | deltas.args(g0) | rows.args()
+
+
 def mlp_hidden_bwd(
     dh: Tensor,
-    g0: Tensor,
-    u0: Tensor,
+    gu: tuple[Tensor, Tensor],
     gates: Tensor | None,
     deltas: HiddenDeltas,
     rows: Rows,
@@ -151,7 +168,7 @@ def mlp_hidden_bwd(
 
     Args:
         dh: [M, I], contiguous, without the update of the down layer.
-        g0, u0: [M, I] with the same strides, the last 1.
+        gu: g0 and u0, [M, I] with the same strides, the last 1.
         gates: [I] or None.
         deltas: the updates of g, u and dh.
         rows: memory of each token.
@@ -161,39 +178,21 @@ def mlp_hidden_bwd(
     Returns:
         dgu [M, 2 I] (dg beside du), h [M, I] or None, dz fp32 [I] or None.
     """
-    (m, i), block_m, block_i = g0.shape, 32, 64
+    (m, i), block_m, block_i = dh.shape, 32, 64
     needs_gates, keep_h = needs
     tiles = triton.cdiv(m, block_m), triton.cdiv(i, block_i)
-    dgu = g0.new_empty(m, 2 * i)
-    h = g0.new_empty(m, i) if keep_h else None
-    dz = g0.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None
+    dgu = dh.new_empty(m, 2 * i)
+    h = dh.new_empty(m, i) if keep_h else None
+    dz = dh.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None
     launch(
         _mlp_hidden_bwd_kernel,
         tiles,
-        dh_ptr=dh,
-        g_ptr=g0,
-        u_ptr=u0,
-        z_ptr=gates,
-        dg_ptr=dgu,
-        du_ptr=dgu[:, i:],
         h_ptr=h,
         dz_ptr=dz,
-        M=m,
-        I=i,
-        stride_hm=i,
-        stride_gm=g0.stride(0),
-        stride_dm=2 * i,
-        HAS_GATES=gates is not None,
         NEEDS_GATES=needs_gates,
         KEEP_H=keep_h,
-        ACTIVATION=activation,
         BLOCK_M=block_m,
         BLOCK_I=block_i,
-        BLOCK_R=rank_block(deltas.rank()),
-        PRECISION=precision(g0.dtype),
-        num_warps=4,
-        num_stages=2,
-        **deltas.args(g0),
-        **rows.args(),
+        **hidden_args(dh, gu, gates, dgu, deltas, rows, activation),
     )
     return dgu, h, None if dz is None else sum_partials(dz, torch.float32)

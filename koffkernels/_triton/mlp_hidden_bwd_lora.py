@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_span, precision, rank_block, token_memory, token_span
-from .mlp_hidden_bwd import HiddenDeltas, hidden_grads
+from .common import Rows, dot, launch, memory_span, token_memory, token_span
+from .mlp_hidden_bwd import HiddenDeltas, hidden_args, hidden_grads
 from .reduce import sum_partials
 
 EXPECTS = {"_mlp_hidden_bwd_lora_kernel": "dot16"}
@@ -171,8 +171,7 @@ def _chunks(m: int, i: int, tokens: int, block_i: int) -> int:
 
 def mlp_hidden_bwd_lora(
     dh: Tensor,
-    g0: Tensor,
-    u0: Tensor,
+    gu: tuple[Tensor, Tensor],
     gates: Tensor | None,
     deltas: HiddenDeltas,
     rows: Rows,
@@ -182,53 +181,34 @@ def mlp_hidden_bwd_lora(
     """All of ``mlp_hidden_bwd`` and the sums that the low-rank matrices' gradients need.
 
     Args:
-        dh, g0, u0, gates, deltas, rows, activation: as in ``mlp_hidden_bwd``; at least one update,
+        dh, gu, gates, deltas, rows, activation: as in ``mlp_hidden_bwd``; at least one update,
             ranks up to ``LARGEST_RANK``.
         needs_gates: whether dz is wanted.
 
     Returns:
         See ``HiddenGrads``; None for an update that is not there.
     """
-    (m, i), block_i, block_r = g0.shape, 64, rank_block(deltas.rank())
+    (m, i), block_i = dh.shape, 64
     memories = max(d.b.shape[0] for d in deltas if d is not None)
     per_chunk = _chunks(m, i, rows.tokens, block_i)
     chunks = triton.cdiv(m, per_chunk)
-    dgu = g0.new_empty(m, 2 * i)
-    dz = g0.new_empty(chunks, i, dtype=torch.float32) if needs_gates else None
+    dgu = dh.new_empty(m, 2 * i)
+    dz = dh.new_empty(chunks, i, dtype=torch.float32) if needs_gates else None
     sums = [
-        None if d is None else g0.new_zeros(chunks, memories, d.b.shape[2], i, dtype=torch.float32)
+        None if d is None else dh.new_zeros(chunks, memories, d.b.shape[2], i, dtype=torch.float32)
         for d in deltas
     ]
-    outs = {f"db{k}_ptr": dgu if part is None else part for k, part in enumerate(sums)}
     launch(
         _mlp_hidden_bwd_lora_kernel,
         (triton.cdiv(i, block_i), chunks),
-        dh_ptr=dh,
-        g_ptr=g0,
-        u_ptr=u0,
-        z_ptr=gates,
-        dg_ptr=dgu,
-        du_ptr=dgu[:, i:],
         dz_ptr=dz,
-        M=m,
-        I=i,
         m_per_chunk=per_chunk,
         memories=memories,
-        stride_hm=i,
-        stride_gm=g0.stride(0),
-        stride_dm=2 * i,
-        HAS_GATES=gates is not None,
         NEEDS_GATES=needs_gates,
-        ACTIVATION=activation,
         BLOCK_M=32,
         BLOCK_I=block_i,
-        BLOCK_R=block_r,
-        PRECISION=precision(g0.dtype),
-        num_warps=4,
-        num_stages=2,
-        **outs,
-        **deltas.args(g0),
-        **rows.args(),
+        **{f"db{k}_ptr": dgu if part is None else part for k, part in enumerate(sums)},
+        **hidden_args(dh, gu, gates, dgu, deltas, rows, activation),
     )
     parts = [None if part is None else sum_partials(part, torch.float32) for part in (dz, *sums)]
     return HiddenGrads(dgu, *parts)

@@ -70,9 +70,7 @@ def operation(
     op.register_fake(fake)
     op_backward = torch.library.custom_op(f"koff::{name}_backward", backward, mutates_args=())
     op_backward.register_fake(backward_fake)
-    op.register_autograd(
-        lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup
-    )
+    op.register_autograd(lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup)
 
     class Eager(torch.autograd.Function):
         @staticmethod

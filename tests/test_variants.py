@@ -1,0 +1,67 @@
+"""How many variants of each kernel a decode compiles: what changes from step to step, and with the
+batch, must not be compiled in."""
+
+import pytest
+import torch
+
+from koffkernels import GatedMLPLoRA, LoRA, routes
+from koffkernels._triton import common, compiling
+from koffkernels._triton.cases import MODELS, Setting
+
+MOST = 3
+BATCHES = range(1, 65)
+
+
+def setting(mixed: bool) -> Setting:
+    model = MODELS[0]
+    return Setting(model, model.inner, 16, mixed, torch.bfloat16)
+
+
+def mlp(at: Setting, m: int) -> None:
+    from koffkernels._triton.mlp import mlp_inference
+
+    h, i = at.model.hidden, at.inner
+    weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
+    up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
+    lora, gates = GatedMLPLoRA(up, up, down), at.master(i)
+    mlp_inference(at.empty(m, h), weights, gates, lora, at.rows(m), "silu")
+
+
+def linear(at: Setting, m: int) -> None:
+    from koffkernels._triton.linear import linear_inference
+
+    k, n = at.model.hidden, at.model.heads * at.model.head_dim
+    x, weight, rows = at.empty(m, k), at.empty(n, k), at.rows(m)
+    linear_inference(x, weight, None, at.lora(k, n), rows)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("route", ["vendor", "decode"])
+@pytest.mark.parametrize("call", [mlp, linear])
+def test_variants_of_every_batch(call, route, mixed):
+    """Batches of 1 to 64 tokens: at most three variants of each kernel."""
+    at = setting(mixed)
+    with routes.force_route(route), common.recording() as launches:
+        for m in BATCHES:
+            call(at, m)
+    found = compiling.variants(launches)
+    assert found and max(found.values()) <= MOST, found
+
+
+def test_variants_are_told_apart():
+    """The count sees what triton compiles in: constants, divisibility by 16, the number 1, types."""
+    from koffkernels._triton.reduce import sum_partials
+
+    def count(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+        with common.recording() as launches:
+            for shape in shapes:
+                sum_partials(torch.empty(shape, device="meta"), dtype)
+        return compiling.variants(launches)
+
+    name = "koffkernels._triton.reduce._sum_partials_kernel"
+    assert count((2, 32), (3, 48), (1, 64)) == {name: 1}
+    assert count((2, 32), (2, 33), (2, 1)) == {name: 3}
+    with common.recording() as launches:
+        for dtype in (torch.float32, torch.float16):
+            sum_partials(torch.empty(2, 32, device="meta"), dtype)
+    assert compiling.variants(launches) == {name: 2}
