@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from koffkernels import LoRA
+from koffkernels import LoRA, recompute_hidden
 
 from .. import timing
 from ..peers.lora_mlp import lora_mlp
@@ -35,6 +35,16 @@ def _ours(layer: layers.Layer) -> tuple[Call, list[Tensor]]:
     path = layers.Koff(True)
     held = layers.Layer(layer.weights, lora)
     return lambda x: path.mlp(held, x), trained
+
+
+def _recomputing(pair: tuple[Call, list[Tensor]]) -> tuple[Call, list[Tensor]]:
+    """The same, keeping only the MLP's input for backward."""
+
+    def call(x: Tensor) -> Tensor:
+        with recompute_hidden():
+            return pair[0](x)
+
+    return call, pair[1]
 
 
 def _hand_written(layer: layers.Layer) -> tuple[Call, list[Tensor]]:
@@ -95,8 +105,10 @@ def memory_of(call: Call, trained: list[Tensor], x: Tensor, dy: Tensor) -> Memor
 
 def _build(bench: Bench, layer: layers.Layer) -> dict[str, tuple[Call, list[Tensor]]]:
     """What is compared; Liger only where it is installed."""
+    ours = _ours(layer)
     found = {
-        "ours": _ours(layer),
+        "ours": ours,
+        "recompute": _recomputing(ours),
         "hand-written": _hand_written(layer),
         "peft": _peft(layer, bench.rank, False),
         "peft-liger": _peft(layer, bench.rank, True),
@@ -108,7 +120,7 @@ def _memories(
     built: dict[str, tuple[Call, list[Tensor]]], x: Tensor, dy: Tensor
 ) -> tuple[dict[str, Memory], dict[str, str]]:
     """Memory of everything that runs, and why a peer is missing or does not run."""
-    memory = {"ours": memory_of(*built["ours"], x, dy)}
+    memory = {name: memory_of(*built[name], x, dy) for name in ("ours", "recompute")}
     absent = {}
     for peer in PEERS:
         if peer not in built:
@@ -183,6 +195,7 @@ def _rows(peer: str, times: Times, memory: dict[str, Memory], facts: dict) -> li
             held_bytes=ours.held,
             limit_held_bytes=theirs.held,
             held_share=ours.held / theirs.held if theirs.held else None,
+            recompute=memory["recompute"]._asdict(),
             shape=facts["shape"],
             rank=facts["rank"],
         ),
