@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,6 +51,7 @@ class Route(NamedTuple):
     reason: str
 
 
+_BY_FORCE = "set by force_route"
 # A plain global, set by force_route for the whole process.
 _FORCED: Route | None = None
 
@@ -71,7 +72,7 @@ def force_route(route: str) -> Iterator[None]:
     rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
     require(name in ROUTES, "force_route", "route", rule, repr(route), step)
     global _FORCED
-    before, _FORCED = _FORCED, Route(name, config or None, "set by force_route")
+    before, _FORCED = _FORCED, Route(name, config or None, _BY_FORCE)
     try:
         yield
     finally:
@@ -112,11 +113,26 @@ def _distance(row: dict, shape: Shape) -> float:
 @functools.lru_cache(maxsize=4096)
 def _nearest(gpu: str, shape: Shape) -> Route:
     names = (shape.op, shape.stage, _DTYPES.get(shape.dtype))
-    rows = [r for r in table(gpu) if (r["op"], r["pass"], r["dtype"]) == names]
+    same = [r for r in table(gpu) if (r["op"], r["pass"]) == names[:2]]
+    rows = [r for r in same if r["dtype"] == names[2]]
+    if not rows and shape.dtype.itemsize == 2:
+        rows = same  # 16-bit dtypes cost the same
     if not rows:
         return Route("vendor", None, f"unmeasured on {gpu}")
     best = min(rows, key=lambda row: (_distance(row, shape), row["us"]))
     return Route(best["route"], best.get("config"), f"measured on {gpu} at {best['m']} tokens")
+
+
+def find(configs: dict[str, Any], route: Route) -> Any:
+    """A route's config among a launcher's; None, the default, where it names none.
+
+    Raises:
+        ValueError: ``force_route`` named one that is not there.
+    """
+    known = route.config in configs or route.config is None or route.reason != _BY_FORCE
+    rule, step = f"be one of {', '.join(configs)}", "choose one of these"
+    require(known, "force_route", "the config", rule, repr(route.config), step)
+    return configs.get(route.config)
 
 
 def choose(shape: Shape, device: torch.device) -> Route:
