@@ -1,6 +1,8 @@
 """koff: knowledge offloading. One sparse backbone of a frozen LLM and swappable memories (LoRA
 adapters and learned KV caches)."""
 
+import koffkernels as _koffkernels  # noqa: F401, I001  reads KOFF_BACKEND before triton comes
+
 from .attach import attach, detach, use_memory
 from .compact import compact
 from .config import KoffConfig, KVConfig, LoRAConfig

@@ -2,7 +2,8 @@
 
 Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model
 itself), parameters keep their names, and everything learned lives in one submodule, ``model.koff``.
-Base weights are frozen and never changed.
+Base weights are frozen and never changed, but for the order of the MLP's neurons once the mask is
+fixed (``packing``), which ``detach`` undoes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .config import KoffConfig, KVConfig, LoRAConfig
 from .context import ForwardContext, LayerScope, MemoryArgument
 from .errors import require
 from .memories import Memory, MemoryBank
+from .packing import kept_part, unpack
 from .prefill import fill_from_random_tokens
 from .state import KoffState, is_attached, require_attached
 
@@ -60,15 +62,17 @@ class _MLPMixin:
     def forward(self, x: Tensor) -> Tensor:
         site = self._koff
         context, index = site.scope.context, site.scope.index
-        lora = None
+        weights, lora = arch.mlp_weights(self), None
         if context.slots:
             lora = GatedMLPLoRA(
                 *(site.bank.lora(f"{index}_{name}", context.slots) for name in arch.MLP_LINEARS)
             )
         gates = None if context.gates is None else context.gates[index]
+        if context.packed is not None:
+            weights, lora = kept_part(context.packed, index, weights, lora)
         y = gated_mlp(
             x,
-            *arch.mlp_weights(self),
+            *weights,
             gates=gates,
             lora=lora,
             memory_ids=context.ids,
@@ -224,6 +228,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: koff is not attached.
     """
     state = require_attached(model, "detach")
+    unpack(model)
     for layer in arch.layers(model):
         for _, linear in arch.linears(layer, model):
             _unswap(linear)

@@ -14,7 +14,8 @@ from .attach import restyle
 from .errors import require
 from .masking import binarize
 from .modeling import narrow_classes
-from .state import KoffState, require_attached
+from .packing import positions
+from .state import require_attached
 
 # (module, parameter name, narrowed parameter)
 Narrowed = tuple[nn.Module, str, nn.Parameter]
@@ -25,16 +26,17 @@ def _parameter(data: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 
 def _narrow_layer(
-    module: nn.Module, index: int, state: KoffState, kept: Tensor
+    module: nn.Module, index: int, model: PreTrainedModel, kept: Tensor
 ) -> Iterator[Narrowed]:
     """The narrowed parameters of one layer: gate and up in one buffer, down, and each memory's LoRA
     on them."""
     gate, up, down = arch.mlp_weights(module)
-    both = torch.cat([gate[kept], up[kept]])
+    rows = positions(model, index, kept)
+    both = torch.cat([gate[rows], up[rows]])
     yield module.gate_proj, "weight", _parameter(both[: len(kept)], gate)
     yield module.up_proj, "weight", _parameter(both[len(kept) :], up)
-    yield module.down_proj, "weight", _parameter(down[:, kept], down)
-    for memory in state.memories:
+    yield module.down_proj, "weight", _parameter(down[:, rows], down)
+    for memory in model.koff.memories:
         for name in ("gate_proj", "up_proj"):
             if f"{index}_{name}" in memory.lora:
                 lora = memory.lora[f"{index}_{name}"]
@@ -73,7 +75,7 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
     memo: dict[int, object] = {}
     for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
-        for owner, name, narrow in _narrow_layer(module, index, state, rows):
+        for owner, name, narrow in _narrow_layer(module, index, model, rows):
             if inplace:
                 setattr(owner, name, narrow)
             else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import require
+from .gates import Gates
 
 
 class _Active:
@@ -36,12 +37,14 @@ class ForwardContext:
         slots: ids of the memories in use, in stacking order; () for none.
         ids: int64 [B], each row's index into ``slots`` or -1; None if every row uses ``slots[0]``.
         gates: z [I] of each layer, or None for all open.
+        packed: gates that are fixed and whose kept neurons stand first: only these are computed.
         masks: attention masks built on demand, shared by the layers.
     """
 
     slots: tuple[int, ...] = ()
     ids: Tensor | None = None
     gates: list[Tensor] | None = None
+    packed: Gates | None = None
     masks: dict = field(default_factory=dict)
 
 

@@ -28,6 +28,9 @@ class Gates(nn.Module):
         mask: bool buffer [I] of each layer, meaningful once ``fixed``.
         multiplier: fp32 scalar, the Lagrange multiplier lambda1 of the sparsity constraint.
         fixed: whether the mask is binary (``koff.binarize``).
+
+    Once fixed, ``packing`` may reorder the base's neurons; ``packed`` says so, and ``order`` and
+    ``width`` say how.
     """
 
     def __init__(
@@ -43,13 +46,39 @@ class Gates(nn.Module):
             self.register_buffer(
                 f"mask_{index}", torch.ones(width, dtype=torch.bool, device=device)
             )
+            self.register_buffer(f"order_{index}", None, persistent=False)
         self.target = target
         self.fixed = False
+        self._widths: list[int | None] = [None] * len(widths)
 
     @property
     def masks(self) -> list[Tensor]:
         """The boolean mask of each layer; True keeps the neuron."""
         return [getattr(self, f"mask_{index}") for index in range(len(self.log_alpha))]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the base's neurons were reordered, kept ones first."""
+        return self._widths[0] is not None
+
+    def order(self, index: int) -> Tensor:
+        """The original number of each neuron of a packed layer, int64 [I]."""
+        return getattr(self, f"order_{index}")
+
+    def width(self, index: int) -> int:
+        """How many leading neurons of a packed layer are kept."""
+        return self._widths[index]
+
+    def set_order_(self, index: int, order: Tensor, width: int) -> None:
+        """Record, in place, how a layer was packed."""
+        setattr(self, f"order_{index}", order)
+        self._widths[index] = width
+
+    def drop_order_(self) -> None:
+        """Record, in place, that no layer is packed."""
+        for index in range(len(self._widths)):
+            setattr(self, f"order_{index}", None)
+            self._widths[index] = None
 
     @property
     def neurons(self) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from . import arch
 from .config import MAX_SPARSITY
 from .errors import require
+from .packing import pack, unpack
 from .state import KoffState, count_weights, require_attached
 
 UNDECIDED_WARNING = 0.2
@@ -177,7 +178,7 @@ def binarize(
     multiple_of: int = 64,
 ) -> BinarizeReport:
     """Fix the mask, in place: keep the neurons of highest log_alpha, k = round((1 - target) L I) of
-    all layers.
+    all layers. The kept neurons move to the front of each MLP: the pruned ones then cost nothing.
 
     Args:
         model: an attached model with gates.
@@ -217,5 +218,7 @@ def binarize(
         mask = torch.zeros_like(score, dtype=torch.bool)
         mask[score.sort(descending=True, stable=True).indices[:width]] = True
         masks.append(mask)
+    unpack(model)  # an earlier mask's order
     gates.fix_(masks)
+    pack(model)
     return BinarizeReport(target, sparsity(model), undecided)

@@ -80,7 +80,10 @@ class KoffState(nn.Module):
         memory = self.active if memory is ACTIVE else memory
         ids = resolve_ids(memory, rows, self.memories.names, "memory")
         slots, local = choose_slots(ids, len(self.memories), device)
-        return ForwardContext(slots, local, None if self.gates is None else self.gates.values())
+        gates = self.gates
+        if gates is not None and gates.packed:
+            return ForwardContext(slots, local, packed=gates)
+        return ForwardContext(slots, local, None if gates is None else gates.values())
 
     @contextlib.contextmanager
     def using(self, memory: MemoryArgument) -> Iterator[None]:

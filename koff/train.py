@@ -20,6 +20,7 @@ from .losses import distillation_losses, next_token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
+from .packing import pack, unpack
 from .prefill import fill_from_tokens
 from .schedule import MixtureDataset, MixtureSampler, collate
 from .state import KoffState, require_attached
@@ -365,7 +366,11 @@ class KoffTrainer(Trainer):
         write_checkpoint(self.koff, output_dir, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        base = self.accelerator.unwrap_model(self.model)
+        unpack(base)
         read_checkpoint(self.koff, resume_from_checkpoint)
+        if self.koff.gates is not None and self.koff.gates.fixed:
+            pack(base)
 
 
 def _seed(args: TrainingArguments) -> int:

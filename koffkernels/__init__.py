@@ -9,10 +9,12 @@ from .modules import GatedMLP, LoRALinear, PrefixAttention
 from .prefix_attention import prefix_attention
 from .routes import force_route
 from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from .warmup import LayerShape, warmup
 
 __all__ = [
     "GatedMLP",
     "GatedMLPLoRA",
+    "LayerShape",
     "LoRA",
     "LoRALinear",
     "Prefix",
@@ -27,6 +29,7 @@ __all__ = [
     "open_probability",
     "prefix_attention",
     "recompute_hidden",
+    "warmup",
 ]
 
 preload_defaults()

@@ -6,13 +6,32 @@ The interpreter cannot multiply bf16 (it multiplies the raw bits), so ``dot`` wi
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+def _find_cache() -> None:
+    """Give Triton a folder it can write compiled kernels to, where the home folder is read-only."""
+    if "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ:
+        return
+    folder = Path(os.environ.get("HOME", "~")).expanduser() / ".triton" / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="koff-triton-")
+
+
+_find_cache()
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _WIDEN = tl.constexpr(INTERPRETED)

@@ -30,7 +30,7 @@ class Config(NamedTuple):
         warps: warps of a program.
         programs: multiprocessors to fill; 132 on an H100 or H200.
         split_cost: what one more split of K costs, as a share of the time of the weights.
-        archs: compute capabilities that the configuration fits.
+        archs: compute capabilities on which the configuration fits without spills.
     """
 
     block_n: int
@@ -137,7 +137,8 @@ def shrink_rows(
     """s = scaling_m x A_m^T of each token's own memory m, over K from begin to end.
 
     The A of all memories are one matrix [ROWS = n R, K]; this is one tile of its rows. Rows of
-    memories that no token has are not read. s [M, width] holds R values of each token.
+    memories that no token has are not read. s [M, width] holds R values of each token. It is scaled
+    here, in fp32, because here a scale takes one register and beside an accumulator many.
     """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)

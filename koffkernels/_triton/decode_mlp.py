@@ -31,9 +31,9 @@ CONFIGS = {
     "n64_k64_s4": Config(64, 64, 4, 4),
     "n64_k64_s3": Config(64, 64, 3, 4),
     "n64_k64_s5": Config(64, 64, 5, 4),
-    "n64_k128_s3": Config(64, 128, 3, 4),
-    "n128_k64_s3_w8": Config(128, 64, 3, 8),
-    "n128_k64_s4_w8": Config(128, 64, 4, 8),
+    "n64_k128_s3": Config(64, 128, 3, 4, archs=(90, 100)),
+    "n128_k64_s3_w8": Config(128, 64, 3, 8, archs=(80, 90)),
+    "n128_k64_s4_w8": Config(128, 64, 4, 8, archs=(80, 90)),
 }
 
 # The first launch reads little: short programs, but every program of the second adds up the splits

@@ -123,9 +123,11 @@ def test_decode_linear_token_reaches_itself_only():
 def test_decode_linear_reads_weights_once_and_no_unused_memory(k):
     x, weight, bias, lora, _ = make((5, k, 70, 40, 16), torch.float16, "mixed")
     rows = Rows(torch.tensor([7, -1, 30, 7, -1]), 1)
+    wide_x = torch.cat([x, torch.full_like(x, torch.nan)])
     with reading() as reads:
-        decode_linear(x, weight, bias, lora, rows)
+        decode_linear(wide_x[:5], weight, bias, lora, rows)
     assert (reads.of(weight) == 1).all()
+    assert not reads.of(wide_x)[5:].any()
     used = torch.zeros(40, dtype=torch.int64)
     used[[7, 30]] = 1
     assert torch.equal(reads.of(lora.a), used[:, None, None].expand(lora.a.shape))

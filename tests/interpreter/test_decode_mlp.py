@@ -165,9 +165,11 @@ def test_decode_mlp_up_reads_open_tiles_once_and_no_unused_memory(k):
     )
     gates[130] = 0.5  # tiles: open, closed, open, closed
     rows = Rows(torch.tensor([7, -1, 30, 7, -1]), 1)
+    wide_x = torch.cat([x, torch.full_like(x, torch.nan)])
     with reading() as reads:
-        decode_mlp_up(x, w_gate, w_up, gates, lora_gate, lora_up, rows, "silu")
+        decode_mlp_up(wide_x[:5], w_gate, w_up, gates, lora_gate, lora_up, rows, "silu")
     read = torch.tensor([1, 0, 1, 0]).repeat_interleave(64)[:200]
+    assert not reads.of(wide_x)[5:].any()
     used = torch.zeros(40, dtype=torch.int64)
     used[[7, 30]] = 1
     for weight in (w_gate, w_up):

@@ -1,0 +1,103 @@
+"""Order each MLP's neurons so that the kept ones come first, once the mask is fixed.
+
+A masked MLP then runs on the leading rows and columns of its own weights, without a copy, and every
+GEMM leaves the pruned neurons out. The function stays the same; a permutation of neurons changes
+nothing but the order of a sum. LoRA keeps the original order and is gathered on the way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from koffkernels import GatedMLPLoRA
+
+from . import arch
+from .gates import Gates
+from .state import require_attached
+
+
+class Packed(NamedTuple):
+    """The base weights and LoRA of the kept neurons alone."""
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    lora: GatedMLPLoRA | None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether the weights can be reordered here: not sharded, not on the meta device."""
+    weights = arch.mlp_weights(module)
+    return all(type(w.data) is Tensor and w.device.type != "meta" for w in weights)
+
+
+def _reorder(module: nn.Module, order: Tensor) -> None:
+    gate, up, down = arch.mlp_weights(module)
+    for weight, dim in ((gate, 0), (up, 0), (down, 1)):
+        weight.copy_(weight.index_select(dim, order.to(weight.device)))
+
+
+@torch.no_grad()
+def pack(model: PreTrainedModel) -> None:
+    """Move the neurons of the fixed mask to the front of every MLP, in place.
+
+    Args:
+        model: an attached model whose mask is fixed. Sharded weights stay as they are: the mask is
+            then multiplied in.
+    """
+    gates = require_attached(model, "pack").gates
+    modules = arch.mlps(model)
+    if gates.packed or not all(_plain(module) for module in modules):
+        return
+    for index, (module, mask) in enumerate(zip(modules, gates.masks, strict=True)):
+        order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+        _reorder(module, order)
+        gates.set_order_(index, order, int(mask.sum()))
+
+
+@torch.no_grad()
+def unpack(model: PreTrainedModel) -> None:
+    """Undo ``pack``, in place and bit for bit; nothing happens if it did not run."""
+    gates = require_attached(model, "unpack").gates
+    if gates is None or not gates.packed:
+        return
+    for index, module in enumerate(arch.mlps(model)):
+        _reorder(module, gates.order(index).argsort())
+    gates.drop_order_()
+
+
+def positions(model: PreTrainedModel, index: int, neurons: Tensor) -> Tensor:
+    """Where neurons of a layer (original numbers) are in its weights now."""
+    gates = model.koff.gates
+    if not gates.packed:
+        return neurons
+    return gates.order(index).argsort()[neurons]
+
+
+def kept_part(
+    gates: Gates, index: int, weights: tuple[Tensor, Tensor, Tensor], lora: GatedMLPLoRA | None
+) -> Packed:
+    """The leading part of a packed layer's weights, and the matching rows and columns of its LoRA.
+
+    Args:
+        gates: packed ones.
+        index: the layer.
+        weights: gate [I, H], up [I, H], down [H, I].
+        lora: of the three layers, in the original order, or None.
+    """
+    width = gates.width(index)
+    gate, up, down = weights
+    narrow = gate[:width], up[:width], down[:, :width]
+    if lora is None:
+        return Packed(narrow, None)
+    rows = gates.order(index)[:width]
+    gate_lora, up_lora = (
+        None if part is None else part._replace(b=part.b.index_select(1, rows))
+        for part in (lora.gate, lora.up)
+    )
+    down_lora = lora.down
+    if down_lora is not None:
+        down_lora = down_lora._replace(a=down_lora.a.index_select(2, rows))
+    return Packed(narrow, GatedMLPLoRA(gate_lora, up_lora, down_lora))
