@@ -325,7 +325,7 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
     """(block_m, tiles, splits) of the prefix: shapes bound the tiles that any ids could need."""
     rows, _, queries, _ = call.q.shape
     n, kv_heads, length, _ = call.prefix.k.shape
-    packed = call.group * queries
+    packed = max(1, call.group * queries)
     users = min(n, rows)  # memories that can be in use
     block_m = _block(triton.cdiv(rows, max(1, users)) * packed, config.block_m)
     block_m = max(block_m, _block(packed, MOST_PACKED))
