@@ -1,9 +1,9 @@
 """Bytes that the Triton kernels load and store, counted in the interpreter, against the least that
 each operation needs.
 
-"Issued" counts every element as often as a program asks for it. "Touched" counts it once per
-launch: what has to come from memory if caches answer every repeat. The least is every input element
-that the result depends on, once, and every output element, once.
+"Issued" counts every element as often as a program asks for it. "Moved" counts it once per launch
+that touches it: what has to come from memory, or go there, if caches answer every repeat. The least
+is every input element that the result depends on, once, and every element of the result, once.
 
     python -m bench.kernel_traffic [--json FILE]
 """
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 DTYPE = torch.float16
-TOKENS, HIDDEN, RANK = 256, 512, 16
+RANK = 16
+MEMORIES = 4
+# For several memories: four sequences, of memories 0 and 2 and of none. 1 and 3 are not in use.
+IDS = (0, 2, -1, 2)
 
 
 class Op(NamedTuple):
@@ -30,101 +33,199 @@ class Op(NamedTuple):
 
     Args:
         name: what runs, with its sizes.
-        call: the launcher, without arguments.
-        needed: tensors (or views) that the result depends on.
-        outputs: how many bytes the result has.
-        formula: the least, in words.
+        call: the launcher, without arguments; what it returns (tensors, None) is the result.
+        weights: tensors of which every element is needed.
+        others: the other tensors (or views) that the result depends on.
     """
 
     name: str
     call: Callable[[], object]
-    needed: tuple[Tensor, ...]
-    outputs: int
-    formula: str
+    weights: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
 
 
 def _normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    return torch.randn(shape).to(dtype)
+    """Random, and small enough that products of the layers stay within fp16."""
+    return (torch.randn(shape) * 0.1).to(dtype)
 
 
-def _lora(n: int, k: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = _normal(n, RANK, k, dtype=torch.float32), _normal(n, out, RANK, dtype=torch.float32)
-    return a, b, torch.ones(n)
+class _Memories:
+    """LoRA of a k -> n layer: one memory, or MEMORIES of which 0 and 2 are in use."""
+
+    def __init__(self, k: int, n: int, mixed: bool = False):
+        count, self.used = (MEMORIES, [0, 2]) if mixed else (1, [0])
+        self.a = _normal(count, RANK, k, dtype=torch.float32)
+        self.b = _normal(count, n, RANK, dtype=torch.float32)
+        self.scaling = torch.ones(count)
+        self.lora = self.a, self.b, self.scaling
+
+    def needed(self) -> tuple[Tensor, ...]:
+        """What the used memories hold."""
+        return tuple(tensor[m] for tensor in self.lora for m in self.used)
+
+    def delta(self, m: int):
+        """The update of m tokens by a given s."""
+        from koffkernels._triton.delta import Delta
+
+        return Delta(_normal(m, RANK), self.b, self.scaling)
+
+    def delta_needed(self, delta: object) -> tuple[Tensor, ...]:
+        return delta.s, *(self.b[m] for m in self.used), *(self.scaling[m] for m in self.used)
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _rows(m: int, mixed: bool = False):
+    from koffkernels._triton.common import Rows
+
+    return Rows(torch.tensor(IDS), m // len(IDS)) if mixed else Rows(None, m)
 
 
 def _shrink() -> Iterator[Op]:
-    from koffkernels._triton.common import Rows
     from koffkernels._triton.shrink import shrink
 
-    x, (a, _, _) = _normal(TOKENS, HIDDEN), _lora(4, HIDDEN, 1)
-    one, few = Rows(None, TOKENS), x[:4]
-    ids = torch.tensor([0, 2, -1, 2])
-    mixed = Rows(ids, TOKENS // 4)
-    used = torch.cat([x[: TOKENS // 2], x[TOKENS * 3 // 4 :]])
-    out = TOKENS * RANK * DTYPE.itemsize
-    sizes = f"M={TOKENS} K={HIDDEN} r={RANK}"
-    yield Op(f"shrink {sizes}", lambda: shrink(x, a, None, one), (x, a[0]), out, "x + A + s")
-    yield Op(
-        f"shrink of gate and up {sizes}",
-        lambda: shrink(x, a, a[1:], one),
-        (x, a[0], a[1]),
-        2 * out,
-        "x + 2 A + s",
-    )
-    yield Op(
-        f"shrink, memories 0, 2, none, 2 of 4, {sizes}",
-        lambda: shrink(x, a, None, mixed),
-        (used, a[0], a[2], ids),
-        out,
-        "x of rows with a memory + 2 A + s + ids",
-    )
-    yield Op(
-        f"shrink M=4 K={HIDDEN} r={RANK}",
-        lambda: shrink(few, a, None, Rows(None, 4)),
-        (few, a[0]),
-        4 * RANK * DTYPE.itemsize,
-        "x + A + s",
-    )
+    for m, k, mixed in ((256, 256, False), (256, 256, True), (4, 1024, False)):
+        x, lora, rows = _normal(m, k), _Memories(k, 16, mixed), _rows(m, mixed)
+        name = f"shrink M={m} K={k}" + (", memories 0, 2, none, 2" if mixed else "")
+        # A row without a memory gives 0 whatever x is.
+        used = x.view(len(IDS), -1)[[i for i, m in enumerate(IDS) if m >= 0 or not mixed]]
+        others = (used, rows.ids) if mixed else (x,)
+        weights = tuple(lora.a[m] for m in lora.used)
+        yield Op(name, lambda x=x, a=lora.a, r=rows: shrink(x, a, None, r), weights, others)
 
 
-OPS: tuple[Callable[[], Iterator[Op]], ...] = (_shrink,)
+def _decode() -> Iterator[Op]:
+    from koffkernels._triton.decode_linear import decode_linear
+    from koffkernels._triton.decode_mlp import decode_mlp_up
+
+    m, k, n = 4, 512, 768
+    x, weight, up = _normal(m, k), _normal(n, k), _normal(n, k)
+    for mixed in (False, True):
+        lora, rows, size = _Memories(k, n, mixed), _rows(m, mixed), f"M={m} K={k} N={n}"
+        where = ", memories 0, 2, none, 2" if mixed else ""
+        others = (x, *lora.needed(), *([rows.ids] if mixed else []))
+        run = (x, weight, None, lora.lora, rows)
+        yield Op(f"decode linear {size}{where}", lambda a=run: decode_linear(*a), (weight,), others)
+    gates, lora, rows = torch.ones(n), _Memories(k, n), _rows(m)
+    for share, kept in ((0, n), (1 / 3, n * 2 // 3)):
+        closed = gates.clone()
+        closed[kept:] = 0
+        run = (x, weight, up, closed, lora.lora, lora.lora, rows, "silu")
+        others = (x, closed, lora.a[0], lora.b[0, :kept], lora.scaling)
+        where = f"decode MLP up M={m} H={k} I={n}" + (
+            ", a third of the tiles gated off" * (share > 0)
+        )
+        # One set of matrices serves gate and up here, so that it is needed once.
+        yield Op(where, lambda a=run: decode_mlp_up(*a), (weight[:kept], up[:kept]), others)
+
+
+def _training() -> Iterator[Op]:
+    from koffkernels._triton.delta import expand_
+    from koffkernels._triton.lora_grad import lora_grad
+    from koffkernels._triton.mlp_hidden import mlp_hidden
+    from koffkernels._triton.mlp_hidden_bwd import HiddenDeltas, mlp_hidden_bwd
+    from koffkernels._triton.mlp_hidden_bwd_lora import mlp_hidden_bwd_lora
+
+    m, i = 256, 384
+    lora, rows, gates = _Memories(256, i), _rows(m), torch.rand(i) + 0.1
+    y, g, u, dh = (_normal(m, i) for _ in range(4))
+    delta, second, third = (lora.delta(m) for _ in range(3))
+    matrix = lora.delta_needed(delta)
+    size, b, scaling = f"M={m} I={i}", matrix[1], matrix[2]
+    yield Op(f"expand {size}", lambda: expand_(y, (delta,), rows), (b,), (y, delta.s, scaling))
+    hidden = (g, u, gates, delta, second, rows, "silu")
+    others = (g, u, gates, delta.s, second.s, scaling)
+    yield Op(f"MLP hidden {size}", lambda: mlp_hidden(*hidden), (b,), others)
+    deltas, others = HiddenDeltas(delta, second, third), (*others, dh, third.s)
+    back = (dh, (g, u), gates, deltas, rows, "silu")
+    run = (lambda: mlp_hidden_bwd(*back, (True, True)), (b,), others)
+    yield Op(f"MLP hidden backward {size}", *run)
+    run = (lambda: mlp_hidden_bwd_lora(*back, True), (b,), others)
+    yield Op(f"MLP hidden backward with LoRA sums {size}", *run)
+    yield Op(f"LoRA gradient {size}", lambda: lora_grad(delta.s, y, 1, rows), (), (delta.s, y))
+
+
+def _gemm() -> Iterator[Op]:
+    from koffkernels._triton.gemm_linear import gemm_linear
+    from koffkernels._triton.gemm_mlp import gemm_mlp_up
+
+    m, k, n = 256, 256, 512
+    x, weight, up, rows, lora = *(_normal(s, k) for s in (m, n, n)), _rows(m), _Memories(k, n)
+    delta, second = lora.delta(m), lora.delta(m)
+    s, b, scaling = lora.delta_needed(delta)
+    call = (x, weight, None, (delta,), rows)
+    name = f"fused linear M={m} K={k} N={n}"
+    yield Op(name, lambda: gemm_linear(*call), (weight,), (x, s, b, scaling))
+    gates = torch.ones(n)
+    run = (x, weight, up, gates, delta, second, rows, "silu")
+    others = (x, gates, s, second.s, b, scaling)
+    yield Op(f"fused MLP up M={m} H={k} I={n}", lambda: gemm_mlp_up(*run)[0], (weight, up), others)
+
+
+def _attention() -> Iterator[Op]:
+    from koffkernels._triton.prefix_attention_call import Call
+    from koffkernels._triton.prefix_attention_decode import decode
+    from koffkernels._triton.prefix_attention_fwd import one_pass
+    from koffkernels.types import Prefix
+
+    rows, heads, kv_heads, width, learned = 4, 8, 2, 64, 128
+    k, v = (_normal(MEMORIES, kv_heads, learned, width) for _ in "kv")
+    prefix, ids = Prefix(k, v, torch.full((MEMORIES,), learned)), torch.tensor(IDS)
+    used = tuple(t[::2] for t in prefix)
+    for queries, keys, function in ((128, 128, one_pass), (1, 256, decode)):
+        q = _normal(rows, heads, queries, width)
+        own = tuple(_normal(rows, kv_heads, keys, width) for _ in "kv")
+        call = Call(q, *own, prefix, ids, None, 0.125)
+        kind = "decode" if queries == 1 else "forward"
+        name = f"prefix attention {kind} B={rows} T={queries} S={keys} P={learned}"
+        run = (lambda f=function, c=call: f(c), (*used[:2], *own), (q, used[2], ids))
+        yield Op(f"{name}, memories 0, 2, none, 2", *run)
+
+
+OPS: tuple[Callable[[], Iterator[Op]], ...] = (_shrink, _decode, _training, _gemm, _attention)
+
+
+def _size(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors(result: object) -> tuple[Tensor, ...]:
+    found = result if isinstance(result, tuple) else (result,)
+    return tuple(t for t in found if t is not None)
 
 
 def measure(op: Op) -> dict[str, object]:
-    """One row: bytes issued and touched, loads and stores, and the least."""
+    """One row: bytes issued and moved, the least, and how often a weight element is asked for."""
     from koffkernels._triton.traffic import count_traffic
 
     with count_traffic() as traffic:
-        op.call()
-    issued, touched = traffic.issued_bytes(), traffic.touched_bytes()
+        result = _tensors(op.call())
+    issued, moved = traffic.issued_bytes(), traffic.moved_bytes()
+    reads = [traffic.loads(w).double() for w in op.weights]
     return {
         "op": op.name,
         "launches": [launch.kernel for launch in traffic.launches],
-        "issued_loads": issued[0],
-        "issued_stores": issued[1],
-        "touched_loads": touched[0],
-        "touched_stores": touched[1],
-        "least": _size(*op.needed) + op.outputs,
-        "formula": op.formula,
+        "issued": sum(issued),
+        "loaded": moved[0],
+        "stored": moved[1],
+        "least": _size(op.weights) + _size(op.others) + _size(result),
+        "weights_touched": min((float((r > 0).double().mean()) for r in reads), default=None),
+        "reads_per_weight": max((float(r.mean()) for r in reads), default=None),
+        "most_stores": max(int(traffic.stores(t).max()) for t in result),
         "dtype": str(DTYPE).removeprefix("torch."),
     }
 
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, in KiB."""
-    names = ["operation", "launches", "issued", "loaded", "stored", "least", "loaded + stored"]
-    lines = [" | ".join(names), "---|" * 6 + "---"]
+    names = ["operation", "launches", "issued", "loaded", "stored", "least", "moved / least"]
+    names.append("reads of a weight")
+    lines = [" | ".join(names), " | ".join("---" for _ in names)]
     for row in rows:
-        touched = row["touched_loads"] + row["touched_stores"]
-        kib = (row["issued_loads"] + row["issued_stores"], row["touched_loads"])
-        kib += (row["touched_stores"], row["least"])
         cells = [str(row["op"]), str(len(row["launches"]))]
-        cells += [f"{value / 1024:.1f}" for value in kib]
-        lines.append(" | ".join([*cells, f"{touched / row['least']:.2f} x least"]))
+        cells += [f"{row[name] / 1024:.1f}" for name in ("issued", "loaded", "stored", "least")]
+        cells.append(f"{(row['loaded'] + row['stored']) / row['least']:.2f}")
+        reads = row["reads_per_weight"]
+        cells.append("-" if reads is None else f"{reads:.2f}")
+        lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
 

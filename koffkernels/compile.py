@@ -72,11 +72,11 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     Raises:
         ValueError: an unknown kernel, or one in ``_triton`` that no case launches.
     """
-    from ._triton import cases, compiling
+    from ._triton import cases, compiling, settings
 
-    few, units, chosen = set(cases.subset()), {}, set()
+    few, units, chosen = set(settings.subset()), {}, set()
     for at, file, case in _all_cases():
-        first = case.config in ("default", first_config(file))
+        first = case.config in ("default", *(next(iter(t)) for t in tables_of(file)))
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in case.archs]:
                 unit = units.setdefault((key, arch), Unit(launch, arch, labels))
@@ -97,32 +97,33 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
 
 
 def _all_cases() -> Iterator[tuple[Any, str, Any]]:
-    from ._triton import cases
+    from ._triton import cases, settings
 
-    for at in cases.settings():
+    for at in settings.settings():
         for file, case in cases.cases(at):
             yield at, file, case
 
 
 def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """(key of the machine code, launch, labels) of what one case launches."""
-    from ._triton import cases, common, compiling
+    from ._triton import common, compiling, settings
 
-    dtypes = {dtype: name for name, dtype in cases.DTYPES.items()}
+    dtypes = {dtype: name for name, dtype in settings.DTYPES.items()}
     with common.recording() as launches:
         case.run()
     for launch, key in zip(launches, compiling.signatures(launches), strict=True):
-        own = compiling.module_of(launch) == file
+        own = compiling.module_of(launch) == file and case.of in compiling.name_of(launch)
         config = compiling.config_of(launch, case.config if own else "default")
         shapes = [f"{at.name} {file} {case.where}"]
         yield key, launch, {"dtype": dtypes[at.dtype], "config": config, "shapes": shapes}
 
 
-def first_config(file: str) -> str:
-    """Name of the default configuration of a kernel file; "default" if it has none."""
+def tables_of(file: str) -> list[dict[str, Any]]:
+    """A kernel file's tables of shipped configurations: CONFIGS, or several of that ending."""
     from ._triton import cases
 
-    return next(iter(getattr(cases.module_named(file), "CONFIGS", {"default": None})))
+    tables = vars(cases.module_named(file)).items()
+    return [table for name, table in tables if name.endswith("CONFIGS")]
 
 
 def _sort_key(unit: Unit) -> tuple:

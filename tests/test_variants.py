@@ -6,7 +6,7 @@ import torch
 
 from koffkernels import GatedMLPLoRA, LoRA, routes
 from koffkernels._triton import common, compiling
-from koffkernels._triton.cases import MODELS, Setting
+from koffkernels._triton.settings import MODELS, Setting
 
 MOST = 3
 BATCHES = range(1, 65)
@@ -18,13 +18,13 @@ def setting(mixed: bool) -> Setting:
 
 
 def mlp(at: Setting, m: int) -> None:
-    from koffkernels._triton.mlp import mlp_inference
+    from koffkernels._triton.mlp import Layer, mlp_inference
 
     h, i = at.model.hidden, at.inner
     weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
     up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
     lora, gates = GatedMLPLoRA(up, up, down), at.master(i)
-    mlp_inference(at.empty(m, h), weights, gates, lora, at.rows(m), "silu")
+    mlp_inference(at.empty(m, h), Layer(weights, gates, lora, at.rows(m), "silu"))
 
 
 def linear(at: Setting, m: int) -> None:
@@ -49,7 +49,7 @@ def test_variants_of_every_batch(call, route, mixed):
 
 
 def test_variants_are_told_apart():
-    """The count sees what triton compiles in: constants, divisibility by 16, the number 1, types."""
+    """The count sees what triton compiles in: divisibility by 16, the number 1, types."""
     from koffkernels._triton.reduce import sum_partials
 
     def count(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, int]:
@@ -65,3 +65,32 @@ def test_variants_are_told_apart():
         for dtype in (torch.float32, torch.float16):
             sum_partials(torch.empty(2, 32, device="meta"), dtype)
     assert compiling.variants(launches) == {name: 2}
+
+
+def attention(at: Setting, rows: int, keys: int, bounds: bool) -> None:
+    from koffkernels._triton.cases_attention import call_of
+    from koffkernels._triton.prefix_attention_decode import decode
+
+    decode(call_of(at, rows, 1, keys, bounds=bounds))
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_variants_of_a_growing_context(mixed, bounds):
+    """64 steps of one batch."""
+    with common.recording() as launches:
+        for step in range(64):
+            attention(setting(mixed), 8, 100 + step, bounds)
+    found = compiling.variants(launches)
+    assert found and max(found.values()) <= MOST, found
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_variants_of_attention_of_every_batch(mixed, bounds):
+    """Batches of 1 to 64 rows."""
+    with common.recording() as launches:
+        for rows in BATCHES:
+            attention(setting(mixed), rows, 500, bounds)
+    found = compiling.variants(launches)
+    assert found and max(found.values()) <= MOST, found

@@ -3,7 +3,7 @@
 ``FILES`` has an entry for each file whose functions are called: one that yields a ``Case`` for each
 of the file's configurations and each way of calling that changes the code. Kernels without
 configurations are reached through the operations that launch them, so that strides and dtypes are
-those of real calls. Tensors are on the "meta" device: shapes and dtypes without data.
+those of real calls.
 """
 
 from __future__ import annotations
@@ -12,133 +12,15 @@ import functools
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import routes
 from ..types import GatedMLPLoRA, LoRA
-from .common import Rows
-
-ARCHS = ("sm_80", "sm_90", "sm_100")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MEMORIES = 3
-
-
-class Model(NamedTuple):
-    """Widths of one layer: hidden, MLP neurons, query and key-value heads, head width."""
-
-    name: str
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-# From the config.json of each model on the Hugging Face hub.
-MODELS = (
-    Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128),
-    Model("Llama-3.2-3B", 3072, 8192, 24, 8, 128),
-    Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128),
-    Model("Qwen3-4B", 2560, 9728, 32, 8, 128),
-)
-
-
-class Setting(NamedTuple):
-    """What a file's cases are made for.
-
-    Args:
-        model: the layer's widths.
-        inner: MLP neurons kept: all of the model's, or a multiple of 64 after pruning.
-        r: LoRA rank.
-        mixed: memory ids are given; otherwise every token uses memory 0.
-        dtype: of x and the base weights.
-    """
-
-    model: Model
-    inner: int
-    r: int
-    mixed: bool
-    dtype: torch.dtype
-
-    @property
-    def plain(self) -> bool:
-        """The setting at which ways of calling that are rare are compiled, once per dtype."""
-        return self.r == 16 and not self.mixed
-
-    @property
-    def name(self) -> str:
-        """For people: "Llama-3.1-8B I=11904 r=16 mixed"."""
-        mixed = " mixed" if self.mixed else ""
-        return f"{self.model.name} I={self.inner} r={self.r}{mixed}"
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of this shape without data, of the setting's dtype unless given."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
-
-    def master(self, *shape: int) -> Tensor:
-        """The same in fp32, as memories and gates are kept."""
-        return self.empty(*shape, dtype=torch.float32)
-
-    def rows(self, m: int) -> Rows:
-        """Memories of m tokens: a decode step of m sequences, or 8 long ones; or one memory."""
-        sequences = m if m <= 64 else 8
-        ids = self.empty(sequences, dtype=torch.int64) if self.mixed else None
-        return Rows(ids, m // sequences)
-
-    def lora(self, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, scaling) of a k -> n layer."""
-        count = MEMORIES if self.mixed else 1
-        return self.master(count, self.r, k), self.master(count, n, self.r), self.master(count)
-
-
-class Case(NamedTuple):
-    """One call of a launcher.
-
-    Args:
-        where: what it is called for, for people ("M=8192").
-        run: the call, without arguments.
-        config: name of the shipped configuration.
-        archs: the chips that this configuration is for.
-    """
-
-    where: str
-    run: Callable[[], object]
-    config: str = "default"
-    archs: tuple[str, ...] = ARCHS
-
-
-def pruned(inner: int, removed: float = 0.17) -> int:
-    """Neurons left of ``inner``, a multiple of 64; not of 128 for two of the models, so that tiles
-    that do not divide the width are compiled too."""
-    return int(inner * (1 - removed)) // 64 * 64
-
-
-def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) -> list[Setting]:
-    """All combinations of model, dense or pruned, rank, one or several memories, and dtype."""
-    found = []
-    for model, r in itertools.product(models, ranks):
-        for inner in (model.inner, pruned(model.inner)):
-            for mixed, dtype in itertools.product((False, True), DTYPES.values()):
-                found.append(Setting(model, inner, r, mixed, dtype))
-    return found
-
-
-def subset() -> list[Setting]:
-    """One setting that shows most of each kernel's code: pruned, several memories, bf16."""
-    found = settings(MODELS[:1], (16,))
-    return [s for s in found if s.inner != s.model.inner and s.mixed and s.dtype == torch.bfloat16]
-
-
-def _configs(module: ModuleType) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each shipped configuration, with what it says about its cases."""
-    for name, config in module.CONFIGS.items():
-        archs = tuple(f"sm_{number}" for number in config.archs or ())
-        yield config, {"config": name, "archs": archs or ARCHS}
+from . import cases_attention
+from .settings import Case, Setting, configs
 
 
 def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
@@ -165,10 +47,11 @@ def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
         calls += [(gates, GatedMLPLoRA(None, None, down)), (gates, GatedMLPLoRA())]
 
     def train(gates: Tensor | None, lora: GatedMLPLoRA) -> None:
-        y, kept = module.mlp_forward(x, weights, gates, lora, rows, "silu", True)
+        layer = module.Layer(weights, gates, lora, rows, "silu")
+        y, kept = module.mlp_forward(x, layer, True)
         trains = [[part is not None] * 3 for part in lora]
         needs = True, gates is not None, trains
-        module.mlp_backward(y, x, kept, weights, gates, lora, rows, "silu", needs)
+        module.mlp_backward(y, x, kept, layer, needs)
 
     for gates, lora in calls:
         parts = " ".join(name for name, part in zip(lora._fields, lora, strict=True) if part)
@@ -191,7 +74,9 @@ def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     hidden, inner = at.model.hidden, at.inner
     weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
     first = next(iter(module.CONFIGS.values()))
-    for (config, labels), (name, (k, n)) in itertools.product(_configs(module), weights.items()):
+    for (config, labels), (name, (k, n)) in itertools.product(
+        configs(module.CONFIGS), weights.items()
+    ):
         calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
         if at.plain and config is first:
             calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
@@ -203,7 +88,7 @@ def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
 def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
     k, n = at.model.hidden, at.inner
     gates, lora, first = at.master(n), at.lora(k, n), next(iter(module.CONFIGS.values()))
-    for config, labels in _configs(module):
+    for config, labels in configs(module.CONFIGS):
         calls = [(m, gates, lora, lora) for m in (1, 32, 64)]
         if at.plain and config is first:
             calls += [(1, None, lora, lora), (1, gates, None, None), (1, None, None, None)]
@@ -213,11 +98,50 @@ def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
             yield Case(f"M={m}", functools.partial(module.decode_mlp_up, *args), **labels)
 
 
+def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Forward, and the input gradient: of a slice, with W read across, onto what is there."""
+    k, n, m, first = at.model.hidden, at.inner, 8192, next(iter(module.CONFIGS.values()))
+    rows, weight, bias = at.rows(m), at.empty(n, k), at.empty(n)
+    a, b, scaling = at.lora(k, n)
+    s = at.empty(m, 2 * at.r)[:, : at.r]
+    update, back = module.Delta(s, b, scaling), module.Delta(s, a.transpose(1, 2), scaling)
+    x, dy, dx = at.empty(m, k), at.empty(m, 2 * n)[:, :n], at.empty(m, k)
+    for config, labels in configs(module.CONFIGS):
+        calls = [("forward", x, weight, None, (update,), None)]
+        calls += [("backward onto", dy, weight.t(), None, (back, back), dx)]
+        if config is first:
+            calls += [("backward", dy, weight.t(), None, (), None)]
+            calls += [("backward", dy, weight.t(), None, (back,), None)]
+        if at.plain and config is first:
+            calls += [("forward, bias", x, weight, bias, (update,), None)]
+            calls += [("forward, no LoRA", x, weight, None, (), None)]
+        for name, *call, onto in calls:
+            run = functools.partial(module.gemm_linear, *call, rows, config, onto)
+            yield Case(f"{name} M={m}", run, **labels)
+
+
+def _gemm_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    k, n, m, first = at.model.hidden, at.inner, 8192, next(iter(module.CONFIGS.values()))
+    x, weights, rows, gates = at.empty(m, k), (at.empty(n, k),) * 2, at.rows(m), at.master(n)
+    s, (_, b, scaling) = at.empty(m, 2 * at.r), at.lora(k, n)
+    deltas = [module.Delta(part, b, scaling) for part in (s[:, : at.r], s[:, at.r :])]
+    for config, labels in configs(module.CONFIGS):
+        calls = [(gates, *deltas, True), (gates, *deltas, False)]
+        if at.plain and config is first:
+            calls += [(None, *deltas, True), (gates, None, None, True), (None, None, None, False)]
+        for gates, gate, up, keep in calls:
+            args = x, *weights, gates, gate, up, rows, "silu", config, keep
+            yield Case(f"M={m} keep={keep}", functools.partial(module.gemm_mlp_up, *args), **labels)
+
+
 FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
     "linear": _linear,
     "mlp": _mlp,
     "decode_linear": _decode_linear,
     "decode_mlp": _decode_mlp,
+    "gemm_linear": _gemm_linear,
+    "gemm_mlp": _gemm_mlp,
+    **cases_attention.FILES,
 }
 
 

@@ -1,8 +1,9 @@
 """Counting what kernels load and store, element by element, in Triton's interpreter.
 
     with count_traffic() as traffic:
-        shrink(x, a, None, rows)
-    assert traffic.loaded(a[1]).sum() == 0  # memory 1 is not in use
+        s = shrink(x, a, None, rows)
+    assert traffic.loads(a[1]).sum() == 0  # memory 1 is not in use
+    assert traffic.stores(s).eq(1).all()  # one writer per element
 
 Only lanes whose mask is set count. An element that is read twice counts twice as issued and once
 as touched. The interpreter runs the same loads and stores as a GPU, so both numbers hold there; how
@@ -88,7 +89,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.launches: list[LaunchTraffic] = []
-        # Address of a storage -> (itself, kept so that no other takes its place; per kind, bytes).
+        # Address of a storage -> (itself, kept so that no other takes its place; counts per byte).
         self._storages: dict[int, tuple[Any, dict[str, Tensor]]] = {}
 
     def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
@@ -97,8 +98,8 @@ class Traffic:
         for tensor in tensors.values():
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._storages:
-                seen = {k: torch.zeros(storage.nbytes(), dtype=torch.bool) for k in _KINDS}
-                self._storages[storage.data_ptr()] = storage, seen
+                counts = {k: torch.zeros(storage.nbytes(), dtype=torch.int32) for k in _KINDS}
+                self._storages[storage.data_ptr()] = storage, counts
 
     def add(self, kind: str, pointers: Any, mask: Any) -> None:
         """Note one instruction's lanes: arrays of addresses and of what is not masked out."""
@@ -108,34 +109,34 @@ class Traffic:
         if not addresses.numel():
             return
         self.launches[-1].add(kind, addresses)
-        for start, (storage, seen) in self._storages.items():
+        for start, (storage, counts) in self._storages.items():
             here = (addresses >= start) & (addresses < start + storage.nbytes())
-            seen[kind][addresses[here] - start] = True
+            offsets = addresses[here] - start
+            counts[kind].index_add_(0, offsets, torch.ones(offsets.shape, dtype=torch.int32))
 
-    def _touched(self, kind: str, tensor: Tensor) -> Tensor:
+    def _count(self, kind: str, tensor: Tensor) -> Tensor:
         found = self._storages.get(tensor.untyped_storage().data_ptr())
         if found is None:
-            return torch.zeros(tensor.shape, dtype=torch.bool)
+            return torch.zeros(tensor.shape, dtype=torch.int32)
         size = tensor.element_size()
         strides = [stride * size for stride in tensor.stride()]
-        return (
-            found[1][kind].as_strided(tensor.shape, strides, tensor.storage_offset() * size).clone()
-        )
+        counts = found[1][kind]
+        return counts.as_strided(tensor.shape, strides, tensor.storage_offset() * size).clone()
 
-    def loaded(self, tensor: Tensor) -> Tensor:
-        """Which elements of a tensor (or of a view of one) were loaded: bool, of its shape."""
-        return self._touched("load", tensor)
+    def loads(self, tensor: Tensor) -> Tensor:
+        """How often each element of a tensor (or of a view of one) was loaded: int32, its shape."""
+        return self._count("load", tensor)
 
-    def stored(self, tensor: Tensor) -> Tensor:
-        """Which elements of a tensor (or of a view of one) were stored: bool, of its shape."""
-        return self._touched("store", tensor)
+    def stores(self, tensor: Tensor) -> Tensor:
+        """How often each element of a tensor (or of a view of one) was stored: int32, its shape."""
+        return self._count("store", tensor)
 
     def issued_bytes(self) -> tuple[int, int]:
         """(loaded, stored) bytes of all launches, repeats included."""
         each = [o for launch in self.launches for o in launch.operands.values()]
         return sum(o.loads * o.size for o in each), sum(o.stores * o.size for o in each)
 
-    def touched_bytes(self) -> tuple[int, int]:
+    def moved_bytes(self) -> tuple[int, int]:
         """(loaded, stored) bytes, each element once per launch that touches it."""
         each = [o for launch in self.launches for o in launch.operands.values()]
         return sum(o.loaded * o.size for o in each), sum(o.stored * o.size for o in each)
