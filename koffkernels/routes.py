@@ -22,6 +22,7 @@ from .checks import require
 ROUTES = ("vendor", "fused", "decode")
 DECODE_TOKENS = 64  # the decode kernels hold all tokens of a call in one tile
 FOLDER = Path(__file__).parent / "configs"
+_LIMITS = {"prefix_attention": "; other head_dims than 64 and 128, and fp64, in plain torch"}
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -29,9 +30,9 @@ class Shape(NamedTuple):
     """What a route is chosen by.
 
     Args:
-        op: "lora_linear" or "gated_mlp".
+        op: "lora_linear", "gated_mlp" or "prefix_attention".
         stage: "forward" or "backward".
-        m, k, n: tokens, input and output width (H and I of an MLP).
+        m, k, n: tokens, input and output width (H and I of an MLP; T, D and S of an attention).
         dtype: the compute dtype.
     """
 
@@ -44,14 +45,14 @@ class Shape(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A route, the launcher's config (None: its default), and why."""
+    """A route, the launcher's config (None: its default), why, and whether by ``force_route``."""
 
     name: str
     config: str | None
     reason: str
+    forced: bool = False
 
 
-_BY_FORCE = "set by force_route"
 # A plain global, set by force_route for the whole process.
 _FORCED: Route | None = None
 
@@ -72,7 +73,7 @@ def force_route(route: str) -> Iterator[None]:
     rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
     require(name in ROUTES, "force_route", "route", rule, repr(route), step)
     global _FORCED
-    before, _FORCED = _FORCED, Route(name, config or None, _BY_FORCE)
+    before, _FORCED = _FORCED, Route(name, config or None, "set by force_route", forced=True)
     try:
         yield
     finally:
@@ -97,7 +98,8 @@ def describe(op: str) -> str:
         return f"route {_FORCED.name} {_FORCED.reason}"
     gpu = _gpu(torch.cuda.current_device())
     rows = sum(row["op"] == op for row in table(gpu))
-    return f"{rows} measured routes on {gpu}" if rows else f"vendor route, unmeasured on {gpu}"
+    found = f"{rows} measured routes on {gpu}" if rows else f"vendor route, unmeasured on {gpu}"
+    return found + _LIMITS.get(op, "")
 
 
 @functools.cache
@@ -129,7 +131,7 @@ def find(configs: dict[str, Any], route: Route) -> Any:
     Raises:
         ValueError: ``force_route`` named one that is not there.
     """
-    known = route.config in configs or route.config is None or route.reason != _BY_FORCE
+    known = route.config in configs or route.config is None or not route.forced
     rule, step = f"be one of {', '.join(configs)}", "choose one of these"
     require(known, "force_route", "the config", rule, repr(route.config), step)
     return configs.get(route.config)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import dot, rank_block
+from .delta import Delta
 
 
 class Config(NamedTuple):
@@ -42,23 +42,18 @@ class Config(NamedTuple):
 FP32_CONFIG = Config(64, 64, 32, warps=4, stages=2)
 
 
-class Delta(NamedTuple):
-    """A low-rank update scaling_m s_i b_m^T of token i, m its memory; nothing for -1.
-
-    Args:
-        s: [M, r], last stride 1, x's dtype.
-        b: [n, N, r], any strides, fp32 as a rule (scaled in fp32, then rounded to x's dtype).
-        scaling: fp32 [n]; None: 1.
-    """
-
-    s: Tensor
-    b: Tensor
-    scaling: Tensor | None
-
-
-def delta_args(suffix: str, delta: Delta | None) -> dict[str, Any]:
+def gemm_delta_args(suffix: str, delta: Delta | None) -> dict[str, Any]:
     """The kernel arguments of one update; without it all are None."""
-    names = ("s_ptr", "b_ptr", "scaling_ptr", "R", "stride_sm", "stride_be", "stride_bn", "stride_br")
+    names = (
+        "s_ptr",
+        "b_ptr",
+        "scaling_ptr",
+        "R",
+        "stride_sm",
+        "stride_be",
+        "stride_bn",
+        "stride_br",
+    )
     values: tuple = (None,) * len(names)
     if delta is not None:
         s, b, scaling = delta
@@ -191,7 +186,8 @@ def add_delta(
             if tl.max(mine.to(tl.int32), 0) > 0:
                 acc, broken, poison = memory_delta(
                     acc, broken, poison, s_ptr, b_ptr, scaling_ptr, R, stride_sm, stride_be,
-                    stride_bn, stride_br, m, mine, rows, offs_n, mask_n, HAS_IDS, BLOCK_R, PRECISION,
+                    stride_bn, stride_br, m, mine, rows, offs_n, mask_n, HAS_IDS, BLOCK_R,
+                    PRECISION,
                 )  # fmt: skip
     else:
         acc, broken, poison = memory_delta(

@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Rows, launch, memory_range, precision, token_memory
+from .delta import Delta
 from .gemm_common import (
     Config,
-    Delta,
     add_delta,
     apply_poison,
     choose_config,
     config_args,
-    delta_args,
+    gemm_delta_args,
     grid_of,
     multiply,
     tile_position,
@@ -164,8 +164,8 @@ def gemm_linear(
         EVEN_N=n % config.block_n == 0,
         W_BY_N=weight.stride(1) != 1,
         PRECISION=precision(x.dtype),
-        **delta_args("0", first),
-        **delta_args("1", second),
+        **gemm_delta_args("0", first),
+        **gemm_delta_args("1", second),
         **rows.args(),
         **config_args(config, *delta),
     )

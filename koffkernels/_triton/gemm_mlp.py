@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Rows, activate, launch, memory_range, precision, token_memory
+from .delta import Delta
 from .gemm_common import (
     Config,
-    Delta,
     add_delta,
     apply_poison,
     choose_config,
     config_args,
-    delta_args,
+    gemm_delta_args,
     grid_of,
     multiply,
     tile_position,
@@ -114,7 +114,8 @@ def _gemm_mlp_up_fwd_kernel(
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     begin_m, begin_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     live = True
-    if gates_ptr is not None:
+    # With g0 and u0 wanted, a backward follows, and closed gates have gradients too.
+    if gates_ptr is not None and g0_ptr is None:
         offs_n = begin_n + tl.arange(0, BLOCK_N)
         z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
         live = tl.max((z != 0.0).to(tl.int32), 0) > 0
@@ -159,9 +160,7 @@ def _gemm_mlp_up_fwd_kernel(
             acc = apply_poison(acc, broken, poison, HAS_IDS)
         g, u = split_columns(acc)
         if PARTS == 1:
-            store_hidden(
-                h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION
-            )
+            store_hidden(h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION)
         else:
             # All columns at once would not fit in registers.
             g_left, g_right = split_columns(g)
@@ -176,9 +175,6 @@ def _gemm_mlp_up_fwd_kernel(
     else:
         zero = tl.zeros((BLOCK_M, BLOCK_N), h_ptr.dtype.element_ty)
         store_tile(h_ptr, zero, begin_m, begin_n, M, N, stride_hm)
-        if g0_ptr is not None:
-            store_tile(g0_ptr, zero, begin_m, begin_n, M, N, stride_gm)
-            store_tile(u0_ptr, zero, begin_m, begin_n, M, N, stride_gm)
 
 
 def gemm_mlp_up(
@@ -192,7 +188,7 @@ def gemm_mlp_up(
     activation: str,
     config: Config | None = None,
     keep: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """h = act(x Wg^T + delta_g) (x Wu^T + delta_u) z, all of it in fp32 until h is rounded.
 
     Args:
@@ -203,16 +199,17 @@ def gemm_mlp_up(
         rows: memory of each token.
         activation: "silu", "gelu" or "gelu_tanh".
         config: one of ``CONFIGS``; None: the default.
-        keep: also return the two projections without updates.
+        keep: also return the two projections without updates; tiles whose gates are all 0 are
+            skipped only without it.
 
     Returns:
-        h [M, I], and g0 = x Wg^T and u0 = x Wu^T, the halves of one [M, 2 I] buffer (None unless
-        keep; 0 in tiles whose gates are all 0), in x's dtype.
+        h [M, I] and, with keep, [x Wg^T, x Wu^T] as one [M, 2 I] buffer, else None; in x's dtype.
     """
     config = choose_config(config, CONFIGS, x.dtype)
     (m, k), width = x.shape, w_gate.shape[0]
     h = x.new_empty(m, width)
-    g0, u0 = x.new_empty(m, 2 * width).split(width, 1) if keep else (None, None)
+    gu = x.new_empty(m, 2 * width) if keep else None
+    g0, u0 = (None, None) if gu is None else gu.split(width, 1)
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
@@ -235,9 +232,9 @@ def gemm_mlp_up(
         PARTS=2 if config.block_m * config.block_n // config.warps > 1024 else 1,
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(x.dtype),
-        **delta_args("_g", delta_gate),
-        **delta_args("_u", delta_up),
+        **gemm_delta_args("_g", delta_gate),
+        **gemm_delta_args("_u", delta_up),
         **rows.args(),
         **config_args(config, delta_gate, delta_up),
     )
-    return h, g0, u0
+    return h, gu
