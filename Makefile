@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test lint format bench gpu clean
 
 install: $(STAMP)
 
@@ -31,6 +32,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.compact_forward
 	$(BIN)/python -m bench.train_step
+
+# On a machine with a GPU, by a Python that already has torch, triton, transformers, peft and pytest.
+gpu:
+	@$(GPU_PYTHON) -m bench.gpu $(strip $(if $(PART),--part $(PART)) $(if $(OUTPUT),--output $(OUTPUT)) $(GPU_ARGS))
 
 clean:
 	rm -rf $(VENV) build *.egg-info

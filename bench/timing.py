@@ -3,6 +3,7 @@ the machine hits both sides, and the ratio is taken pair by pair."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel")
 
 
 def alternate(
@@ -72,12 +75,16 @@ def _isa() -> list[str]:
     return []
 
 
+def version_of(package: str) -> str | None:
+    """Installed version of a distribution, None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment(threads: int) -> dict[str, object]:
     """Machine and versions, without anything that identifies the machine."""
-    import peft
-    import torch
-    import transformers
-
     return {
         "processor": _processor(),
         "instruction_sets": _isa(),
@@ -86,16 +93,19 @@ def environment(threads: int) -> dict[str, object]:
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **{package: version_of(package) for package in PACKAGES},
     }
 
 
-def write(path: str | None, record: dict[str, object]) -> None:
-    """Write ``record`` as JSON, folders included; nothing if ``path`` is None."""
+def write(path: str | Path | None, record: dict[str, object]) -> None:
+    """Write ``record`` as JSON, folders included; nothing if ``path`` is None.
+
+    The file is replaced in one step, so whoever is stopped halfway leaves the last whole version.
+    """
     if path is None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(scratch, target)

@@ -40,6 +40,8 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     },
     "prefix_attention": {
         "torch": "koffkernels._torch.prefix_attention:run",
+        "triton": "koffkernels._triton.prefix_attention:run",
+        "interpret": "koffkernels._triton.prefix_attention:run",
         "reference": "koffkernels.reference:prefix_attention",
     },
     "hard_concrete": {

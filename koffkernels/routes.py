@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from .checks import require
 ROUTES = ("vendor", "fused", "decode")
 DECODE_TOKENS = 64  # the decode kernels hold all tokens of a call in one tile
 FOLDER = Path(__file__).parent / "configs"
+_LIMITS = {"prefix_attention": "; other head_dims than 64 and 128, and fp64, in plain torch"}
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -29,9 +30,9 @@ class Shape(NamedTuple):
     """What a route is chosen by.
 
     Args:
-        op: "lora_linear" or "gated_mlp".
+        op: "lora_linear", "gated_mlp" or "prefix_attention".
         stage: "forward" or "backward".
-        m, k, n: tokens, input and output width (H and I of an MLP).
+        m, k, n: tokens, input and output width (H and I of an MLP; T, D and S of an attention).
         dtype: the compute dtype.
     """
 
@@ -44,11 +45,12 @@ class Shape(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A route, the launcher's config (None: its default), and why."""
+    """A route, the launcher's config (None: its default), why, and whether by ``force_route``."""
 
     name: str
     config: str | None
     reason: str
+    forced: bool = False
 
 
 # A plain global, set by force_route for the whole process.
@@ -71,7 +73,7 @@ def force_route(route: str) -> Iterator[None]:
     rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
     require(name in ROUTES, "force_route", "route", rule, repr(route), step)
     global _FORCED
-    before, _FORCED = _FORCED, Route(name, config or None, "set by force_route")
+    before, _FORCED = _FORCED, Route(name, config or None, "set by force_route", forced=True)
     try:
         yield
     finally:
@@ -96,7 +98,8 @@ def describe(op: str) -> str:
         return f"route {_FORCED.name} {_FORCED.reason}"
     gpu = _gpu(torch.cuda.current_device())
     rows = sum(row["op"] == op for row in table(gpu))
-    return f"{rows} measured routes on {gpu}" if rows else f"vendor route, unmeasured on {gpu}"
+    found = f"{rows} measured routes on {gpu}" if rows else f"vendor route, unmeasured on {gpu}"
+    return found + _LIMITS.get(op, "")
 
 
 @functools.cache
@@ -112,11 +115,26 @@ def _distance(row: dict, shape: Shape) -> float:
 @functools.lru_cache(maxsize=4096)
 def _nearest(gpu: str, shape: Shape) -> Route:
     names = (shape.op, shape.stage, _DTYPES.get(shape.dtype))
-    rows = [r for r in table(gpu) if (r["op"], r["pass"], r["dtype"]) == names]
+    same = [r for r in table(gpu) if (r["op"], r["pass"]) == names[:2]]
+    rows = [r for r in same if r["dtype"] == names[2]]
+    if not rows and shape.dtype.itemsize == 2:
+        rows = same  # 16-bit dtypes cost the same
     if not rows:
         return Route("vendor", None, f"unmeasured on {gpu}")
     best = min(rows, key=lambda row: (_distance(row, shape), row["us"]))
     return Route(best["route"], best.get("config"), f"measured on {gpu} at {best['m']} tokens")
+
+
+def find(configs: dict[str, Any], route: Route) -> Any:
+    """A route's config among a launcher's; None, the default, where it names none.
+
+    Raises:
+        ValueError: ``force_route`` named one that is not there.
+    """
+    known = route.config in configs or route.config is None or not route.forced
+    rule, step = f"be one of {', '.join(configs)}", "choose one of these"
+    require(known, "force_route", "the config", rule, repr(route.config), step)
+    return configs.get(route.config)
 
 
 def choose(shape: Shape, device: torch.device) -> Route:

@@ -22,12 +22,12 @@ class Delta(NamedTuple):
     Args:
         s: [M, r] in the compute dtype, last stride 1.
         b: [n, N, r], any strides and floating dtype.
-        scaling: fp32 [n].
+        scaling: fp32 [n]; None (fused GEMMs only): 1.
     """
 
     s: Tensor
     b: Tensor
-    scaling: Tensor
+    scaling: Tensor | None
 
     def args(self, name: str) -> dict[str, Any]:
         """A kernel's arguments for this update, called ``name``."""

@@ -32,7 +32,7 @@ def linear_forward(
     delta = (Delta(s, b, scaling),)
     route = _route("forward", x, weight)
     if route.name == "fused":
-        return gemm_linear(x, weight, bias, delta, rows, FUSED.get(route.config)), s
+        return gemm_linear(x, weight, bias, delta, rows, routes.find(FUSED, route)), s
     return expand_(F.linear(x, weight, bias), delta, rows), s
 
 
@@ -42,7 +42,7 @@ def linear_inference(
     """y of ``linear_forward``, where nothing is kept for backward."""
     route = _route("forward", x, weight)
     if route.name == "decode":
-        return decode_linear(x, weight, bias, lora, rows, DECODE.get(route.config))
+        return decode_linear(x, weight, bias, lora, rows, routes.find(DECODE, route))
     return linear_forward(x, weight, bias, lora, rows)[0]
 
 
@@ -78,7 +78,7 @@ def linear_backward(
         delta = (Delta(t, a.transpose(1, 2), scaling),)
         route = _route("backward", dy, weight.t())
         if route.name == "fused":
-            dx = gemm_linear(dy, weight.t(), None, delta, rows, FUSED.get(route.config))
+            dx = gemm_linear(dy, weight.t(), None, delta, rows, routes.find(FUSED, route))
         else:
             dx = expand_(dy @ weight, delta, rows)
     if not any(needs[1:]):

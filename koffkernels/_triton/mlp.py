@@ -16,12 +16,10 @@ from torch import Tensor
 from .. import routes
 from ..types import GatedMLPLoRA
 from .common import Rows
-from .decode_linear import CONFIGS as DECODE_DOWN
 from .decode_linear import decode_linear
 from .decode_mlp import CONFIGS as DECODE_UP
 from .decode_mlp import decode_mlp_up
 from .delta import Delta, expand_
-from .gemm_linear import CONFIGS as FUSED_DOWN
 from .gemm_linear import gemm_linear
 from .gemm_mlp import CONFIGS as FUSED_UP
 from .gemm_mlp import gemm_mlp_up
@@ -99,7 +97,7 @@ def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Kept]:
     deltas = _deltas(s_gate_up, lora)
     gu = None
     if route.name == "fused":
-        config = FUSED_UP.get(route.config)
+        config = routes.find(FUSED_UP, route)
         h, gu = gemm_mlp_up(x, w_gate, w_up, gates, *deltas, rows, activation, config, keep)
     else:
         gu = _gate_up(x, w_gate, w_up)
@@ -120,15 +118,16 @@ def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
     route = route_of("forward", x, weights[0])
     if route.name != "decode":
         return mlp_forward(x, layer, keep=False)[0]
-    config = DECODE_UP.get(route.config)
+    config = routes.find(DECODE_UP, route)
     h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
-    return decode_linear(h, weights[2], None, lora.down, rows, DECODE_DOWN.get(route.config))
+    return decode_linear(h, weights[2], None, lora.down, rows)
 
 
 def _hidden_backward(
     dh: Tensor, gu: Tensor, kept: Kept, t_down: Tensor | None, layer: Layer, needs_gates: bool
 ) -> HiddenGrads:
-    """dg, du, dz and the sums over tokens, fused where the ranks allow it."""
+    """dg, du, dz and the sums over tokens, fused where the ranks allow it; gu is written over where
+    it was computed for this backward alone."""
     _, gates, lora, rows, activation = layer
     i = dh.shape[1]
     halves = gu[:, :i], gu[:, i:]
@@ -137,32 +136,33 @@ def _hidden_backward(
     if lora.down is not None:
         down = Delta(t_down, lora.down.a.transpose(1, 2), lora.down.scaling)
     deltas = HiddenDeltas(s_gate, s_up, down)
-    some = any(d is not None for d in deltas)
+    some, overwrite = any(d is not None for d in deltas), kept.gu is None
     if some and deltas.rank() <= LARGEST_RANK:
-        return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs_gates)
-    needs = needs_gates, down is not None
-    dgu, h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
-    wide = dgu[:, :i], dgu[:, i:], h
+        needs = needs_gates, overwrite
+        return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs)
+    needs = needs_gates, down is not None, overwrite
+    out, h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
+    wide = *out, h
     narrow = [None if d is None else d.s for d in deltas]
     sums = [
         None if p is None else lora_grad(p, q, d.b.shape[0], rows)
         for p, q, d in zip(narrow, wide, deltas, strict=True)
     ]
-    return HiddenGrads(dgu, dz, *sums)
+    return HiddenGrads(*out, dz, *sums)
 
 
-def _input_gradient(dgu: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
+def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
     """dx = dg Wg + du Wu + the low-rank updates of both."""
     (w_gate, w_up, _), _, lora, rows, _ = layer
-    i, route = w_gate.shape[0], route_of("backward", dgu, w_gate)
+    route = route_of("backward", dg, w_gate)
     turned = GatedMLPLoRA(
         *(None if p is None else p._replace(b=p.a.transpose(1, 2)) for p in lora[:2])
     )
     deltas = tuple(d for d in _deltas(t, turned) if d is not None)
     if route.name == "fused":
-        dx = gemm_linear(dgu[:, :i], w_gate.t(), None, (), rows)
-        return gemm_linear(dgu[:, i:], w_up.t(), None, deltas, rows, onto=dx)
-    dx = torch.addmm(dgu[:, :i] @ w_gate, dgu[:, i:], w_up)
+        dx = gemm_linear(dg, w_gate.t(), None, (), rows)
+        return gemm_linear(du, w_up.t(), None, deltas, rows, onto=dx)
+    dx = torch.addmm(dg @ w_gate, du, w_up)
     return expand_(dx, deltas, rows) if deltas else dx
 
 
@@ -177,22 +177,21 @@ def mlp_backward(
     three flags for each update) says so."""
     weights, gates, lora, rows, _ = layer
     needs_x, needs_gates, trains = needs
-    i = weights[0].shape[0]
     gu = _gate_up(x, *weights[:2]) if kept.gu is None else kept.gu
     down = lora.down
     t_down = None if down is None else shrink(dy, down.b.transpose(1, 2), None, rows)
     hidden = _hidden_backward(dy @ weights[2], gu, kept, t_down, layer, needs_gates)
     narrow = [
         None if p is None else shrink(part, p.b.transpose(1, 2), None, rows)
-        for p, part in zip(lora[:2], (hidden.dgu[:, :i], hidden.dgu[:, i:]), strict=True)
+        for p, part in zip(lora[:2], hidden[:2], strict=True)
     ]
     there = [part for part in narrow if part is not None]
     t = None if not there else there[0] if len(there) == 1 else torch.cat(there, 1)
     grads: list[Tensor | None] = [
-        _input_gradient(hidden.dgu, t, layer) if needs_x else None,
+        _input_gradient(*hidden[:2], t, layer) if needs_x else None,
         None if hidden.dz is None else hidden.dz.to(gates.dtype),
     ]
-    for part, p, db, train in zip(lora[:2], narrow, hidden[2:4], trains[:2], strict=True):
+    for part, p, db, train in zip(lora[:2], narrow, hidden[3:5], trains[:2], strict=True):
         if not any(train):
             grads += [None, None, None]
             continue

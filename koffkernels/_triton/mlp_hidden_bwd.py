@@ -141,18 +141,24 @@ def hidden_args(
     dh: Tensor,
     gu: tuple[Tensor, Tensor],
     gates: Tensor | None,
-    dgu: Tensor,
+    out: tuple[Tensor, Tensor],
     deltas: HiddenDeltas,
     rows: Rows,
     activation: str,
 ) -> dict[str, Any]:
     """What both kernels of the backward take, but for the tile and where sums go."""
-    (g0, u0), (m, i) = gu, dh.shape
-    tensors = {"dh_ptr": dh, "g_ptr": g0, "u_ptr": u0, "dg_ptr": dgu, "du_ptr": dgu[:, i:]}
-    sizes = {"M": m, "I": i, "stride_hm": i, "stride_gm": g0.stride(0), "stride_dm": 2 * i}
+    (g0, u0), (dg, du), (m, i) = gu, out, dh.shape
+    tensors = {"dh_ptr": dh, "g_ptr": g0, "u_ptr": u0, "dg_ptr": dg, "du_ptr": du}
+    sizes = {"M": m, "I": i, "stride_hm": i, "stride_gm": g0.stride(0), "stride_dm": dg.stride(0)}
     gated = {"z_ptr": gates, "HAS_GATES": gates is not None, "ACTIVATION": activation}
     shared = {"BLOCK_R": rank_block(deltas.rank()), "PRECISION": precision(g0.dtype)}
     return tensors | sizes | gated | shared | deltas.args(g0) | rows.args()
+
+
+def outputs(dh: Tensor, gu: tuple[Tensor, Tensor], overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Where dg and du go: over g0 and u0 if these may be lost, else dg over dh. A program has read
+    its tile of all three before it writes."""
+    return gu if overwrite else (dh, torch.empty_like(dh))
 
 
 def mlp_hidden_bwd(
@@ -162,9 +168,9 @@ def mlp_hidden_bwd(
     deltas: HiddenDeltas,
     rows: Rows,
     activation: str,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dgu, h, dz) of h = act(g) u gates.
+    needs: tuple[bool, bool, bool],
+) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
+    """((dg, du), h, dz) of h = act(g) u gates; dh, or g0 and u0, are written over.
 
     Args:
         dh: [M, I], contiguous, without the update of the down layer.
@@ -173,15 +179,15 @@ def mlp_hidden_bwd(
         deltas: the updates of g, u and dh.
         rows: memory of each token.
         activation: "silu", "gelu" or "gelu_tanh".
-        needs: whether dz and h are wanted.
+        needs: whether dz and h are wanted, and whether g0 and u0 may be written over.
 
     Returns:
-        dgu [M, 2 I] (dg beside du), h [M, I] or None, dz fp32 [I] or None.
+        dg and du [M, I], h [M, I] or None, dz fp32 [I] or None.
     """
     (m, i), block_m, block_i = dh.shape, 32, 64
-    needs_gates, keep_h = needs
+    needs_gates, keep_h, overwrite = needs
     tiles = triton.cdiv(m, block_m), triton.cdiv(i, block_i)
-    dgu = dh.new_empty(m, 2 * i)
+    out = outputs(dh, gu, overwrite)
     h = dh.new_empty(m, i) if keep_h else None
     dz = dh.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None
     launch(
@@ -193,6 +199,6 @@ def mlp_hidden_bwd(
         KEEP_H=keep_h,
         BLOCK_M=block_m,
         BLOCK_I=block_i,
-        **hidden_args(dh, gu, gates, dgu, deltas, rows, activation),
+        **hidden_args(dh, gu, gates, out, deltas, rows, activation),
     )
-    return dgu, h, None if dz is None else sum_partials(dz, torch.float32)
+    return out, h, None if dz is None else sum_partials(dz, torch.float32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Rows, dot, launch, memory_span, token_memory, token_span
-from .mlp_hidden_bwd import HiddenDeltas, hidden_args, hidden_grads
+from .mlp_hidden_bwd import HiddenDeltas, hidden_args, hidden_grads, outputs
 from .reduce import sum_partials
 
 EXPECTS = {"_mlp_hidden_bwd_lora_kernel": "dot16"}
@@ -152,10 +152,11 @@ def _mlp_hidden_bwd_lora_kernel(
 
 
 class HiddenGrads(NamedTuple):
-    """dgu [M, 2 I] (dg beside du), dz fp32 [I] or None, and fp32 [n, r, I]: the sums over tokens of
-    s_gate^T dg, s_up^T du and t^T h (not scaled)."""
+    """dg and du [M, I], dz fp32 [I] or None, and fp32 [n, r, I]: sums over tokens of s_gate^T dg,
+    s_up^T du and t^T h (not scaled)."""
 
-    dgu: Tensor
+    dg: Tensor
+    du: Tensor
     dz: Tensor | None
     gate: Tensor | None
     up: Tensor | None
@@ -176,23 +177,23 @@ def mlp_hidden_bwd_lora(
     deltas: HiddenDeltas,
     rows: Rows,
     activation: str,
-    needs_gates: bool,
+    needs: tuple[bool, bool],
 ) -> HiddenGrads:
     """All of ``mlp_hidden_bwd`` and the sums that the low-rank matrices' gradients need.
 
     Args:
         dh, gu, gates, deltas, rows, activation: as in ``mlp_hidden_bwd``; at least one update,
             ranks up to ``LARGEST_RANK``.
-        needs_gates: whether dz is wanted.
+        needs: whether dz is wanted, and whether g0 and u0 may be written over.
 
     Returns:
         See ``HiddenGrads``; None for an update that is not there.
     """
-    (m, i), block_i = dh.shape, 64
+    (m, i), block_i, (needs_gates, overwrite) = dh.shape, 64, needs
     memories = max(d.b.shape[0] for d in deltas if d is not None)
     per_chunk = _chunks(m, i, rows.tokens, block_i)
     chunks = triton.cdiv(m, per_chunk)
-    dgu = dh.new_empty(m, 2 * i)
+    out = outputs(dh, gu, overwrite)
     dz = dh.new_empty(chunks, i, dtype=torch.float32) if needs_gates else None
     sums = [
         None if d is None else dh.new_zeros(chunks, memories, d.b.shape[2], i, dtype=torch.float32)
@@ -207,8 +208,8 @@ def mlp_hidden_bwd_lora(
         NEEDS_GATES=needs_gates,
         BLOCK_M=32,
         BLOCK_I=block_i,
-        **{f"db{k}_ptr": dgu if part is None else part for k, part in enumerate(sums)},
-        **hidden_args(dh, gu, gates, dgu, deltas, rows, activation),
+        **{f"db{k}_ptr": dh if part is None else part for k, part in enumerate(sums)},
+        **hidden_args(dh, gu, gates, out, deltas, rows, activation),
     )
     parts = [None if part is None else sum_partials(part, torch.float32) for part in (dz, *sums)]
-    return HiddenGrads(dgu, *parts)
+    return HiddenGrads(*out, *parts)

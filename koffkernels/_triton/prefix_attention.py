@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import routes
+from .._torch import prefix_attention as plain
 from ..types import Prefix, RowBounds
 from . import prefix_attention_decode as few
 from . import prefix_attention_vendor as vendor
@@ -176,6 +178,14 @@ def _backward_of_op(ctx, do, _):
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
+def _route(q: Tensor, k: Tensor) -> str:
+    """What ``routes`` says; only "vendor" is not one pass."""
+    shape = routes.Shape("prefix_attention", "forward", q.shape[2], q.shape[3], k.shape[2], q.dtype)
+    found = routes.choose(shape, q.device)
+    vendor_route = found.name == "vendor" and (found.forced or q.device.type == "cuda")
+    return "vendor" if vendor_route else "one_pass"
+
+
 def run(
     q: Tensor,
     k: Tensor,
@@ -184,14 +194,17 @@ def run(
     memory_ids: Tensor | None,
     bounds: RowBounds | None,
     scale: float | None,
-    route: str = "one_pass",
+    route: str | None = None,
 ) -> Tensor:
-    """See ``koffkernels.prefix_attention``; ``supports`` must hold.
+    """See ``koffkernels.prefix_attention``; a call that ``supports`` refuses runs in plain torch.
 
     Args:
         route: "one_pass", or "vendor", which is taken only by causal calls without bounds and of as
-            many keys as queries; the others run in one pass.
+            many keys as queries, the others run in one pass; None: what the table says.
     """
+    if supports(q, scale) is not None:
+        return plain.run(q, k, v, prefix, memory_ids, bounds, scale)
+    route = _route(q, k) if route is None else route
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     tensors = (q, k, v, *(prefix or (None, None, None)), memory_ids, *(bounds or (None,) * 3))
     if torch.compiler.is_compiling():

@@ -1,0 +1,243 @@
+"""Target rows: what pruned structure and memories cost, as a share of this run's own limits."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import timing
+from . import attention, layers, training
+from .clock import Variant
+from .context import Bench, pruned
+from .layers import Koff, Layer, Plain
+from .results import Case, Deadline, Results, judged
+
+FEW_TOKENS = (1, 8, 16)
+MIXED_TOKENS = (16, 64)
+MEMORIES = 8
+
+
+def _spreads(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {name: timing.spread(values) for name, values in times.items()}
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _mlps(bench: Bench, width: int, count: int, memories: int = 1) -> list[Layer]:
+    return [layers.random_layer(bench, width, memories, layers.MLP) for _ in range(count)]
+
+
+@torch.no_grad()
+def pruned_mlp(bench: Bench, masked: bool) -> list[dict]:
+    """The pruned MLP with gates and one memory against the dense one without, many tokens.
+
+    The limit is the dense time over the ratio of the widths: LoRA and gates count as loss.
+    """
+    hidden, dense = bench.shape.hidden, bench.shape.intermediate
+    width, tokens = pruned(dense), math.prod(bench.prefill())
+    sets = bench.sets(3 * hidden * dense * bench.dtype.itemsize)
+    wide = _mlps(bench, dense, sets)
+    xs = [bench.normal(*bench.prefill(), hidden) for _ in range(sets)]
+    gates = torch.rand(dense, device=bench.device) + 0.5
+    if masked:
+        gates[width:] = 0.0
+        ours, narrow = Koff(True, gates=gates), wide
+    else:
+        ours = Koff(True, gates=gates[:width].contiguous())
+        narrow = [layers.prune(layer, width) for layer in wide]
+    kept = [layers.prune(layer, width) for layer in wide] if masked else narrow
+    times = bench.measure(
+        dense=Variant(lambda i: Plain().mlp(wide[i], xs[i]), sets, calls=4),
+        ours=Variant(lambda i: ours.mlp(narrow[i], xs[i]), sets, calls=4),
+        products=Variant(lambda i: _products(kept[i].weights, xs[i]), sets, calls=4),
+    )
+    ideal = dense / width
+    speedup = timing.paired_ratio(times["dense"], times["ours"])
+    flops = layers.mlp_flops(tokens, hidden, width)
+    name = "mlp-masked-prefill" if masked else "mlp-pruned-prefill"
+    return [
+        judged(
+            name,
+            speedup["median"] / ideal,
+            None if masked else 0.95,
+            us=_median(times["ours"]),
+            limit_us=_median(times["dense"]) / ideal,
+            limit="dense MLP by torch over the ratio of the widths",
+            shape={"tokens": tokens, "hidden": hidden, "width": width, "dense": dense},
+            rank=bench.rank,
+            speedup=speedup,
+            ideal=ideal,
+            three_products_us=_median(times["products"]),
+            operations_per_second=flops * 1e6 / _median(times["ours"]),
+            times=_spreads(times),
+        )
+    ]
+
+
+def _products(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The three products of a pruned MLP and nothing else."""
+    F.linear(x, weights["up"])
+    return F.linear(F.linear(x, weights["gate"]), weights["down"])
+
+
+@torch.no_grad()
+def pruned_mlp_few_tokens(bench: Bench, tokens: int) -> list[dict]:
+    """The pruned MLP with gates and one memory at decode, as a share of the copy bandwidth."""
+    hidden, dense = bench.shape.hidden, bench.shape.intermediate
+    width = pruned(dense)
+    sets = bench.sets(3 * hidden * width * bench.dtype.itemsize)
+    found = _mlps(bench, width, sets)
+    xs = [bench.normal(tokens, 1, hidden) for _ in range(sets)]
+    gates = torch.rand(width, device=bench.device) + 0.5
+    ours = Koff(True, gates=gates)
+    times = bench.measure(
+        dense=Variant(lambda i: Plain().mlp(found[i], xs[i]), sets),
+        ours=Variant(lambda i: ours.mlp(found[i], xs[i]), sets),
+    )
+    size = layers.weight_bytes(found[0]) + layers.lora_bytes(found[0], 1)
+    size += gates.nbytes + 2 * xs[0].nbytes
+    limit = size / bench.copy_rate
+    return [
+        judged(
+            f"mlp-pruned-decode-{tokens}",
+            limit / _median(times["ours"]),
+            0.85,
+            us=_median(times["ours"]),
+            limit_us=limit,
+            limit="bytes of weights, LoRA (fp32), gates, input and output at copy bandwidth",
+            shape={"tokens": tokens, "hidden": hidden, "width": width},
+            rank=bench.rank,
+            bytes=size,
+            same_width_by_torch_us=_median(times["dense"]),
+            times=_spreads(times),
+        )
+    ]
+
+
+def _seven(bench: Bench, memories: int, rows: tuple[int, int]) -> tuple[dict, Layer, int]:
+    """Times of all seven linears: by torch and by koff without LoRA, and by koff with it."""
+    width = bench.shape.intermediate
+    elements = sum(n * k for n, k in layers.sizes(bench.shape, width).values())
+    sets = bench.sets(elements * bench.dtype.itemsize)
+    found = [layers.random_layer(bench, width, memories) for _ in range(sets)]
+    inputs = [[bench.normal(*rows, bench.shape.hidden) for _ in range(3)] for _ in range(sets)]
+    ids = layers.mixed_ids(bench, rows[0], memories) if memories > 1 else None
+    paths = {"torch": Plain(), "without": Koff(False), "ours": Koff(True, ids)}
+
+    def variant(path: layers.Path) -> Variant:
+        return Variant(lambda i: layers.seven(path, found[i], *inputs[i]), sets)
+
+    times = bench.measure(**{name: variant(path) for name, path in paths.items()})
+    return times, found[0], inputs[0][0].nbytes
+
+
+def _baseline(times: dict[str, list[float]]) -> str:
+    """The faster of the two ways without LoRA, so that a slow baseline hides nothing."""
+    return min(("torch", "without"), key=lambda name: _median(times[name]))
+
+
+@torch.no_grad()
+def overhead_prefill(bench: Bench) -> list[dict]:
+    """Time that one memory adds to all seven linears with many tokens.
+
+    Allowed: reading each input (of q, k, v; of o; of gate, up; of down) once more for the shrink,
+    at copy bandwidth, and 2 %.
+    """
+    times, _, size = _seven(bench, 1, bench.prefill())
+    base = _baseline(times)
+    overhead = timing.paired_ratio(times["ours"], times[base])
+    hidden, width = bench.shape.hidden, bench.shape.intermediate
+    traffic = size * (3 * hidden + width) // hidden
+    allowed = traffic / bench.copy_rate / _median(times[base]) + 0.02
+    return [
+        judged(
+            "lora-overhead-prefill",
+            overhead["median"] - 1.0,
+            allowed,
+            at_most=True,
+            us=_median(times["ours"]),
+            limit_us=_median(times[base]) * (1.0 + allowed),
+            limit="the seven linears without LoRA, the shrink's reads at copy bandwidth, and 2 %",
+            shape={"tokens": math.prod(bench.prefill()), "hidden": hidden, "width": width},
+            rank=bench.rank,
+            shrink_bytes=traffic,
+            baseline=base,
+            times=_spreads(times),
+        )
+    ]
+
+
+@torch.no_grad()
+def overhead_decode(bench: Bench, tokens: int) -> list[dict]:
+    """Time that one memory adds to all seven linears at decode."""
+    times, _, _ = _seven(bench, 1, (tokens, 1))
+    base = _baseline(times)
+    overhead = timing.paired_ratio(times["ours"], times[base])
+    return [
+        judged(
+            f"lora-overhead-decode-{tokens}",
+            overhead["median"] - 1.0,
+            0.08,
+            at_most=True,
+            us=_median(times["ours"]),
+            limit_us=_median(times[base]) * 1.08,
+            limit="the seven linears without LoRA, and 8 %",
+            shape={"tokens": tokens, "hidden": bench.shape.hidden},
+            rank=bench.rank,
+            baseline=base,
+            times=_spreads(times),
+        )
+    ]
+
+
+@torch.no_grad()
+def mixed_decode(bench: Bench, tokens: int) -> list[dict]:
+    """Eight memories in one decode batch against none, by the ratio of the bytes read."""
+    times, layer, size = _seven(bench, MEMORIES, (tokens, 1))
+    base = _baseline(times)
+    plain = layers.weight_bytes(layer) + 2 * size
+    ideal = (plain + layers.lora_bytes(layer, MEMORIES)) / plain
+    slowdown = timing.paired_ratio(times["ours"], times[base])
+    return [
+        judged(
+            f"mixed-decode-{tokens}",
+            ideal / slowdown["median"],
+            0.92,
+            us=_median(times["ours"]),
+            limit_us=_median(times[base]) * ideal,
+            limit="the seven linears without LoRA times the ratio of the bytes",
+            shape={"tokens": tokens, "hidden": bench.shape.hidden, "memories": MEMORIES},
+            rank=bench.rank,
+            baseline=base,
+            share_of_copy_bandwidth=plain * ideal / bench.copy_rate / _median(times["ours"]),
+            times=_spreads(times),
+        )
+    ]
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """All target rows, the most telling first."""
+    yield "mlp-pruned-prefill", lambda: pruned_mlp(bench, masked=False)
+    for tokens in FEW_TOKENS:
+        yield f"mlp-pruned-decode-{tokens}", lambda t=tokens: pruned_mlp_few_tokens(bench, t)
+    yield "lora-overhead-prefill", lambda: overhead_prefill(bench)
+    for tokens in FEW_TOKENS:
+        yield f"lora-overhead-decode-{tokens}", lambda t=tokens: overhead_decode(bench, t)
+    for tokens in MIXED_TOKENS:
+        yield f"mixed-decode-{tokens}", lambda t=tokens: mixed_decode(bench, t)
+    yield from training.cases(bench)
+    yield from attention.cases(bench)
+    yield "mlp-masked-prefill", lambda: pruned_mlp(bench, masked=True)
+
+
+def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...]) -> None:
+    """Measure the limits, then every target row."""
+    results.note(limits=bench.limits(), dtype=bench.dtype_name)
+    results.run(cases(bench), deadline, only)

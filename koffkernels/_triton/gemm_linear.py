@@ -1,0 +1,172 @@
+"""y = x W^T + bias + low-rank updates in one kernel: the fused GEMM of a linear layer with many
+tokens and, with W transposed, of its input gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Rows, launch, memory_range, precision, token_memory
+from .delta import Delta
+from .gemm_common import (
+    Config,
+    add_delta,
+    apply_poison,
+    choose_config,
+    config_args,
+    gemm_delta_args,
+    grid_of,
+    multiply,
+    tile_position,
+)
+
+EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
+
+CONFIGS = {
+    "128x256x64": Config(128, 256, 64, warps=8, stages=3, block_r=16),
+    "128x256x64s4": Config(128, 256, 64, warps=8, stages=4, block_r=16, archs=(90, 100)),
+    "128x128x64": Config(128, 128, 64, warps=4, stages=3, block_r=16),
+    "128x128x64w8": Config(128, 128, 64, warps=8, stages=4),
+    "128x128x32": Config(128, 128, 32, warps=4, stages=4, block_r=16),
+}
+
+
+@triton.jit(do_not_specialize=["M", "tokens"])
+def _gemm_linear_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    ids_ptr,
+    s_ptr0,
+    b_ptr0,
+    scaling_ptr0,
+    s_ptr1,
+    b_ptr1,
+    scaling_ptr1,
+    M,
+    N,
+    K,
+    R0,
+    R1,
+    tokens,
+    stride_xm,
+    stride_wn,
+    stride_wk,
+    stride_ym,
+    stride_sm0,
+    stride_be0,
+    stride_bn0,
+    stride_br0,
+    stride_sm1,
+    stride_be1,
+    stride_bn1,
+    stride_br1,
+    HAS_IDS: tl.constexpr,
+    ONTO: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    W_BY_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M tokens, BLOCK_N outputs. W_BY_N: neighbours in W are outputs."""
+    pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    begin_m, begin_n = pid_m.to(tl.int64) * BLOCK_M, pid_n.to(tl.int64) * BLOCK_N
+    offs_k = tl.arange(0, BLOCK_K)
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + cols
+    mask_m, mask_n = rows < M - pid_m * BLOCK_M, offs_n < N
+    # Past the end x repeats its last row, and W too unless that would scatter its loads: the main
+    # loop needs no masks.
+    rows_in = tl.minimum(rows, M - pid_m * BLOCK_M - 1)
+    if not EVEN_N and not W_BY_N:
+        cols = tl.minimum(cols, N - pid_n * BLOCK_N - 1)
+    memory = token_memory(ids_ptr, begin_m + rows_in, rows_in >= 0, tokens, HAS_IDS)
+    first, last = memory_range(memory)
+    acc = multiply(
+        x_ptr + begin_m * stride_xm + (rows_in[:, None] * stride_xm + offs_k[None, :]),
+        w_ptr + begin_n * stride_wn + (cols[None, :] * stride_wn + offs_k[:, None] * stride_wk),
+        K, stride_wk, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
+    )  # fmt: skip
+    broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
+    if s_ptr0 is not None:
+        acc, broken, poison = add_delta(
+            acc, broken, poison, s_ptr0 + begin_m * stride_sm0, b_ptr0, scaling_ptr0, R0,
+            stride_sm0, stride_be0, stride_bn0, stride_br0, memory, first, last, rows_in, offs_n,
+            mask_n, HAS_IDS, BLOCK_R, PRECISION,
+        )  # fmt: skip
+    if s_ptr1 is not None:
+        acc, broken, poison = add_delta(
+            acc, broken, poison, s_ptr1 + begin_m * stride_sm1, b_ptr1, scaling_ptr1, R1,
+            stride_sm1, stride_be1, stride_bn1, stride_br1, memory, first, last, rows_in, offs_n,
+            mask_n, HAS_IDS, BLOCK_R, PRECISION,
+        )  # fmt: skip
+    if s_ptr0 is not None:
+        acc = apply_poison(acc, broken, poison, HAS_IDS)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + begin_m * stride_ym + (rows[:, None] * stride_ym + offs_n[None, :])
+    mask = mask_m[:, None] & mask_n[None, :]
+    if ONTO:
+        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gemm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: tuple[Delta, ...],
+    rows: Rows,
+    config: Config | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + updates (+ onto), accumulated in fp32 and written once.
+
+    Args:
+        x: [M, K], last stride 1.
+        weight: [N, K], x's dtype, one stride 1: W.t() gives dX = dY W.
+        bias: [N] or None.
+        delta: up to two low-rank updates.
+        rows: memory of each token.
+        config: one of ``CONFIGS``; None: the default.
+        onto: [M, N], last stride 1; it is added, y is written over it, and it is returned.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    config = choose_config(config, CONFIGS, x.dtype)
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n) if onto is None else onto
+    first, second = (*delta, None, None)[:2]
+    launch(
+        _gemm_linear_fwd_kernel,
+        grid_of(m, n, config),
+        x_ptr=x,
+        w_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        M=m,
+        N=n,
+        K=k,
+        stride_xm=x.stride(0),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_ym=y.stride(0),
+        ONTO=onto is not None,
+        EVEN_K=k % config.block_k == 0,
+        EVEN_N=n % config.block_n == 0,
+        W_BY_N=weight.stride(1) != 1,
+        PRECISION=precision(x.dtype),
+        **gemm_delta_args("0", first),
+        **gemm_delta_args("1", second),
+        **rows.args(),
+        **config_args(config, *delta),
+    )
+    return y
