@@ -84,6 +84,8 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
                 own = Unit(launch, arch, labels | {"shapes": []})
                 unit = units.setdefault((key, arch), own)
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
+                if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
+                    unit.labels["config"] = labels["config"]
                 if at in few and first:
                     chosen.add((key, arch))
     _check_coverage(present, {(compiling.module_of(u.launch), u.kernel) for u in units.values()})
