@@ -136,9 +136,9 @@ def _training() -> Iterator[Op]:
     yield Op(f"MLP hidden {size}", lambda: mlp_hidden(*hidden), (b,), others)
     deltas, others = HiddenDeltas(delta, second, third), (*others, dh, third.s)
     back = (dh, (g, u), gates, deltas, rows, "silu")
-    run = (lambda: mlp_hidden_bwd(*back, (True, True)), (b,), others)
+    run = (lambda: mlp_hidden_bwd(*back, (True, True, False)), (b,), others)
     yield Op(f"MLP hidden backward {size}", *run)
-    run = (lambda: mlp_hidden_bwd_lora(*back, True), (b,), others)
+    run = (lambda: mlp_hidden_bwd_lora(*back, (True, False)), (b,), others)
     yield Op(f"MLP hidden backward with LoRA sums {size}", *run)
     yield Op(f"LoRA gradient {size}", lambda: lora_grad(delta.s, y, 1, rows), (), (delta.s, y))
 
@@ -188,8 +188,10 @@ def _size(tensors: tuple[Tensor, ...]) -> int:
 
 
 def _tensors(result: object) -> tuple[Tensor, ...]:
-    found = result if isinstance(result, tuple) else (result,)
-    return tuple(t for t in found if t is not None)
+    """The tensors of a result, which may be one, None, or a tuple of results."""
+    if isinstance(result, tuple):
+        return tuple(t for part in result for t in _tensors(part))
+    return () if result is None else (result,)
 
 
 def measure(op: Op) -> dict[str, object]:

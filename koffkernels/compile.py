@@ -74,17 +74,21 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     """
     from ._triton import cases, compiling, settings
 
+    present = cases.all_kernels()
+    _check_names({name for _, name in present}, kernels)
     few, units, chosen = set(settings.subset()), {}, set()
     for at, file, case in _all_cases():
         first = case.config in ("default", *(next(iter(t)) for t in tables_of(file)))
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in case.archs]:
-                unit = units.setdefault((key, arch), Unit(launch, arch, labels))
+                own = Unit(launch, arch, labels | {"shapes": []})
+                unit = units.setdefault((key, arch), own)
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
+                if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
+                    unit.labels["config"] = labels["config"]
                 if at in few and first:
                     chosen.add((key, arch))
-    launched = {(compiling.module_of(u.launch), u.kernel): None for u in units.values()}
-    _check_coverage(cases.all_kernels(), set(launched), kernels)
+    _check_coverage(present, {(compiling.module_of(u.launch), u.kernel) for u in units.values()})
     if subset:
         seen = {(units[key].kernel, units[key].arch) for key in chosen}
         for key, unit in units.items():
@@ -131,13 +135,13 @@ def _sort_key(unit: Unit) -> tuple:
     return unit.kernel, int(unit.arch[3:]), unit.labels["dtype"], config
 
 
-def _check_coverage(
-    present: set[tuple[str, str]], launched: set[tuple[str, str]], asked: list[str] | None
-) -> None:
-    names = {name for _, name in present}
+def _check_names(names: set[str], asked: list[str] | None) -> None:
     for name in asked or ():
         known = f"be one of {', '.join(sorted(names))}"
         require(name in names, _WHERE, "--kernel", known, name, "check the spelling")
+
+
+def _check_coverage(present: set[tuple[str, str]], launched: set[tuple[str, str]]) -> None:
     missing = sorted(f"{file}.{name}" for file, name in present - launched)
     if missing:
         rule, step = "be launched by a case", "add it to FILES in koffkernels/_triton/cases.py"
