@@ -38,6 +38,8 @@ _WIDEN = tl.constexpr(INTERPRETED)
 _NO_MEMORY = tl.constexpr(1 << 30)
 _IDS_BLOCK = tl.constexpr(1024)
 
+_REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
+
 # Below this many rows a tile has the tensor cores' smallest height, 16.
 SMALLEST_TILE = 16
 
@@ -94,6 +96,8 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    # Left to itself ptxas spills a few bytes to reach a higher occupancy.
+    options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return

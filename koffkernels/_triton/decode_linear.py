@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,8 +27,13 @@ from .decode_common import (
     token_block,
 )
 
-# The second only adds where there are no memories, and then needs no tensor cores.
-EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": "dot16"}
+
+def _expects(args: dict[str, Any]) -> str | None:
+    """Without memories the second launch only adds."""
+    return None if args["b_ptr"] is None else "dot16"
+
+
+EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": _expects}
 
 CONFIGS = {
     "n64_k128_s4": Config(64, 128, 4, 4),

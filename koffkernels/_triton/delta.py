@@ -78,7 +78,8 @@ def delta_tile(
         mine = memory == m
         part = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         b_rows = b_ptr + offs_i.to(tl.int64)[None, :] * stride_bi + m * stride_bn
-        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        used = tl.max(mine.to(tl.int32), 0)  # a tile can hold memories 0 and 39 and none between
+        for start in tl.range(0, R * used, BLOCK_R, num_stages=1):
             offs_r = start + tl.arange(0, BLOCK_R)
             mask_r = offs_r < R
             s = tl.load(

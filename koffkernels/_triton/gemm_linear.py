@@ -22,6 +22,7 @@ from .gemm_common import (
 )
 
 EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
+PREFILL = {"_gemm_linear_fwd_kernel": 1}
 
 CONFIGS = {
     "128x256x64": Config(128, 256, 64, warps=8, stages=3, block_r=16),

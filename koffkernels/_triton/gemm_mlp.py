@@ -22,6 +22,7 @@ from .gemm_common import (
 )
 
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
+PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
 
 # block_n neurons are 2 block_n columns: the gate's and the up projection's.
 CONFIGS = {

@@ -63,7 +63,8 @@ def _shrink_fwd_kernel(
         a1_rows = a1_ptr + m * stride_a1n + offs_r[None, :] * stride_a1r
         part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k in range(begin, begin + k_per_split, BLOCK_K):
+        used = tl.max(mine.to(tl.int32), 0)  # a tile can hold memories 0 and 39 and none between
+        for k in range(begin, begin + k_per_split * used, BLOCK_K):
             mask_k = k + offs_k < K
             x = tl.load(
                 x_rows + (k + offs_k)[None, :], mask=mine[:, None] & mask_k[None, :], other=0.0
