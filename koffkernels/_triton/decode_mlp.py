@@ -38,7 +38,7 @@ CONFIGS = {
 
 # The first launch reads little: short programs, but every program of the second adds up the splits
 # (8 where K is long enough, whatever the number of memories).
-_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=2.0)
+_SHRINK = Config(block_n=64, block_k=128, stages=3, warps=4, split_cost=2.0)
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
