@@ -7,12 +7,13 @@ element is read by one program. Accumulators are [BLOCK_N neurons, BLOCK_M token
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import INTERPRETED, SMALLEST_TILE, dot, rank_block
+from .common import INTERPRETED, SMALLEST_TILE, dot, precision, rank_block
 
 MOST_TOKENS = 64
 MOST_SPLITS = 16
@@ -48,23 +49,38 @@ def token_block(m: int) -> int:
     return max(SMALLEST_TILE, triton.next_power_of_2(m))
 
 
+def tile_args(x: Tensor, config: Config) -> dict[str, Any]:
+    """What every launch of a decode kernel on x [M, K] gets from a configuration."""
+    block_k = config.block_k * 2 // x.element_size()
+    return {
+        "EVEN_K": x.shape[1] % block_k == 0,
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": token_block(x.shape[0]),
+        "BLOCK_K": block_k,
+        "PRECISION": precision(x.dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
 def rank_step(r: int, block_m: int) -> int:
     """Ranks in a step of ``expand_rows``: wider ones spill beside two accumulators."""
     return rank_block(r, limit=1024 // block_m)
 
 
-def split_blocks(tiles: int, k: int, block_k: int, config: Config) -> tuple[int, int]:
+def split_blocks(x: Tensor, tiles: int, config: Config) -> tuple[int, int]:
     """(splits, blocks of K in each): how often K is cut so that all multiprocessors are busy.
 
     The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. The number of
     tokens does not count, so a token's sums are added in the same order in every batch.
 
     Args:
+        x: [M, K].
         tiles: programs without a split.
-        k, block_k: the size to cut and the step that cuts are multiples of.
-        config: gives ``programs`` and ``split_cost``.
+        config: what is launched.
     """
-    blocks = triton.cdiv(k, block_k)
+    k = x.shape[1]
+    blocks = triton.cdiv(k, tile_args(x, config)["BLOCK_K"])
     most = max(1, min(MOST_SPLITS, k // _SHORTEST_SPLIT, blocks))
 
     def cost(splits: int) -> float:

@@ -24,6 +24,7 @@ from .decode_common import (
     shrink_rows,
     split_blocks,
     sum_splits,
+    tile_args,
     token_block,
 )
 
@@ -190,7 +191,6 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
     a, _, scaling = lora or (None, None, None)
     r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
-    block_k = config.block_k * 2 // x.element_size()
     launch(
         _decode_linear_fwd_kernel,
         (triton.cdiv(a_rows, config.block_n) + triton.cdiv(n, config.block_n), splits),
@@ -209,14 +209,33 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
         blocks=blocks,
         stride_xm=x.stride(0),
         stride_wn=weight.stride(0),
-        EVEN_K=k % block_k == 0,
-        BLOCK_N=config.block_n,
-        BLOCK_M=token_block(m),
-        BLOCK_K=block_k,
         BLOCK_A=config.block_k // 2,
-        PRECISION=precision(x.dtype),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **tile_args(x, config),
+        **rows.args(),
+    )
+
+
+def _expand(part, bias, s, b, y, rows) -> None:
+    """Second launch: y [M, N] from the partials of the first; s and b may be None."""
+    (splits, m, n), r = part.shape, 0 if b is None else b.shape[2]
+    launch(
+        _decode_expand_fwd_kernel,
+        (triton.cdiv(n, _EXPAND_BLOCK),),
+        part_ptr=part,
+        bias_ptr=bias,
+        s_ptr=s,
+        b_ptr=b,
+        y_ptr=y,
+        M=m,
+        N=n,
+        R=r,
+        splits=splits,
+        BLOCK_N=_EXPAND_BLOCK,
+        BLOCK_M=token_block(m),
+        BLOCK_R=rank_step(r, token_block(m)),
+        PRECISION=precision(y.dtype),
+        num_warps=4,
+        num_stages=3,
         **rows.args(),
     )
 
@@ -243,41 +262,22 @@ def decode_linear(
     Returns:
         [M, N] in x's dtype.
     """
-    (m, k), n = x.shape, weight.shape[0]
+    m, n = x.shape[0], weight.shape[0]
     y = x.new_empty(m, n)
     if m == 0:
         return y
     config = config or next(iter(CONFIGS.values()))
-    tiles, block_k = triton.cdiv(n, config.block_n), config.block_k * 2 // x.element_size()
-    splits, blocks = split_blocks(tiles, k, block_k, config)
+    splits, blocks = split_blocks(x, triton.cdiv(n, config.block_n), config)
     if lora is None:
         rows = Rows(None, 1)  # not read: no variant of its own
         if splits == 1:
             _multiply(x, weight, bias, None, rows, y[None], None, blocks, config)
             return y
-    b = None if lora is None else lora[1]
-    r = 0 if b is None else b.shape[2]
     part = x.new_empty(splits, m, n, dtype=torch.float32)
-    s = None if b is None else x.new_empty(splits, m, r, dtype=torch.float32)
+    s = b = None
+    if lora is not None:
+        b = lora[1]
+        s = x.new_empty(splits, m, b.shape[2], dtype=torch.float32)
     _multiply(x, weight, None, lora, rows, part, s, blocks, config)
-    launch(
-        _decode_expand_fwd_kernel,
-        (triton.cdiv(n, _EXPAND_BLOCK),),
-        part_ptr=part,
-        bias_ptr=bias,
-        s_ptr=s,
-        b_ptr=b,
-        y_ptr=y,
-        M=m,
-        N=n,
-        R=r,
-        splits=splits,
-        BLOCK_N=_EXPAND_BLOCK,
-        BLOCK_M=token_block(m),
-        BLOCK_R=rank_step(r, token_block(m)),
-        PRECISION=precision(x.dtype),
-        num_warps=4,
-        num_stages=3,
-        **rows.args(),
-    )
+    _expand(part, bias, s, b, y, rows)
     return y

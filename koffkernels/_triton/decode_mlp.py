@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, dot, launch, memory_range, precision, token_memory
+from .common import Rows, activate, dot, launch, memory_range, token_memory
 from .decode_common import (
     Config,
     expand_rows,
@@ -22,6 +22,7 @@ from .decode_common import (
     rank_step,
     shrink_rows,
     split_blocks,
+    tile_args,
     token_block,
 )
 
@@ -38,7 +39,7 @@ CONFIGS = {
 
 # The first launch reads little: short programs, but every program of the second adds up the splits
 # (8 where K is long enough, whatever the number of memories).
-_SHRINK = Config(block_n=64, block_k=128, stages=4, warps=4, split_cost=2.0)
+_SHRINK = Config(block_n=64, block_k=64, stages=3, warps=4, split_cost=2.0)
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
@@ -239,8 +240,7 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
     r0, r1 = a0.shape[1], 0 if a1 is None else a1.shape[1]
     rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
     tiles = triton.cdiv(rows0, _SHRINK.block_n) + triton.cdiv(rows1, _SHRINK.block_n)
-    block_k = _SHRINK.block_k // 2
-    splits, blocks = split_blocks(1, k, block_k, _SHRINK)
+    splits, blocks = split_blocks(x, 1, _SHRINK)
     s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
     launch(
         _decode_shrink_fwd_kernel,
@@ -259,16 +259,41 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
         ROWS1=rows1,
         blocks=blocks,
         stride_xm=x.stride(0),
-        EVEN_K=k % block_k == 0,
-        BLOCK_N=_SHRINK.block_n,
-        BLOCK_M=token_block(m),
-        BLOCK_K=block_k,
-        PRECISION=precision(x.dtype),
-        num_warps=_SHRINK.warps,
-        num_stages=_SHRINK.stages,
+        **tile_args(x, _SHRINK),
         **rows.args(),
     )
     return s
+
+
+def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) -> None:
+    """Second launch: h [M, I] from both weights and, with memories, s and the B of gate and up."""
+    (w_gate, w_up), (b_gate, b_up) = weights, lora_b
+    r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
+    launch(
+        _decode_mlp_up_fwd_kernel,
+        (triton.cdiv(h.shape[1], config.block_n),),
+        x_ptr=x,
+        wg_ptr=w_gate,
+        wu_ptr=w_up,
+        gates_ptr=gates,
+        s_ptr=s,
+        bg_ptr=b_gate,
+        bu_ptr=b_up,
+        h_ptr=h,
+        M=x.shape[0],
+        N=h.shape[1],
+        K=x.shape[1],
+        RG=r_gate,
+        RU=r_up,
+        splits=0 if s is None else s.shape[0],
+        stride_xm=x.stride(0),
+        stride_gn=w_gate.stride(0),
+        stride_un=w_up.stride(0),
+        ACTIVATION=activation,
+        BLOCK_R=rank_step(max(r_gate, r_up), token_block(x.shape[0])),
+        **tile_args(x, config),
+        **rows.args(),
+    )
 
 
 def decode_mlp_up(
@@ -297,46 +322,13 @@ def decode_mlp_up(
     Returns:
         [M, I] in x's dtype.
     """
-    (m, k), n = x.shape, w_gate.shape[0]
-    h = x.new_empty(m, n)
-    if m == 0:
+    h = x.new_empty(x.shape[0], w_gate.shape[0])
+    if x.shape[0] == 0:
         return h
     config = config or next(iter(CONFIGS.values()))
-    block_k = config.block_k * 2 // x.element_size()
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
     rows = rows if given else Rows(None, 1)  # not read: no variant of its own
     s = _shrink(x, given, rows) if given else None
-    b_gate, b_up = (None if lora is None else lora[1] for lora in (lora_gate, lora_up))
-    r_gate, r_up = (0 if b is None else b.shape[2] for b in (b_gate, b_up))
-    launch(
-        _decode_mlp_up_fwd_kernel,
-        (triton.cdiv(n, config.block_n),),
-        x_ptr=x,
-        wg_ptr=w_gate,
-        wu_ptr=w_up,
-        gates_ptr=gates,
-        s_ptr=s,
-        bg_ptr=b_gate,
-        bu_ptr=b_up,
-        h_ptr=h,
-        M=m,
-        N=n,
-        K=k,
-        RG=r_gate,
-        RU=r_up,
-        splits=0 if s is None else s.shape[0],
-        stride_xm=x.stride(0),
-        stride_gn=w_gate.stride(0),
-        stride_un=w_up.stride(0),
-        EVEN_K=k % block_k == 0,
-        ACTIVATION=activation,
-        BLOCK_N=config.block_n,
-        BLOCK_M=token_block(m),
-        BLOCK_K=block_k,
-        BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
-        PRECISION=precision(x.dtype),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **rows.args(),
-    )
+    lora_b = [None if lora is None else lora[1] for lora in (lora_gate, lora_up)]
+    _multiply_both(x, (w_gate, w_up), gates, s, lora_b, rows, h, activation, config)
     return h

@@ -176,7 +176,9 @@ def test_token_block_is_the_smallest_that_fits():
 def test_split_blocks_covers_k_once(tiles, k):
     """Every block in one split, no split empty; few tiles are split until the GPU is full."""
     config = Config(64, 128, 4, 4)
-    splits, each = split_blocks(tiles, k, 128, config)
+    splits, each = split_blocks(
+        torch.empty(1, k, dtype=torch.float16, device="meta"), tiles, config
+    )
     blocks = -(-k // 128)
     assert (splits - 1) * each < blocks <= splits * each
     assert k < 512 or tiles > 100 or splits > 1
