@@ -18,7 +18,7 @@ EXPECTS = {"_shrink_fwd_kernel": "dot"}
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
-@triton.jit(do_not_specialize=["M", "tokens"])
+@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
 def _shrink_fwd_kernel(
     x_ptr,
     a0_ptr,
@@ -30,7 +30,7 @@ def _shrink_fwd_kernel(
     R0,
     R1,
     tokens,
-    k_per_split,
+    blocks,
     stride_xm,
     stride_a0n,
     stride_a0r,
@@ -40,6 +40,7 @@ def _shrink_fwd_kernel(
     stride_a1k,
     HAS_IDS: tl.constexpr,
     TWO: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -53,7 +54,8 @@ def _shrink_fwd_kernel(
     mask_m = offs_m < M
     memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
     first, last = memory_range(memory)
-    begin = split * k_per_split
+    # A multiple of a constant, so the compiler knows that rows stay aligned.
+    begin = split * blocks * BLOCK_K
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     s0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     s1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -64,11 +66,10 @@ def _shrink_fwd_kernel(
         part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         used = tl.max(mine.to(tl.int32), 0)  # a tile can hold memories 0 and 39 and none between
-        for k in range(begin, begin + k_per_split * used, BLOCK_K):
-            mask_k = k + offs_k < K
-            x = tl.load(
-                x_rows + (k + offs_k)[None, :], mask=mine[:, None] & mask_k[None, :], other=0.0
-            )
+        for k in range(begin, begin + blocks * used * BLOCK_K, BLOCK_K):
+            mask_k = (k + offs_k < K) | EVEN_K
+            mask_x = mine[:, None] if EVEN_K else mine[:, None] & mask_k[None, :]
+            x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_x, other=0.0)
             mask0 = mask_k[:, None] & (offs_r < R0)[None, :]
             a0 = tl.load(a0_rows + (k + offs_k)[:, None] * stride_a0k, mask=mask0, other=0.0)
             part0 = dot(x, a0.to(x.dtype), part0, PRECISION)
@@ -107,8 +108,8 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
     block_m, block_k, block_r = 64, 64, rank_block(max(r0, r1))
     tiles = triton.cdiv(m, block_m), triton.cdiv(max(r0, r1), block_r)
     splits = _splits(tiles[0] * tiles[1], triton.cdiv(k, block_k))
-    k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
-    splits = triton.cdiv(k, k_per_split)
+    blocks = triton.cdiv(triton.cdiv(k, block_k), splits)
+    splits = triton.cdiv(k, blocks * block_k)
     dtype = x.dtype if splits == 1 else torch.float32
     second = a0 if a1 is None else a1
     s = x.new_empty(splits, m, r0 + r1, dtype=dtype)
@@ -123,7 +124,7 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         K=k,
         R0=r0,
         R1=r1,
-        k_per_split=k_per_split,
+        blocks=blocks,
         stride_xm=x.stride(0),
         stride_a0n=a0.stride(0),
         stride_a0r=a0.stride(1),
@@ -132,6 +133,7 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         stride_a1r=second.stride(1),
         stride_a1k=second.stride(2),
         TWO=a1 is not None,
+        EVEN_K=k % (blocks * block_k) == 0,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
