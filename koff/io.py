@@ -211,7 +211,7 @@ def load(
 
 
 def _read_backbone(directory: Path, facts: dict[str, Any], dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     arch.architecture(config.model_type, _LOAD)
     model = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
