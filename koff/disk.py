@@ -21,17 +21,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
-def _layers_path(model: PreTrainedModel) -> str:
-    entry = arch.architecture(model.config.model_type, "koff")
-    return f"{entry.decoder}.{entry.layers}"
-
-
 def _lora_key(model: PreTrainedModel, site: str, part: str) -> str:
     """PEFT's name of one matrix:
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"."""
     index, name = site.split("_", 1)
     path = arch.linear_path(name, model)
-    return f"{_PREFIX}{_layers_path(model)}.{index}.{path}.lora_{part}.weight"
+    return f"{_PREFIX}{arch.layers_path(model)}.{index}.{path}.lora_{part}.weight"
 
 
 def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:

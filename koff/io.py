@@ -21,6 +21,7 @@ from .attach import install, new_memory, use_koff_attention
 from .card import model_card
 from .config import KoffConfig, check_memory_name
 from .errors import require
+from .hub import resolve
 from .masking import sparsity
 from .state import KoffState, require_attached
 from .version import __version__
@@ -89,7 +90,7 @@ def save(
             _write_memory(
                 model, memory, staging / MEMORIES / memory.name, facts["backbone_sha256"], base
             )
-        (staging / "README.md").write_text(model_card(facts), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(facts, staging), encoding="utf-8")
         (staging / MARKER).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         _publish(staging, directory)
     finally:
@@ -175,14 +176,16 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load what ``save`` wrote, in eval mode. Nothing but safetensors and JSON is read, and no code
     from the folder.
 
     Args:
-        directory: the saved folder.
+        directory: the saved folder, or the id of a repository of the Hugging Face hub.
         device: where to put the model; None: the CPU.
         dtype: of the backbone; "auto": as saved. Memories stay fp32.
+        revision: branch, tag or commit of a hub repository.
 
     Returns:
         An attached model with all its memories, computing bit for bit what the saved one did.
@@ -191,14 +194,15 @@ def load(
         FileNotFoundError, ValueError: not a saved model, damaged, or memories that do not belong to
             the backbone.
     """
-    directory = Path(directory)
+    directory = resolve(directory, revision, _LOAD)
     facts = disk.read_json(directory / MARKER, _LOAD)
     version = facts.get("format")
     rule = f"be {FORMAT}"
     require(version == FORMAT, _LOAD, "the format version", rule, repr(version), "update koff")
     model = _read_backbone(directory, facts, dtype)
     settings = KoffConfig.from_dict(facts["config"])
-    arch.check_supported(model, settings.kv is not None and bool(facts["memories"]), _LOAD)
+    kv = any((directory / MEMORIES / name / "kv").is_dir() for name in facts["memories"])
+    arch.check_supported(model, kv, _LOAD)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths = facts["dense_widths"]
