@@ -97,7 +97,7 @@ def _data(metadata: dict[str, Any]) -> str:
     """Table lines that name what the memories and the general mixture were trained on."""
     own = dict(metadata.get("data") or {})
     for name, record in (metadata.get("added") or {}).items():
-        own[name] = record["data"]
+        own[name] = record["source"]
     lines = (("trained on", own), ("general mixture", metadata.get("general")))
     return "".join(
         f"| {title} | {', '.join(f'{k}: {v}' for k, v in named.items())} |\n"

@@ -62,7 +62,8 @@ def add_memory(
             name, gates that are still open, or arguments that KoffTrainer refuses; the target is
             then as before.
     """
-    model, folder = _opened(target, name, "koff.add_memory")
+    folder = check_new_name(target, name, "koff.add_memory")
+    model = target if folder is None else load(folder)
     if tokenizer is None and folder is not None:
         tokenizer = saved_tokenizer(folder)
     config, data = model.koff.config, {name: documents}
@@ -146,7 +147,8 @@ def import_memory(
     where = f"koff.import_memory {name!r}"
     some, step = lora is not None or kv is not None, "give lora= or kv="
     require(some, where, "the memory", "have a LoRA or a KV part", "neither", step)
-    model, folder = _opened(target, name, where)
+    folder = check_new_name(target, name, where)
+    model = target if folder is None else load(folder)
     settings, matrices, scaling = None, {}, {}
     if lora is not None:
         settings, matrices, scaling = read_lora(model, Path(lora), where)
@@ -194,10 +196,12 @@ def remove_memory(target: Target, name: str) -> Target:
     return target
 
 
-def _opened(
-    target: PreTrainedModel | str | Path, name: str, where: str
-) -> tuple[PreTrainedModel, Path | None]:
-    """The model that gets a new memory of this name, and its folder if it comes from one."""
+def check_new_name(target: PreTrainedModel | str | Path, name: str, where: str) -> Path | None:
+    """Refuse a name that is illegal or taken; the target's folder, None for a model.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: so is the target itself.
+    """
     check_memory_name(name, where)
     folder = Path(target) if isinstance(target, (str, Path)) else None
     if folder is not None:
@@ -206,4 +210,4 @@ def _opened(
         names = require_attached(target, where).memories.names
     rule, step = f"differ from those there are, {list(names)}", "choose another or remove it first"
     require(name not in names, where, "the name", rule, repr(name), step)
-    return (target if folder is None else load(folder)), folder
+    return folder

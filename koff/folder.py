@@ -48,6 +48,13 @@ def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     _replace(directory / "README.md", model_card(facts, directory))
 
 
+def write_results(directory: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace what koff.json and the model card say was measured: rows of ``koff.evaluate``."""
+    facts = saved_facts(directory, "koff")
+    facts["metadata"]["results"] = rows
+    write_facts(directory, facts)
+
+
 def put_memory(
     directory: Path, model: PreTrainedModel, name: str, record: dict[str, Any] | None = None
 ) -> None:
@@ -57,7 +64,7 @@ def put_memory(
         directory: of the saved model; it must not list the name yet.
         model: loaded from there, and holding the memory.
         name: of the memory.
-        record: JSON values to keep in koff.json: what it was trained on.
+        record: JSON values to keep in koff.json: what it was trained on ("source") and how.
     """
     facts = saved_facts(directory, "koff")
     target = directory / MEMORIES / name

@@ -19,7 +19,7 @@ RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoin
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """What a run needs before it may write anything."""
 
     tokenizer: Any
@@ -52,10 +52,10 @@ def run(
     import koff
 
     output = Path(output)
-    prepared = prepare(recipe, output)
+    prepared = prepare(recipe, check_output(output, recipe))
     model = koff.attach(load_base(recipe), recipe.koff)
-    trainer = _trainer(model, prepared, training_arguments(recipe, output / CHECKPOINTS, device))
-    trainer.add_callback(TrainProgress(label=label))
+    arguments = training_arguments(recipe, output / CHECKPOINTS, device)
+    trainer = make_trainer(model, prepared, arguments, label)
     writes = trainer.is_world_process_zero()
     if writes:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,12 +69,20 @@ def run(
             (output / CHECKPOINTS).rmdir()  # transformers makes it even if nothing is saved
         write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
         metadata = {"base": recipe.model, "revision": recipe.revision, "seed": recipe.seed}
+        metadata |= {"data": recipe.data_names(), "general": recipe.data_names(general=True)}
         koff.save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
     return output
 
 
-def _trainer(model: Any, prepared: _Prepared, arguments: Any) -> Any:
-    """The KoffTrainer of a run, without transformers' own bar; leaves no folder if it fails."""
+def make_trainer(model: Any, prepared: Prepared, arguments: Any, label: str) -> Any:
+    """The KoffTrainer of a run, with koff's bar for transformers'; leaves no folder if it fails.
+
+    Args:
+        model: an attached model.
+        prepared: its data.
+        arguments: `KoffTrainingArguments`.
+        label: what stands before the bar.
+    """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     import koff
@@ -98,6 +106,7 @@ def _trainer(model: Any, prepared: _Prepared, arguments: Any) -> Any:
         raise
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(TrainProgress(label=label))
     return trainer
 
 
@@ -123,17 +132,16 @@ def finish(model: Any, recipe: Recipe) -> dict[str, Any]:
     return facts | {"sparsity": _plain(koff.sparsity(model))}
 
 
-def prepare(recipe: Recipe, output: Path) -> _Prepared:
-    """Checks output, files, model and data of a run, and loads what is cheap to load.
+def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
+    """Checks files, model and data of a run, and loads what is cheap to load.
 
     Args:
         recipe: the recipe.
-        output: folder of the run.
+        checkpoint: to resume from, or None.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: as `run`.
     """
-    checkpoint = check_output(output, recipe)
     recipe.check_files()
     config = check_model(recipe)
     limit = getattr(config, "max_position_embeddings", None)
@@ -158,7 +166,7 @@ def prepare(recipe: Recipe, output: Path) -> _Prepared:
             }
         )
     weights = {name: part.weight for name, part in recipe.general.items()}
-    return _Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
+    return Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
 
 
 def check_output(output: Path, recipe: Recipe) -> str | None:

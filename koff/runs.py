@@ -11,6 +11,9 @@ from typing import Any
 from .data import DataSource, load_documents, pack
 from .disk import read_json
 from .evaluate import EvalRow, evaluate
+from .extend import added_data
+from .hub import resolve
+from .io import MARKER
 from .pipeline import RECIPE_FILE, load_base
 from .recipe import Recipe, data_root, parse
 from .report import millions
@@ -29,26 +32,30 @@ def read_run(directory: str | Path) -> Recipe:
         FileNotFoundError: no such folder, or not the output of a finished run.
     """
     directory = check_saved(directory)
+    facts = read_json(directory / MARKER, "koff")
     if not (directory / RECIPE_FILE).is_file():
         raise FileNotFoundError(
             f"koff: {directory} must hold the recipe it was trained with, got no "
             f"{RECIPE_FILE}; use koff.evaluate from Python for a model without one"
         )
     stored = json.loads((directory / RECIPE_FILE).read_text(encoding="utf-8"))
-    return parse(stored["recipe"], data_root(Path(stored["root"])))
+    recipe = parse(stored["recipe"], data_root(Path(stored["root"])))
+    for name, record in facts["metadata"].get("added", {}).items():
+        recipe.data[name] = added_data(record, name)
+    return recipe
 
 
 def check_saved(directory: str | Path) -> Path:
-    """Returns the folder of a saved koff model.
+    """Returns the folder of a saved koff model; that of a hub id is downloaded.
 
     Args:
-        directory: what `koff.save` or `koff train` wrote.
+        directory: what `koff.save` or `koff train` wrote, or "user/repo[@revision]" of the hub.
 
     Raises:
         FileNotFoundError: no such folder, or one without a saved model.
     """
-    directory = Path(directory)
-    if not (directory / "koff.json").is_file():
+    directory = resolve(directory)
+    if not (directory / MARKER).is_file():
         got = "a folder without koff.json" if directory.is_dir() else "no folder there"
         raise FileNotFoundError(
             f"koff: {directory} must be the output of a finished `koff train`, got {got}; train "
@@ -84,11 +91,12 @@ def evaluate_run(
 
     import koff
 
+    directory = check_saved(directory)
     recipe = read_run(directory)
     size = recipe.train.block_size
     sources = eval_sources(recipe, split)
     documents = {name: load_documents(source) for name, source in sources.items()}
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     packed = {
         name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
         for name, texts in documents.items()
@@ -162,8 +170,9 @@ def generate_text(
 
     import koff
 
+    directory = check_saved(directory)
     check_memory(directory, memory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     ids = _prompt_ids(tokenizer, prompt)
     model = koff.load(directory, device=pick_device(device))
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
@@ -207,7 +216,7 @@ def check_memory(directory: str | Path, memory: str | None) -> None:
 
 def saved_memories(directory: Path) -> tuple[str, ...]:
     """Returns the names of the memories of a saved model, in order."""
-    return tuple(read_json(directory / "koff.json", "koff")["memories"])
+    return tuple(read_json(directory / MARKER, "koff")["memories"])
 
 
 def pick_device(device: str | None) -> str:
@@ -243,7 +252,7 @@ def describe(directory: str | Path) -> dict[str, str]:
         FileNotFoundError, ValueError: no saved model there, or a damaged koff.json.
     """
     directory = check_saved(directory)
-    facts = read_json(directory / "koff.json", "koff info")
+    facts = read_json(directory / MARKER, "koff info")
     widths, dense, removed = facts["widths"], facts["dense_widths"], facts["sparsity"]
     named = {
         "base": str(facts["base"]),
