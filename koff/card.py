@@ -34,13 +34,7 @@ arXiv 2605.29075) from `{base}`.
 
 ## With koff
 ```python
-import koff
-{imports}
-folder = "."  # this folder, or its id on the Hugging Face hub
-model = koff.load(folder)
-{ids}
-output = model.generate(ids, memory={example}, max_new_tokens=20)
-{shown}
+{koff}
 ```
 
 ## Without koff
@@ -106,42 +100,49 @@ def _data(metadata: dict[str, Any]) -> str:
     )
 
 
-def _ids(tokenizer: bool) -> tuple[str, str, str]:
-    """Code that makes token ids, shows an output, and imports what that needs."""
-    if not tokenizer:
-        return "ids = torch.tensor([[1, 2, 3]])", "print(output)", "import torch"
-    return (
-        'tokenizer = AutoTokenizer.from_pretrained(folder)\n'
-        'ids = tokenizer("Hello", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(output[0], skip_special_tokens=True))",
-        "",
-    )  # fmt: skip
-
-
-def _stock(narrow: bool, tokenizer: bool, lora: str | None, kv: str | None) -> str:
-    """Code that loads a backbone, and adapters at these paths within its folder, without koff."""
-    ids, shown, _ = _ids(tokenizer)
-    names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
-    trust = ", trust_remote_code=True" if narrow else ""
+def _code(
+    tokenizer: bool, imports: list[str], load: list[str], trust: str = "", memory: str = ""
+) -> str:
+    """Code that loads a model and generates with it."""
+    names = ["AutoModelForCausalLM"] if "import koff" not in imports else []
+    names += ["AutoTokenizer"] if tokenizer else []
+    ids, shown = "ids = torch.tensor([[1, 2, 3]])", "print(output)"
+    if tokenizer:
+        load = [*load, f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
+        ids = 'ids = tokenizer("Hello", return_tensors="pt").input_ids'
+        shown = "print(tokenizer.decode(output[0], skip_special_tokens=True))"
     lines = [
-        "import torch",
-        *(["from peft import PeftModel"] if kv else []),
-        f"from transformers import {names}",
+        *imports,
+        *([f"from transformers import {', '.join(names)}"] if names else []),
         "",
+        *load,
+        ids,
+        f"options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20{memory})",
+        "output = model.generate(input_ids=ids, **options)",
+        shown,
+    ]
+    return "\n".join(lines)
+
+
+def _with_koff(tokenizer: bool, memory: str | None) -> str:
+    where = 'folder = "."  # this folder, or its id on the Hugging Face hub'
+    load = [where, "model = koff.load(folder)"]
+    return _code(tokenizer, ["import koff", "import torch"], load, memory=f", memory={memory!r}")
+
+
+def _without_koff(narrow: bool, tokenizer: bool, lora: str | None, kv: str | None) -> str:
+    """Code that loads a backbone, and adapters at these paths within its folder."""
+    trust = ", trust_remote_code=True" if narrow else ""
+    load = [
         'folder = "."  # this folder',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
     ]
     if lora:
-        lines.append(f'model.load_adapter(f"{{folder}}/{lora}")')
+        load.append(f'model.load_adapter(f"{{folder}}/{lora}")')
     if kv:
-        lines.append(f'model = PeftModel.from_pretrained(model, f"{{folder}}/{kv}")')
-    lines += [
-        ids,
-        "mask = torch.ones_like(ids)",
-        "output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20)",
-        shown,
-    ]
-    return "\n".join(lines)
+        load.append(f'model = PeftModel.from_pretrained(model, f"{{folder}}/{kv}")')
+    peft = ["from peft import PeftModel"] if kv else []
+    return _code(tokenizer, ["import torch", *peft], load, trust)
 
 
 def _remark(narrow: bool, architecture: str) -> str:
@@ -160,7 +161,6 @@ def model_card(facts: dict[str, Any], folder: Path) -> str:
     """
     base, names = facts["base"] or "unknown", facts["memories"]
     tokenizer = (folder / "tokenizer_config.json").is_file()
-    ids, shown, needed = _ids(tokenizer)
     first = f"memories/{names[0]}" if names else ""
     lora, kv = (
         f"{first}/{part}" if first and (folder / first / part).is_dir() else None
@@ -177,12 +177,9 @@ def model_card(facts: dict[str, Any], folder: Path) -> str:
         dense=_range(facts["dense_widths"]),
         data=_data(facts["metadata"]),
         created=facts["created"],
-        imports=f"{needed or 'from transformers import AutoTokenizer'}\n",
-        ids=ids,
-        shown=shown,
-        example=repr(names[0]) if names else None,
+        koff=_with_koff(tokenizer, names[0] if names else None),
         remark=_remark(narrow, "transformers") + (_PEFT if names else ""),
-        stock=_stock(narrow, tokenizer, lora, kv),
+        stock=_without_koff(narrow, tokenizer, lora, kv),
         results=_results(facts["metadata"].get("results")),
         **facts["sparsity"],
         **{name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
@@ -205,5 +202,5 @@ def export_card(model: PreTrainedModel, name: str, tokenizer: bool) -> str:
         version=__version__,
         cache=text,
         remark=_remark(narrow, model.config.model_type),
-        stock=_stock(narrow, tokenizer, None, "kv" if cache else None),
+        stock=_without_koff(narrow, tokenizer, None, "kv" if cache else None),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,17 @@ def put_memory(
         record: JSON values to keep in koff.json: what it was trained on ("source") and how.
     """
     facts = saved_facts(directory, "koff")
-    target = directory / MEMORIES / name
-    staging = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=directory))
+    target, staging = directory / MEMORIES / name, directory / f".{name}.new"
+    for left in (staging, target):  # not listed: an earlier attempt was cut short here
+        if left.exists():
+            shutil.rmtree(left)
     try:
         memory = model.koff.memories[name]
-        _write_memory(model, memory, staging / name, facts["backbone_sha256"], facts["base"])
+        _write_memory(model, memory, staging, facts["backbone_sha256"], facts["base"])
         _sync(staging)
         _sync_folders(staging)
         target.parent.mkdir(exist_ok=True)
-        if target.exists():  # not listed: an earlier attempt was cut short here
-            shutil.rmtree(target)
-        os.replace(staging / name, target)
+        os.replace(staging, target)
         _sync_folder(target.parent)
         _sync_folder(directory)
     finally:
@@ -111,17 +110,12 @@ def publish_folder(staging: Path, directory: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, which a saved model is not
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
     _sync_folder(path.parent)
 
 

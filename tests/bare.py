@@ -34,7 +34,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
         model.load_adapter(job["lora"])
     if job["kv"]:
         model = PeftModel.from_pretrained(model, job["kv"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], **trust)
     ids = load_file(job["inputs"])["ids"]
     mask = torch.ones_like(ids)
     with torch.no_grad():

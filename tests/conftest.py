@@ -1,5 +1,6 @@
 """What every test runs under: a fixed seed, one thread, and NaN in memory that nobody wrote."""
 
+import bare
 import pytest
 import torch
 
@@ -15,6 +16,12 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """A Python with transformers and peft, but no koff."""
+    return bare.make_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
 def pytest_collection_modifyitems(config, items):

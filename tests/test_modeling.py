@@ -96,7 +96,9 @@ def test_a_new_model_of_a_config_is_initialised_like_transformers_own(saved):
     assert arch.widths(model) == config.intermediate_sizes
     for module in arch.mlps(model):
         for weight in arch.mlp_weights(module):
-            assert float(weight.detach().std()) == pytest.approx(0.5, rel=0.2)  # hundreds of draws or more
+            assert float(weight.detach().std()) == pytest.approx(
+                0.5, rel=0.2
+            )  # hundreds of draws or more
 
 
 @pytest.mark.parametrize("sizes", [None, 8, [8, 8], [8, 8, 0], [8, 8, 9999], [8, 8, "8"]])

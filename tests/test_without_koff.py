@@ -35,7 +35,7 @@ def build(architecture, kind, folder, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, bare_python):
     """Everything computed by koff and by stock libraries; (architecture, kind, memory) -> both."""
     place, tokenizer = tmp_path_factory.mktemp("world"), make_tokenizer(bos_token="<s>")
     ids = tokenizer(["abc de", "fgh aX"], return_tensors="pt").input_ids
@@ -61,7 +61,7 @@ def world(tmp_path_factory):
                 output = str(folder / f"exported_{memory}.safetensors")
                 own = {"folder": str(exported), "lora": None, "kv": kv, "output": output}
                 jobs.append(jobs[-1] | own)
-    bare.compute(bare.make_python(place / "venv"), jobs, place / "child")
+    bare.compute(bare_python, jobs, place / "child")
     return found
 
 
