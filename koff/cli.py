@@ -106,7 +106,7 @@ def eval_(
     if json is not None:
         check_writable(json)
 
-    from .folder import saved_facts, write_results
+    from .revise import saved_facts, write_results
     from .runs import evaluate_run
 
     if card:

@@ -16,7 +16,7 @@ from . import arch, disk
 from .attach import new_memory, use_koff_attention
 from .config import KVConfig, LoRAConfig, check_memory_name
 from .errors import require
-from .folder import drop_memory, put_memory, saved_facts, saved_tokenizer
+from .revise import drop_memory, put_memory, saved_facts, saved_tokenizer
 from .foreign import fill_lora, read_lora
 from .io import load
 from .memories import Memory

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from . import arch, disk
 from .card import export_card
 from .errors import require
-from .folder import publish_folder, saved_tokenizer
+from .revise import publish_folder, saved_tokenizer
 from .hub import resolve
 from .io import load
 from .state import require_attached

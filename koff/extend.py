@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .edit import check_new_name, learn
-from .folder import put_memory, saved_facts
+from .revise import put_memory, saved_facts
 from .io import load
 from .pipeline import make_trainer, prepare, training_arguments
 from .recipe import DomainData, Recipe, apply_overrides, data_root, parse

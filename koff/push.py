@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .folder import saved_facts
+from .revise import saved_facts
 from .hub import PATTERNS
 from .io import MARKER, MEMORIES, save
 from .modeling import REMOTE_FILE

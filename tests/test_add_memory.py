@@ -13,7 +13,7 @@ from models import ARCHITECTURES, attached, tokens
 from test_compact import spread
 
 import koff
-from koff import folder as folder_module
+from koff import revise
 
 NAMES = ("en", "keys", "es")
 
@@ -211,8 +211,8 @@ def test_a_folder_loads_wherever_a_change_was_cut_short(change, saved, tmp_path)
     model, before = koff.load(saved), digests(saved)
     koff.import_memory(model, "de", lora=saved / "memories/en/lora", kv=saved / "memories/en/kv")
     act = {
-        "add": lambda at: folder_module.put_memory(at, model, "de"),
-        "remove": lambda at: folder_module.drop_memory(at, "es"),
+        "add": lambda at: revise.put_memory(at, model, "de"),
+        "remove": lambda at: revise.drop_memory(at, "es"),
     }[change]
     outcome = {"add": (*NAMES, "de"), "remove": ("en", "keys")}[change]
     kept = {name: d for name, d in before.items() if not name.startswith("memories/es/")}
