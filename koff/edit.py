@@ -16,11 +16,11 @@ from . import arch, disk
 from .attach import new_memory, use_koff_attention
 from .config import KVConfig, LoRAConfig, check_memory_name
 from .errors import require
-from .revise import drop_memory, put_memory, saved_facts, saved_tokenizer
 from .foreign import fill_lora, read_lora
 from .io import load
 from .memories import Memory
 from .prefill import fill_from_random_tokens
+from .revise import drop_memory, put_memory, saved_facts, saved_tokenizer
 from .state import require_attached
 from .train import KoffTrainer
 from .training_args import KoffTrainingArguments

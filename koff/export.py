@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import arch, disk
+from . import arch, atomic, disk
 from .card import export_card
 from .errors import require
-from .revise import publish_folder, saved_tokenizer
 from .hub import resolve
 from .io import load
+from .revise import saved_tokenizer
 from .state import require_attached
 
 KV = "kv"
@@ -61,11 +60,18 @@ def export_merged(
     names = list(state.memory_names)
     rule = f"be one of {names}"
     require(name in names, where, "the memory", rule, repr(name), "correct the name", KeyError)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    target = output.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in atomic.left_over(target.parent, target.name):
+        shutil.rmtree(left)
+    staging = atomic.new_staging(target.parent, target.name)
+    staging.mkdir()
     try:
         _write(model, name, tokenizer, staging)
-        publish_folder(staging, output)
+        atomic.sync_tree(staging)
+        if target.exists():
+            target.rmdir()
+        atomic.rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return output

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .edit import check_new_name, learn
-from .revise import put_memory, saved_facts
 from .io import load
 from .pipeline import make_trainer, prepare, training_arguments
 from .recipe import DomainData, Recipe, apply_overrides, data_root, parse
+from .revise import put_memory, saved_facts
 from .schema import build
 
 _WHERE = "koff add-memory"

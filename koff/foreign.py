@@ -19,14 +19,11 @@ from .memories import Memory
 
 Matrices = dict[str, tuple[Tensor, Tensor]]  # site -> (A [r, K], B [N, r])
 
-# Settings that leave the formula W + alpha / r * B A alone, or that are honoured below.
-_HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
-    "peft_version", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
-}  # fmt: skip
+# Settings that say which layers there are, which the tensors say too, or that are converted below.
+_HONOURED = frozenset(
+    "alpha_pattern auto_mapping corda_config eva_config exclude_modules layers_pattern "
+    "layers_to_transform rank_pattern use_rslora".split()
+)
 # The other initialisations of PEFT move a part of the base weights into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KEY = re.compile(r"base_model\.model\.(.+)\.(\d+)\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.weight")
@@ -53,8 +50,10 @@ def read_lora(
     Raises:
         FileNotFoundError, ValueError: damaged, not a plain LoRA, or not of this model's shapes.
     """
-    values = disk.read_json(directory / disk.CONFIG, where)
-    _check_variant(values, where)
+    values = disk.lora_values(directory, where, _HONOURED)
+    init, rule = values.get("init_lora_weights"), "leave the base weights alone"
+    step = "convert it to a plain LoRA with PEFT"
+    require(init in _PLAIN_INITS, where, "init_lora_weights", rule, repr(init), step)
     tensors = disk.read_tensors(directory / disk.WEIGHTS, where)
     matrices = _cut(model, _pairs(model, tensors, where), where)
     ranks = {site: a.shape[0] for site, (a, _) in matrices.items()}
@@ -76,21 +75,6 @@ def fill_lora(memory: Memory, matrices: Matrices, scaling: dict[str, float]) -> 
             a, b = matrices[site]
             weights.a[: a.shape[0]].copy_(a)
             weights.b[:, : a.shape[0]].copy_(b.float() * (scaling[site] / memory.scaling))
-
-
-def _check_variant(values: dict[str, Any], where: str) -> None:
-    from peft import LoraConfig
-
-    kind = values.get("peft_type")
-    require(kind == "LORA", where, "peft_type", "be 'LORA'", repr(kind), "check the folder")
-    plain = LoraConfig().to_dict()
-    step = "merge it into the base, or train a plain LoRA"
-    for name, value in values.items():
-        same = name in _HARMLESS or not value or value == plain.get(name)
-        require(same, where, name, "be unset (koff has plain LoRA)", repr(value), step)
-    init = values.get("init_lora_weights")
-    rule = "leave the base weights alone"
-    require(init in _PLAIN_INITS, where, "init_lora_weights", rule, repr(init), step)
 
 
 def _pairs(model: PreTrainedModel, tensors: dict[str, Tensor], where: str) -> Matrices:

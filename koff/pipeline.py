@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import last_complete
 from .data import PackedBlocks, load_documents, pack
+from .disk import read_json
+from .errors import require
+from .folder import MARKER, current
 from .progress import TrainProgress
 from .recipe import Recipe, first_difference
 from .report import write_json
@@ -188,17 +192,20 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
         )
     if not output.exists() or not any(output.iterdir()):
         return None
-    if (output / "koff.json").exists():
+    if (current(output) / MARKER).exists():
         raise ValueError(
             f"koff train: output {output} must not hold a finished model, got one; choose another "
             "folder or remove it"
         )
     if not (output / RECIPE_FILE).is_file():
-        raise ValueError(
-            f"koff train: output {output} must be empty or hold an interrupted run, got "
-            f"{sorted(item.name for item in output.iterdir())[:5]}; choose another folder"
-        )
-    stored = json.loads((output / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
+        others = [item.name for item in output.iterdir() if not _is_start(item)]
+        if others:
+            raise ValueError(
+                f"koff train: output {output} must be empty or hold an interrupted run, got "
+                f"{sorted(others)[:5]}; choose another folder"
+            )
+        return None
+    stored, _ = stored_recipe(output, "koff train")
     difference = first_difference(stored, recipe.to_dict())
     if difference is not None:
         raise ValueError(
@@ -209,18 +216,39 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest complete checkpoint under `folder`, None if there is none.
+    """Returns the newest complete checkpoint under `folder`, None if there is none; incomplete ones
+    are ignored with a warning.
 
     Args:
         folder: where the trainer writes `checkpoint-<step>`.
     """
-    found = []
-    for item in folder.glob("checkpoint-*"):
-        step = item.name.removeprefix("checkpoint-")
-        # The trainer's state is written last, so a checkpoint without it was cut short.
-        if step.isdigit() and (item / "trainer_state.json").is_file():
-            found.append((int(step), str(item)))
-    return max(found)[1] if found else None
+    found = last_complete(folder)
+    return None if found is None else str(found)
+
+
+def stored_recipe(output: Path, where: str) -> tuple[dict[str, Any], str]:
+    """Returns what a run stored of its recipe: the values, and the folder it was read from.
+
+    Args:
+        output: folder of the run, with its recipe.json.
+        where: for errors.
+
+    Raises:
+        ValueError: a damaged recipe.json.
+    """
+    values = read_json(output / RECIPE_FILE, where)
+    recipe, root = values.get("recipe"), values.get("root")
+    good = isinstance(recipe, dict) and isinstance(root, str)
+    rule, step = "hold the recipe and its folder", "copy the file again"
+    require(good, where, RECIPE_FILE, rule, repr(values)[:80], step)
+    return recipe, root
+
+
+def _is_start(item: Path) -> bool:
+    """Whether a run that was killed at its very beginning leaves this: an empty folder for
+    checkpoints, or a recipe.json under its temporary name."""
+    empty = item.name == CHECKPOINTS and item.is_dir() and not any(item.iterdir())
+    return empty or item.name.startswith(f".{RECIPE_FILE}.")
 
 
 def check_model(recipe: Recipe) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .revise import saved_facts
+from .folder import MARKER, MEMORIES, current
 from .hub import PATTERNS
-from .io import MARKER, MEMORIES, save
+from .io import save
 from .modeling import REMOTE_FILE
+from .revise import saved_facts
 
 
 def push_to_hub(
@@ -53,7 +54,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory(prefix="koff-push-") as place:
         if isinstance(source, PreTrainedModel):
             source = save(source, Path(place, "saved"), tokenizer=tokenizer)
-        staging = _portable(Path(source), Path(place, "staging"))
+        staging = _portable(current(source), Path(place, "staging"))
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -7,18 +7,33 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from . import atomic
 from .card import model_card
-from .disk import read_json
 from .errors import require
-from .io import MARKER, MEMORIES, _sync, _write_memory
+from .folder import (
+    MARKER,
+    MEMORIES,
+    check_place,
+    current,
+    digests,
+    is_plain,
+    read_facts,
+    seal_of,
+    settle,
+)
+from .io import _write_memory
+
+_CARD = "README.md"
 
 
 def saved_facts(directory: Path, where: str) -> dict[str, Any]:
@@ -27,31 +42,31 @@ def saved_facts(directory: Path, where: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: not a saved model, or damaged.
     """
-    there, step = (directory / MARKER).is_file(), "give the folder that koff.save wrote"
+    place = current(directory)
+    there, step = (place / MARKER).is_file(), "give the folder that koff.save wrote"
     got = "a folder without koff.json" if directory.is_dir() else "no folder there"
     rule = "be a saved model"
     require(there, where, str(directory), rule, got, step, FileNotFoundError)
-    return read_json(directory / MARKER, where)
+    return read_facts(place, where)
+
+
+def load_saved_tokenizer(directory: str | Path) -> Any:
+    """Returns the tokenizer that was saved with a model; runs no code from the folder."""
+    return AutoTokenizer.from_pretrained(current(directory), trust_remote_code=False)
 
 
 def saved_tokenizer(directory: Path) -> Any:
-    """The tokenizer saved in a folder, None if there is none; runs no code from there."""
-    if not (directory / "tokenizer_config.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-def write_facts(directory: Path, facts: dict[str, Any]) -> None:
-    """Replace koff.json, then the model card made from it; each is whole at any time."""
-    _replace(directory / MARKER, json.dumps(facts, indent=1))
-    _replace(directory / "README.md", model_card(facts, directory))
+    """The tokenizer that was saved with a model, None if there is none."""
+    there = (current(directory) / "tokenizer_config.json").is_file()
+    return load_saved_tokenizer(directory) if there else None
 
 
 def write_results(directory: Path, rows: list[dict[str, Any]]) -> None:
     """Replace what koff.json and the model card say was measured: rows of ``koff.evaluate``."""
-    facts = saved_facts(directory, "koff")
-    facts["metadata"]["results"] = rows
-    write_facts(directory, facts)
+    with _staging(directory) as staging:
+        facts = saved_facts(directory, "koff")
+        facts["metadata"]["results"] = rows
+        _replace_facts(directory, facts, staging)
 
 
 def put_memory(
@@ -65,71 +80,60 @@ def put_memory(
         name: of the memory.
         record: JSON values to keep in koff.json: what it was trained on ("source") and how.
     """
-    facts = saved_facts(directory, "koff")
-    target, staging = directory / MEMORIES / name, directory / f".{name}.new"
-    for left in (staging, target):  # not listed: an earlier attempt was cut short here
-        if left.exists():
-            shutil.rmtree(left)
-    try:
+    with _staging(directory) as staging:
+        facts = saved_facts(directory, "koff")
+        target, new = directory / MEMORIES / name, staging / MEMORIES / name
+        check_place(directory, f"{MEMORIES}/{name}/file", "koff")
+        if target.exists():  # not listed: an earlier attempt was cut short here
+            shutil.rmtree(target)
         memory = model.koff.memories[name]
-        _write_memory(model, memory, staging, facts["backbone_sha256"], facts["base"])
-        _sync(staging)
-        _sync_folders(staging)
+        _write_memory(model, memory, new, facts["backbone_sha256"], facts["base"])
+        own = filter(is_plain, (n for n in atomic.files_of(staging)))
+        facts["files"] |= digests(staging, own)
+        facts["memories"] = [*facts["memories"], name]
+        if record is not None:
+            facts["metadata"].setdefault("added", {})[name] = record
+        atomic.sync_tree(staging)
         target.parent.mkdir(exist_ok=True)
-        os.replace(staging, target)
-        _sync_folder(target.parent)
-        _sync_folder(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    if record is not None:
-        facts["metadata"].setdefault("added", {})[name] = record
-    write_facts(directory, facts | {"memories": [*facts["memories"], name]})
+        atomic.rename(new, target)
+        atomic.sync(directory)
+        _replace_facts(directory, facts, staging)
 
 
 def drop_memory(directory: Path, name: str) -> None:
     """Take one memory out of a saved folder; what was measured with it goes too."""
-    facts = saved_facts(directory, "koff.remove_memory")
-    facts["memories"] = [other for other in facts["memories"] if other != name]
-    metadata = facts["metadata"]
-    metadata.get("added", {}).pop(name, None)
-    if metadata.get("results"):
-        metadata["results"] = [row for row in metadata["results"] if row["memory"] != name]
-    write_facts(directory, facts)
-    shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
+    with _staging(directory) as staging:
+        facts = saved_facts(directory, "koff.remove_memory")
+        facts["memories"] = [other for other in facts["memories"] if other != name]
+        gone = f"{MEMORIES}/{name}/"
+        facts["files"] = {n: d for n, d in facts["files"].items() if not n.startswith(gone)}
+        metadata = facts["metadata"]
+        metadata.get("added", {}).pop(name, None)
+        if metadata.get("results"):
+            metadata["results"] = [row for row in metadata["results"] if row["memory"] != name]
+        _replace_facts(directory, facts, staging)
+        shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
 
 
-def publish_folder(staging: Path, directory: Path) -> None:
-    """Move a finished folder to where there is none yet, or an empty one."""
-    _sync(staging)
-    _sync_folders(staging)
-    os.chmod(staging, 0o755)  # mkdtemp makes it private, which a result is not
-    if directory.exists():
-        directory.rmdir()
-    os.replace(staging, directory)
-    _sync_folder(directory.parent)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folders(folder: Path) -> None:
-    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries last; only POSIX systems can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+@contextlib.contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A new folder inside a saved one, whose leftovers the next change removes; an interrupted save
+    is finished first."""
+    settle(directory)
+    staging = atomic.new_staging(directory, "new")
+    staging.mkdir()
     try:
-        os.fsync(handle)
+        yield staging
     finally:
-        os.close(handle)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_facts(directory: Path, facts: dict[str, Any], staging: Path) -> None:
+    """Replace koff.json, then the model card made from it; each is whole at any time."""
+    card = model_card(facts, directory)
+    facts["files"][_CARD] = hashlib.sha256(card.encode()).hexdigest()
+    facts["checksum"] = seal_of(facts)
+    for name, text in ((MARKER, json.dumps(facts, indent=1)), (_CARD, card)):
+        (staging / name).write_text(text, encoding="utf-8", newline="\n")
+        atomic.sync(staging / name)
+        atomic.rename(staging / name, directory / name)
