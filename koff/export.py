@@ -15,7 +15,7 @@ from .card import export_card
 from .errors import require
 from .hub import resolve
 from .io import load
-from .revise import saved_tokenizer
+from .revise import saved_facts, saved_tokenizer
 from .state import require_attached
 
 KV = "kv"
@@ -91,6 +91,7 @@ def _opened(source: Any, tokenizer: Any, revision: str | None, where: str):
     if isinstance(source, PreTrainedModel):
         return source, tokenizer
     folder = resolve(source, revision, where)
+    saved_facts(folder, where)
     return load(folder), tokenizer or saved_tokenizer(folder)
 
 

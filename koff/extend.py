@@ -52,10 +52,9 @@ def addition(
         "koff": {"target_sparsity": 0} | (parts if any(parts.values()) else {}),
     }
     recipe = parse(apply_overrides(values, overrides), Path.cwd())
-    if tuple(recipe.koff.memories) != (name,):
+    if set(recipe.data) != {name}:
         raise KeyError(
-            f"{_WHERE}: data must name {name!r} alone, and koff.lora or koff.kv must not be null, "
-            f"got memories {list(recipe.koff.memories)}; correct --set"
+            f"{_WHERE}: data must name {name!r} alone, got {sorted(recipe.data)}; correct --set"
         )
     return recipe
 
