@@ -184,7 +184,7 @@ def _config(cls: type, where: str, **values: Any) -> Any:
     """A config dataclass from a file's values: a wrong type there is a damaged file."""
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
