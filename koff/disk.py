@@ -159,8 +159,8 @@ def lora_config(directory: Path, where: str) -> LoRAConfig:
     plain = LoraConfig().to_dict()
     for name, value in values.items():
         good = name in _FREE or not value or value == plain.get(name)
-        step = "merge or retrain it"
-        require(good, where, name, "be unset (koff has plain LoRA)", repr(value), step)
+        what, step = name if name.isidentifier() else repr(name), "merge or retrain it"
+        require(good, where, what, "be unset (koff has plain LoRA)", repr(value), step)
     targets, rule = values.get("target_modules"), "be a list"
     good = isinstance(targets, list)
     require(good, where, "target_modules", rule, repr(targets), "check the folder")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 import sys
 import traceback
@@ -96,10 +97,12 @@ def run_child(action: Callable[[], None], root: Path, at: int | None, lose: bool
         The changes, if it came to its end; [] if it was killed.
     """
     reader, writer = os.pipe()
+    numbers = random.getstate()
     child = os.fork()
     if child == 0:
         status = FAILED
         try:
+            random.setstate(numbers)  # Python seeds it anew in every child
             disk = Disk(root, at, lose)
             disk.install()
             action()
