@@ -140,24 +140,32 @@ def check_complete(folder: Path) -> list[str]:
     what, missing = f"checkpoint {folder.name}", FileNotFoundError
     require(folder.is_dir(), _WHERE, what, "be a folder", "none there", _EARLIER, missing)
     for name in (WEIGHTS, FACTS, STATE, SEAL):
-        there = (folder / name).is_file()
-        require(there, _WHERE, what, f"hold {name}", "none", _EARLIER, missing)
-    files = read_json(folder / SEAL, _WHERE).get("files")
-    good = isinstance(files, dict) and all(map(is_plain, files)) and {WEIGHTS, FACTS} <= set(files)
+        _check_there(folder, name)
+    sealed = read_json(folder / SEAL, _WHERE)
+    got, files = sealed.get("format"), sealed.get("files")
+    same = type(got) is int and got == FORMAT
+    require(same, _WHERE, f"the format of {what}", f"be {FORMAT}", got, "update koff")
+    good = isinstance(files, dict) and all(map(is_plain, files))
+    good = good and {WEIGHTS, FACTS, STATE} <= set(files)
     good = good and all(isinstance(entry, dict) for entry in files.values())
     require(good, _WHERE, f"{SEAL} of {what}", "list its files", repr(files)[:80], _EARLIER)
-    root = folder.resolve()
     for name, entry in files.items():
-        path = folder / name
-        require(path.is_file(), _WHERE, what, f"hold {name}", "none", _EARLIER, missing)
-        inside, got = path.resolve().is_relative_to(root), f"a link to {path.resolve()}"
-        require(inside, _WHERE, f"{name} of {what}", "lie in it", got, _EARLIER)
-        size, rule = path.stat().st_size, f"have {entry.get('size')} bytes"
+        _check_there(folder, name)
+        size, rule = (folder / name).stat().st_size, f"have {entry.get('size')} bytes"
         require(size == entry.get("size"), _WHERE, f"{name} of {what}", rule, size, _EARLIER)
     for name, got in digests(folder, files).items():
         wanted = files[name].get("sha256")
         require(got == wanted, _WHERE, f"{name} of {what}", f"have sha256 {wanted}", got, _EARLIER)
     return list(files)
+
+
+def _check_there(folder: Path, name: str) -> None:
+    """Refuse a file that is missing, or that a link leads out of the checkpoint."""
+    path, what = folder / name, f"checkpoint {folder.name}"
+    there, missing = path.is_file(), FileNotFoundError
+    require(there, _WHERE, what, f"hold {name}", "none", _EARLIER, missing)
+    inside, got = path.resolve().is_relative_to(folder.resolve()), f"a link to {path.resolve()}"
+    require(inside, _WHERE, f"{name} of {what}", "lie in it", got, _EARLIER)
 
 
 def _found(run_dir: Path) -> Iterator[tuple[int, bool, Path]]:

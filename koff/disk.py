@@ -160,8 +160,8 @@ def lora_values(directory: Path, where: str, also: frozenset[str] = frozenset())
     plain = LoraConfig().to_dict()
     for name, value in values.items():
         good = name in _FREE or name in also or not value or value == plain.get(name)
-        step = "merge or retrain it"
-        require(good, where, name, "be unset (koff has plain LoRA)", repr(value), step)
+        what, step = name if name.isidentifier() else repr(name), "merge or retrain it"
+        require(good, where, what, "be unset (koff has plain LoRA)", repr(value), step)
     return values
 
 
@@ -191,7 +191,7 @@ def _config(cls: type, where: str, **values: Any) -> Any:
     """A config dataclass from a file's values: a wrong type there is a damaged file."""
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 

@@ -36,6 +36,7 @@ SEALED = (
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}"
 _NAME = re.compile(rf"{_PART}(/{_PART}){{0,4}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FEW_BYTES = 1 << 24
 _AGAIN = "copy the folder again"
 
 
@@ -52,10 +53,12 @@ def sha256(path: Path) -> str:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """name -> sha256 of files below a folder, several at a time."""
-    names = list(names)
+    """name -> sha256 of files below a folder, large ones several at a time."""
+    paths = {name: folder / name for name in names}
+    if sum(path.stat().st_size for path in paths.values()) < _FEW_BYTES:
+        return {name: sha256(path) for name, path in paths.items()}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(sha256, [folder / n for n in names]), strict=True))
+        return dict(zip(paths, pool.map(sha256, paths.values()), strict=True))
 
 
 def backbone_digest(files: dict[str, str]) -> str:
