@@ -3,12 +3,11 @@ and a saved folder loads wherever a change was cut short."""
 
 import functools
 import hashlib
-import os
 import shutil
-import sys
 
 import pytest
 import torch
+from kills import report, run_child
 from models import ARCHITECTURES, attached, tokens
 from test_compact import spread
 
@@ -175,39 +174,11 @@ def test_remove_memory(saved):
         koff.remove_memory(saved.parent, "en")
 
 
-# ---- cut short ----
-
-EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod")
-
-
-def cut(function, at):
-    """Run a function in a forked process that dies before the file operation number ``at``; whether
-    it got that far."""
-    child = os.fork()
-    if child == 0:  # nothing may return from here: no cleanup runs, as after a power cut
-        count = 0
-
-        def hook(event, args):
-            nonlocal count
-            writes = event != "open" or (isinstance(args[1], str) and args[1][0] in "wax")
-            if event in EVENTS and writes:
-                count += 1
-                if count == at:
-                    os._exit(9)
-
-        sys.addaudithook(hook)
-        try:
-            function()
-        except BaseException:
-            os._exit(7)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9), status
-    return status == 9
-
-
+@pytest.mark.parametrize("lose", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize("change", ["add", "remove"])
-def test_a_folder_loads_wherever_a_change_was_cut_short(change, saved, tmp_path):
+def test_a_folder_loads_wherever_a_change_was_cut_short(
+    change, lose, saved, in_memory, no_real_fsync, record_property
+):
     model, before = koff.load(saved), digests(saved)
     koff.import_memory(model, "de", lora=saved / "memories/en/lora", kv=saved / "memories/en/kv")
     act = {
@@ -216,15 +187,13 @@ def test_a_folder_loads_wherever_a_change_was_cut_short(change, saved, tmp_path)
     }[change]
     outcome = {"add": (*NAMES, "de"), "remove": ("en", "keys")}[change]
     kept = {name: d for name, d in before.items() if not name.startswith("memories/es/")}
-    seen, kills = set(), 0
+    seen, number, place = set(), 0, in_memory / "out"
     while True:
-        place = tmp_path / f"cut{kills}"
         shutil.copytree(saved, place)
-        if not cut(functools.partial(act, place), kills + 1):
+        number += 1
+        if run_child(functools.partial(act, place), place, number, lose):
             break
-        kills += 1
         names = koff.load(place).koff.memory_names  # whole, either before or after
-        assert names in (NAMES, outcome)
         seen.add(names)
         now = digests(place)
         assert {name: now[name] for name in kept} == kept
@@ -232,5 +201,5 @@ def test_a_folder_loads_wherever_a_change_was_cut_short(change, saved, tmp_path)
             act(place)
             assert koff.load(place).koff.memory_names == outcome and not list(place.glob(".*"))
         shutil.rmtree(place)
-    print(f"{change}: {kills} kills survived")
-    assert kills >= (10 if change == "add" else 4) and seen == {NAMES, outcome}
+    assert number > 20 and seen == {NAMES, outcome}
+    report(record_property, number - 1, len(seen))

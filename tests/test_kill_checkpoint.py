@@ -95,13 +95,15 @@ def test_killed_checkpoint(scenario, lose, in_memory, whole, record_property):
     for case in map(type(in_memory), run.cases):
         last = checkpoint.last_complete(case)
         found.add(last and last.name)
-        state = tree_digest(case)
-        if state not in states:  # an fsync changes nothing that can be seen
+        # Of what the kill left besides the last complete checkpoint, a run looks at names alone.
+        names_left = tuple(sorted(str(p.relative_to(case)) for p in case.rglob("*")))
+        state = (last and tree_digest(last), names_left)
+        if state not in states:
             states.add(state)
             resume(case, last, whole)
     report(record_property, len(run.cases), len(states))
     assert found == names
-    assert len(run.cases) >= 20 and len(states) >= 9
+    assert len(run.cases) >= 20 and len(states) >= 8
 
 
 def resume(case, last, whole):
