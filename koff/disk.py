@@ -235,8 +235,12 @@ def _check_dtype(name: str, dtype: str, where: str) -> None:
     require(dtype in FLOATING, where, name, rule, dtype, _AGAIN)
 
 
-def _finite(path: Path, where: str) -> dict[str, Tensor]:
-    """A file's tensors; one NaN or infinity would poison every row that uses the memory."""
+def read_finite(path: Path, where: str) -> dict[str, Tensor]:
+    """A file's tensors; one NaN or infinity would poison every row that uses the memory.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, damaged, or not finite.
+    """
     tensors = read_tensors(path, where)
     for name, tensor in tensors.items():
         good = bool(tensor.isfinite().all())
@@ -249,7 +253,7 @@ def read_lora(model: PreTrainedModel, memory: Memory, directory: Path, where: st
     """Fill a memory's LoRA from a PEFT LORA folder, in place, after checking every name, shape and
     value."""
     check_lora(model, memory.lora_config, directory, where)
-    tensors = _finite(directory / WEIGHTS, where)
+    tensors = read_finite(directory / WEIGHTS, where)
     for site, weights in memory.lora.items():
         weights.a.copy_(tensors[_lora_key(model, site, "A")])
         weights.b.copy_(tensors[_lora_key(model, site, "B")])
@@ -262,7 +266,7 @@ def read_kv(model: PreTrainedModel, memory: Memory, directory: Path, where: str)
     check_kv(model, memory.kv_config, directory, where)
     heads, width = arch.kv_shape(model)
     layers, tokens = len(memory.kv), memory.length
-    packed = _finite(directory / WEIGHTS, where)[_KV]
+    packed = read_finite(directory / WEIGHTS, where)[_KV]
     packed = packed.view(tokens, layers, 2, heads, width).float()
     for index, weights in enumerate(memory.kv):
         key, value = packed[:, index, 0].transpose(0, 1), packed[:, index, 1].transpose(0, 1)

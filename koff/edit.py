@@ -17,7 +17,7 @@ from .attach import new_memory, use_koff_attention
 from .config import KVConfig, LoRAConfig, check_memory_name
 from .errors import require
 from .foreign import fill_lora, read_lora
-from .io import load
+from .io import check_memory, load
 from .memories import Memory
 from .prefill import fill_from_random_tokens
 from .revise import drop_memory, put_memory, saved_facts, saved_tokenizer
@@ -109,13 +109,15 @@ def learn(
         arch.check_prefix(model, where)
     generator = torch.Generator().manual_seed(seed)
     memory, training = new_memory(model, name, lora, kv, generator), model.training
-    with state.memories.only(memory):
-        use_koff_attention(model)
-        if kv is not None and kv.init == "tokens":
-            fill_from_random_tokens(model, name, generator)
-        trainer = make_trainer(model)
-        trainer.train()
-    model.train(training)
+    try:
+        with state.memories.only(memory):
+            use_koff_attention(model)
+            if kv is not None and kv.init == "tokens":
+                fill_from_random_tokens(model, name, generator)
+            trainer = make_trainer(model)
+            trainer.train()
+    finally:
+        model.train(training)
     return trainer.is_world_process_zero()
 
 
@@ -161,6 +163,7 @@ def import_memory(
         fill_lora(memory, matrices, scaling)
     if kv is not None:
         disk.read_kv(model, memory, Path(kv), where)
+    check_memory(memory, where)
     model.koff.memories.add(memory)
     use_koff_attention(model)
     if folder is not None:

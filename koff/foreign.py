@@ -54,7 +54,7 @@ def read_lora(
     init, rule = values.get("init_lora_weights"), "leave the base weights alone"
     step = "convert it to a plain LoRA with PEFT"
     require(init in _PLAIN_INITS, where, "init_lora_weights", rule, repr(init), step)
-    tensors = disk.read_tensors(directory / disk.WEIGHTS, where)
+    tensors = disk.read_finite(directory / disk.WEIGHTS, where)
     matrices = _cut(model, _pairs(model, tensors, where), where)
     ranks = {site: a.shape[0] for site, (a, _) in matrices.items()}
     scaling = {site: _scaling(values, model, site, rank, where) for site, rank in ranks.items()}

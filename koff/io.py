@@ -23,6 +23,7 @@ from .errors import require
 from .folder import FORMAT, MARKER, MEMORIES
 from .hub import resolve
 from .masking import sparsity
+from .memories import Memory
 from .state import KoffState, require_attached
 from .version import __version__
 
@@ -30,17 +31,22 @@ MEMORY = "memory.json"
 _LOAD = "koff.load"
 
 
+def check_memory(memory: Memory, where: str) -> None:
+    """Refuse a memory that no folder may hold: one that waits for text, or is not finite."""
+    what = f"the KV part of memory {memory.name!r}"
+    step = "train it with KoffTrainer, or use KVConfig(init='tokens')"
+    require(memory.kv_filled, where, what, "be filled", "one that waits for text", step)
+    finite = all(bool(t.isfinite().all()) for t in memory.state_dict().values())
+    what, step = f"memory {memory.name!r}", "lower the learning rates and train it again"
+    require(finite, where, what, "be finite", "NaN or infinity", step)
+
+
 def _check_savable(state: KoffState, directory: Path, overwrite: bool) -> None:
     where = "koff.save"
     step = "call koff.binarize and koff.compact first"
     require(state.gates is None, where, "the model", "be compacted", "one with gates", step)
     for memory in state.memories:
-        what = f"the KV part of memory {memory.name!r}"
-        step = "train it with KoffTrainer, or use KVConfig(init='tokens')"
-        require(memory.kv_filled, where, what, "be filled", "one that waits for text", step)
-        finite = all(bool(t.isfinite().all()) for t in memory.state_dict().values())
-        what, step = f"memory {memory.name!r}", "lower the learning rates and train it again"
-        require(finite, where, what, "be finite", "NaN or infinity", step)
+        check_memory(memory, where)
     good = directory.is_dir() or not (directory.exists() or directory.is_symlink())
     require(good, where, "the directory", "be a folder", "a file or a dead link", "choose another")
     step = "choose another folder or pass overwrite=True"

@@ -38,7 +38,7 @@ def push_to_hub(
         repo_id: "user/repo"; created if there is none.
         tokenizer: saved beside the model; for a model only.
         private: of a new repository; None: the account's default.
-        revision: branch to push to; None: main.
+        revision: an existing branch to push to; None: main.
         message: of the commit.
         token: of the hub; None: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
 

@@ -31,7 +31,7 @@ from .folder import (
     seal_of,
     settle,
 )
-from .io import _write_memory
+from .io import _write_memory, check_memory
 
 _CARD = "README.md"
 
@@ -80,16 +80,16 @@ def put_memory(
         name: of the memory.
         record: JSON values to keep in koff.json: what it was trained on ("source") and how.
     """
+    memory = model.koff.memories[name]
+    check_memory(memory, "koff")
     with _staging(directory) as staging:
         facts = saved_facts(directory, "koff")
         target, new = directory / MEMORIES / name, staging / MEMORIES / name
         check_place(directory, f"{MEMORIES}/{name}/file", "koff")
         if target.exists():  # not listed: an earlier attempt was cut short here
             shutil.rmtree(target)
-        memory = model.koff.memories[name]
         _write_memory(model, memory, new, facts["backbone_sha256"], facts["base"])
-        own = filter(is_plain, (n for n in atomic.files_of(staging)))
-        facts["files"] |= digests(staging, own)
+        facts["files"] |= digests(staging, filter(is_plain, atomic.files_of(staging)))
         facts["memories"] = [*facts["memories"], name]
         if record is not None:
             facts["metadata"].setdefault("added", {})[name] = record

@@ -14,6 +14,8 @@ from test_compact import spread
 import koff
 from koff import revise
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 NAMES = ("en", "keys", "es")
 
 
@@ -152,6 +154,16 @@ def test_refused_additions_leave_model_and_folder_as_they_were(saved, tmp_path):
     with pytest.raises(ValueError, match="the mask must be fixed, got open gates"):
         koff.add_memory(opened, "de", documents(), args=args)
     assert opened.koff.memory_names == NAMES
+
+
+def test_a_memory_that_is_not_finite_is_not_written(saved):
+    model, before = koff.load(saved), digests(saved)
+    koff.import_memory(model, "de", lora=saved / "memories/en/lora")
+    with torch.no_grad():
+        model.koff.memories["de"].lora["0_q_proj"].b[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="memory 'de' must be finite, got NaN or infinity"):
+        revise.put_memory(saved, model, "de")
+    assert digests(saved) == before and koff.load(saved).koff.memory_names == NAMES
 
 
 def test_remove_memory(saved):

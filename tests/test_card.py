@@ -12,6 +12,8 @@ from test_data import make_tokenizer
 
 import koff
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 RUN = """
 import contextlib, io, json, os, sys
 from pathlib import Path

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import koff
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 
 @pytest.fixture
 def folder(trained, tmp_path):  # noqa: F811

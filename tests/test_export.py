@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import koff
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 
 def small(**config):
     model = spread(attached("qwen2", target_sparsity=0.4, **config))

@@ -14,6 +14,8 @@ from test_data import make_tokenizer
 import koff
 from koff.hub import resolve
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 ONLINE = """
 import json, sys
 from pathlib import Path

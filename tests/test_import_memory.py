@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import koff
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FP32 = 1e-5
 VARIANTS = {
@@ -150,6 +152,7 @@ HARMS = {
     "width": (lambda d: reshaped(d, "gate_proj.lora_B", lambda t: t[1:]), r"must have \(in, out\)"),
     "input": (lambda d: reshaped(d, "q_proj.lora_A", lambda t: t[:, 1:]), r"must have \(in, out\)"),
     "ranks": (lambda d: reshaped(d, "q_proj.lora_A", lambda t: t[1:]), r"must have A \[r, K\]"),
+    "nan": (lambda d: reshaped(d, "q_proj.lora_A", lambda t: t * torch.nan), "must be finite"),
     "no file": (lambda d: (d / "adapter_model.safetensors").unlink(), "must be there"),
 }
 

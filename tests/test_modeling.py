@@ -15,6 +15,8 @@ import koff
 from koff import arch, modeling, modeling_koff
 from koff.runs import generate_text
 
+pytestmark = pytest.mark.usefixtures("no_real_fsync")
+
 PLANTED = """
 from pathlib import Path
 Path(r"{marker}").write_text("ran")

@@ -37,6 +37,12 @@ def build(architecture, kind, folder, tokenizer):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, bare_python):
     """Everything computed by koff and by stock libraries; (architecture, kind, memory) -> both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        return make_world(tmp_path_factory, bare_python)
+
+
+def make_world(tmp_path_factory, bare_python):
     place, tokenizer = tmp_path_factory.mktemp("world"), make_tokenizer(bos_token="<s>")
     ids = tokenizer(["abc de", "fgh aX"], return_tensors="pt").input_ids
     save_file({"ids": ids}, place / "inputs.safetensors")
