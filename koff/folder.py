@@ -237,7 +237,7 @@ def check_files(directory: Path, facts: dict[str, Any], names: Iterable[str], wh
 # ---- one version in the place of another ----
 
 
-def publish(staged: Path, directory: Path) -> None:
+def publish(staged: Path, directory: Path, where: str) -> None:
     """Make a complete staged folder the saved model of ``directory``.
 
     A new directory is the staged one, renamed. In one that exists, files that koff did not write
@@ -248,7 +248,14 @@ def publish(staged: Path, directory: Path) -> None:
     Args:
         staged: on the same file system.
         directory: the target.
+        where: for errors.
+
+    Raises:
+        ValueError: a folder or a link stands in the place of a file; nothing was changed.
     """
+    if directory.exists():
+        for name in atomic.files_of(staged):
+            _check_place(directory, name, where)
     atomic.sync_tree(staged)
     if not directory.exists():
         atomic.rename(staged, directory)
@@ -301,14 +308,8 @@ def _owned(directory: Path) -> list[str]:
     return [*sorted(n for n in inside if not (directory / n).is_dir()), MARKER]
 
 
-def check_place(directory: Path, name: str, where: str) -> None:
-    """Refuse to save where something else than a file stands in the place of a file.
-
-    Args:
-        directory: an existing target.
-        name: of a file to be written.
-        where: for errors.
-    """
+def _check_place(directory: Path, name: str, where: str) -> None:
+    """Refuse a target in which something else than a file stands in the place of a file."""
     path = directory / name
     good = not path.is_dir() and not path.is_symlink()
     require(good, where, f"{path}", "be a file or free", "a folder or a link", "move it away")

@@ -99,10 +99,7 @@ def save(
             )
         (staging / "README.md").write_text(model_card(facts, staging), encoding="utf-8")
         _write_facts(facts, staging)
-        if directory.exists():
-            for name in atomic.files_of(staging):
-                folder.check_place(directory, name, "koff.save")
-        folder.publish(staging, directory)
+        folder.publish(staging, directory, "koff.save")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
@@ -184,7 +181,7 @@ def load(
     verify: bool = True,
 ) -> PreTrainedModel:
     """Load what ``save`` wrote, in eval mode. Nothing but safetensors and JSON is read, and no code
-    from the folder. Everything is checked before anything is built.
+    from the folder. Nothing is allocated before its size is compared with what the files hold.
 
     Args:
         directory: the saved folder, or the id of a repository of the Hugging Face hub.
