@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +62,27 @@ def export_merged(
     names = list(state.memory_names)
     rule = f"be one of {names}"
     require(name in names, where, "the memory", rule, repr(name), "correct the name", KeyError)
-    target = output.absolute()
+    with _new_folder(output.absolute()) as staging:
+        _write(model, name, tokenizer, staging)
+    return output
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the place of a free or empty one, in one step, if the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in atomic.left_over(target.parent, target.name):
         shutil.rmtree(left)
     staging = atomic.new_staging(target.parent, target.name)
     staging.mkdir()
     try:
-        _write(model, name, tokenizer, staging)
+        yield staging
         atomic.sync_tree(staging)
         if target.exists():
             target.rmdir()
         atomic.rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return output
 
 
 def _write(model: PreTrainedModel, name: str, tokenizer: Any, folder: Path) -> None:
