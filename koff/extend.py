@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .edit import check_new_name, learn
+from .folder import current
 from .io import load
 from .pipeline import make_trainer, prepare, training_arguments
 from .recipe import DomainData, Recipe, apply_overrides, data_root, parse
@@ -47,7 +48,7 @@ def addition(
     config = saved_facts(directory, _WHERE)["config"]
     parts = {part: config[part] for part in ("lora", "kv")}
     values = {
-        "model": str(directory.resolve()),
+        "model": str(current(directory).resolve()),
         "data": {name: data},
         "koff": {"target_sparsity": 0} | (parts if any(parts.values()) else {}),
     }

@@ -267,7 +267,9 @@ def check_model(recipe: Recipe) -> Any:
 
     from . import arch
 
-    config = AutoConfig.from_pretrained(recipe.model_path(), revision=recipe.revision)
+    config = AutoConfig.from_pretrained(
+        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
+    )
     arch.architecture(config.model_type, "koff train")
     return config
 
@@ -276,7 +278,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """Returns the tokenizer of the recipe's model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(recipe.model_path(), revision=recipe.revision)
+    return AutoTokenizer.from_pretrained(
+        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
+    )
 
 
 def load_base(recipe: Recipe) -> Any:
@@ -284,7 +288,10 @@ def load_base(recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        recipe.model_path(), revision=recipe.revision, dtype=recipe.dtype
+        recipe.model_path(),
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        trust_remote_code=False,
     )
 
 
