@@ -255,7 +255,7 @@ def publish(staged: Path, directory: Path, where: str) -> None:
     """
     if directory.exists():
         for name in atomic.files_of(staged):
-            _check_place(directory, name, where)
+            check_place(directory, name, where)
     atomic.sync_tree(staged)
     if not directory.exists():
         atomic.rename(staged, directory)
@@ -308,7 +308,7 @@ def _owned(directory: Path) -> list[str]:
     return [*sorted(n for n in inside if not (directory / n).is_dir()), MARKER]
 
 
-def _check_place(directory: Path, name: str, where: str) -> None:
+def check_place(directory: Path, name: str, where: str) -> None:
     """Refuse a target in which something else than a file stands in the place of a file."""
     path = directory / name
     good = not path.is_dir() and not path.is_symlink()
