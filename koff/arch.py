@@ -76,6 +76,12 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(getattr(model, arch.decoder), arch.layers)
 
 
+def layers_path(model: PreTrainedModel) -> str:
+    """Path of the decoder layers in the model: "model.layers"."""
+    arch = architecture(model.config.model_type, "koff")
+    return f"{arch.decoder}.{arch.layers}"
+
+
 def attention(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
     """The attention module of a layer."""
     return getattr(layer, architecture(model.config.model_type, "koff").attention)
@@ -177,7 +183,7 @@ def check_supported(model: object, with_kv: bool, where: str = "attach") -> Arch
     )
     _check_layers(model, where)
     if with_kv:
-        _check_prefix(model, where)
+        check_prefix(model, where)
     return arch
 
 
@@ -233,7 +239,12 @@ def _check_unpatched(layer: nn.Module, index: int, model: PreTrainedModel, where
     require(not patched, where, f"the modules of layer {index}", rule, patched, step)
 
 
-def _check_prefix(model: PreTrainedModel, where: str) -> None:
+def check_prefix(model: PreTrainedModel, where: str) -> None:
+    """Refuse a model under which a KV memory could not be exact.
+
+    Raises:
+        ValueError: the kind of RoPE or attention.
+    """
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     require(

@@ -1,4 +1,4 @@
-"""The command line: `koff demo`, `koff train`, `koff eval`, `koff generate`, `koff info`."""
+"""The command line: one function per command; `koff --help` lists them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_SAVED = "Output folder of koff train, or USER/REPO[@REVISION] of the Hugging Face hub."
+_FOLDER = "Output folder of koff train; changed in place."
 _USER_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, ImportError, OSError)
 
 
@@ -38,7 +40,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             )
             raise typer.Exit(2) from None
 
-    return app.command(function.__name__.rstrip("_"))(wrapped)
+    return app.command(function.__name__.rstrip("_").replace("_", "-"))(wrapped)
 
 
 def _without(parts: list[str]) -> list[str]:
@@ -86,7 +88,7 @@ def train(
 
 @_command
 def eval_(
-    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    directory: Annotated[Path, typer.Argument(help=_SAVED)],
     base: Annotated[bool, typer.Option("--base", help="Measure the dense base too.")] = False,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows to this file.")
@@ -94,6 +96,9 @@ def eval_(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the rows into the model card too.")
+    ] = False,
 ) -> None:
     """Measure perplexity and bits per byte with every memory and none, on every domain."""
     from .report import check_writable, eval_table, write_json
@@ -101,9 +106,14 @@ def eval_(
     if json is not None:
         check_writable(json)
 
+    from .revise import saved_facts, write_results
     from .runs import evaluate_run
 
+    if card:
+        saved_facts(directory, "koff eval --card")  # a folder of one's own, not a download
     rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
+    if card:
+        write_results(directory, [row.to_dict() for row in rows])
     if json is not None:
         write_json(json, [row.to_dict() for row in rows])
     console = Console()
@@ -115,7 +125,7 @@ def eval_(
 
 @_command
 def generate(
-    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    directory: Annotated[Path, typer.Argument(help=_SAVED)],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     memory: Annotated[str | None, typer.Option(help="Name of the memory; left out: none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -143,13 +153,100 @@ def generate(
 
 @_command
 def info(
-    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    directory: Annotated[Path, typer.Argument(help=_SAVED)],
 ) -> None:
     """Show what a saved model is: base, widths, sparsities, memories and sizes."""
     from .report import facts_table
     from .runs import describe
 
     Console().print(facts_table(describe(directory), title=str(directory)))
+
+
+@_command
+def export(
+    directory: Annotated[Path, typer.Argument(help=_SAVED)],
+    merged: Annotated[str, typer.Option(metavar="NAME", help="The memory to fold in.")],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
+) -> None:
+    """Write a checkpoint that needs no koff: one memory's LoRA in the weights, its KV beside."""
+    from .export import export_merged
+
+    folder = export_merged(directory, merged, output)
+    Console().print(f"exported to {folder}; how to load it: {folder / 'README.md'}", markup=False)
+
+
+@_command
+def add_memory(
+    directory: Annotated[Path, typer.Argument(help=_FOLDER)],
+    name: Annotated[str, typer.Option(help="Name of the new memory.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Training text, .jsonl or .txt.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A recipe's key, as train.lora_learning_rate=5e-4, koff.kv=null, seed=1.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="train.steps")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="train.batch_size")] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text that koff eval measures it on.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+) -> None:
+    """Train the memory of one more domain; the backbone and the other memories stay as they are."""
+    from .extend import addition, extend
+
+    named = {"train.steps": steps, "train.batch_size": batch_size}
+    overrides = [*(set_ or [])]
+    overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
+    recipe = addition(directory, name, {"train": data, "test": test}, overrides)
+    folder = extend(directory, recipe, device=device)
+    Console().print(f"memory {name} added to {folder}", markup=False)
+
+
+@_command
+def import_memory(
+    directory: Annotated[Path, typer.Argument(help=_FOLDER)],
+    name: Annotated[str, typer.Option(help="Name of the new memory.")],
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="PEFT LORA folder, trained on the dense base or on this backbone."),
+    ] = None,
+    kv: Annotated[Path | None, typer.Option(help="PEFT CARTRIDGE folder.")] = None,
+) -> None:
+    """Make a memory of adapters that PEFT trained elsewhere."""
+    from . import edit
+
+    edit.import_memory(directory, name, lora=lora, kv=kv)
+    Console().print(f"memory {name} added to {directory}", markup=False)
+
+
+@_command
+def remove_memory(
+    directory: Annotated[Path, typer.Argument(help=_FOLDER)],
+    name: Annotated[str, typer.Argument(help="Name of the memory.")],
+) -> None:
+    """Delete a memory; the backbone and the other memories stay as they are."""
+    from . import edit
+
+    edit.remove_memory(directory, name)
+    Console().print(f"memory {name} removed from {directory}", markup=False)
+
+
+@_command
+def push(
+    directory: Annotated[Path, typer.Argument(help="Output folder of koff train.")],
+    repo: Annotated[str, typer.Argument(help="USER/REPO on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default main.")] = None,
+) -> None:
+    """Upload a saved model to the Hugging Face hub."""
+    from .push import push_to_hub
+
+    url = push_to_hub(directory, repo, private=private or None, revision=revision)
+    Console().print(f"pushed: {url}", markup=False, soft_wrap=True)
 
 
 @_command

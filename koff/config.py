@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +50,15 @@ def _positive_int(where: str, name: str, value: object) -> None:
 
 
 def _number(where: str, name: str, value: object) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = good and abs(value) <= sys.float_info.max  # math.isfinite fails on a huge whole number
     require(good, where, name, "be a finite number", repr(value), "change it", TypeError)
+
+
+def _sequence(where: str, name: str, value: object) -> None:
+    good = isinstance(value, Iterable) and not isinstance(value, str)
+    step = f"write ({value!r},)" if isinstance(value, str) else "change it"
+    require(good, where, name, "be a sequence of names", repr(value), step, TypeError)
 
 
 def from_dict(cls: type, values: Any, where: str):
@@ -96,6 +104,7 @@ class LoRAConfig:
         _positive_int(where, "r", self.r)
         _number(where, "alpha", self.alpha)
         require(self.alpha > 0, where, "alpha", "be positive", self.alpha, "change it")
+        _sequence(where, "target_modules", self.target_modules)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         require(
             len(self.target_modules) > 0,
@@ -182,6 +191,9 @@ class KoffConfig:
     def __post_init__(self) -> None:
         self._check_memories()
         self._check_sparsity()
+        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        rule = "be a whole number"
+        require(good, "KoffConfig", "seed", rule, repr(self.seed), "change it", TypeError)
         for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
             value = getattr(self, name)
             good = value is None or isinstance(value, kind)
@@ -205,11 +217,9 @@ class KoffConfig:
         )
 
     def _check_memories(self) -> None:
-        names, where = self.memories, "KoffConfig"
-        single = isinstance(names, str)
-        rule, step = "be a sequence of names", f"write ({names!r},)"
-        require(not single, where, "memories", rule, repr(names), step, TypeError)
-        object.__setattr__(self, "memories", tuple(names))
+        where = "KoffConfig"
+        _sequence(where, "memories", self.memories)
+        object.__setattr__(self, "memories", tuple(self.memories))
         for name in self.memories:
             check_memory_name(name, where)
         distinct = len(set(self.memories)) == len(self.memories)

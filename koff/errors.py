@@ -1,5 +1,5 @@
 """The one wording of koff's errors, shared with the kernels."""
 
-from koffkernels.checks import require
+from koffkernels.checks import refuse, require
 
-__all__ = ["require"]
+__all__ = ["refuse", "require"]

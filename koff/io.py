@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from . import arch, disk
+from . import arch, atomic, backbone, disk, folder
 from .attach import install, new_memory, use_koff_attention
 from .card import model_card
-from .config import KoffConfig, check_memory_name
+from .config import KoffConfig
 from .errors import require
+from .folder import FORMAT, MARKER, MEMORIES
+from .hub import resolve
 from .masking import sparsity
+from .memories import Memory
 from .state import KoffState, require_attached
 from .version import __version__
 
-MARKER, MEMORIES = "koff.json", "memories"
+MEMORY = "memory.json"
 _LOAD = "koff.load"
-FORMAT = 1
+
+
+def check_memory(memory: Memory, where: str) -> None:
+    """Refuse a memory that no folder may hold: one that waits for text, or is not finite."""
+    what = f"the KV part of memory {memory.name!r}"
+    step = "train it with KoffTrainer, or use KVConfig(init='tokens')"
+    require(memory.kv_filled, where, what, "be filled", "one that waits for text", step)
+    finite = all(bool(t.isfinite().all()) for t in memory.state_dict().values())
+    what, step = f"memory {memory.name!r}", "lower the learning rates and train it again"
+    require(finite, where, what, "be finite", "NaN or infinity", step)
 
 
 def _check_savable(state: KoffState, directory: Path, overwrite: bool) -> None:
@@ -35,14 +46,11 @@ def _check_savable(state: KoffState, directory: Path, overwrite: bool) -> None:
     step = "call koff.binarize and koff.compact first"
     require(state.gates is None, where, "the model", "be compacted", "one with gates", step)
     for memory in state.memories:
-        what = f"the KV part of memory {memory.name!r}"
-        step = "train it with KoffTrainer, or use KVConfig(init='tokens')"
-        require(memory.kv_filled, where, what, "be filled", "one that waits for text", step)
-    require(
-        not directory.is_file(), where, "the directory", "be a folder", "a file", "choose another"
-    )
+        check_memory(memory, where)
+    good = directory.is_dir() or not (directory.exists() or directory.is_symlink())
+    require(good, where, "the directory", "be a folder", "a file or a dead link", "choose another")
     step = "choose another folder or pass overwrite=True"
-    taken = (directory / MARKER).exists() and not overwrite
+    taken = (folder.current(directory) / MARKER).exists() and not overwrite
     require(not taken, where, "the directory", "not hold a saved model", str(directory), step)
 
 
@@ -56,8 +64,9 @@ def save(
 ) -> Path:
     """Write the backbone, the memories and a model card.
 
-    Everything is written into a new folder first and moved in at the end, ``koff.json`` last, so a
-    folder without ``koff.json`` is not a saved model.
+    Everything is written into a new folder first and takes the place of what was there in one step,
+    so that at every moment either the old or the new model loads completely, also after a crash.
+    Files that koff did not write stay. One process at a time may save into a directory.
 
     Args:
         model: an attached model without gates (compacted, or attached with target_sparsity=0).
@@ -78,8 +87,7 @@ def save(
     state = require_attached(model, "koff.save")
     _check_savable(state, directory, overwrite)
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    staging = _new_staging(directory)
     try:
         model.save_pretrained(staging)
         if tokenizer is not None:
@@ -89,18 +97,33 @@ def save(
             _write_memory(
                 model, memory, staging / MEMORIES / memory.name, facts["backbone_sha256"], base
             )
-        (staging / "README.md").write_text(model_card(facts), encoding="utf-8")
-        (staging / MARKER).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        _publish(staging, directory)
+        (staging / "README.md").write_text(model_card(facts, staging), encoding="utf-8")
+        _write_facts(facts, staging)
+        folder.publish(staging, directory, "koff.save")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 
+def _new_staging(directory: Path) -> Path:
+    """A new folder beside a directory, or in it if it exists (it may be a mount point), after
+    settling what an earlier save left."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    folder.settle(directory)
+    if directory.exists():
+        staging = atomic.new_staging(directory, "new")
+    else:
+        target = Path(os.path.abspath(directory))
+        staging = atomic.new_staging(target.parent, target.name)
+    staging.mkdir()
+    return staging
+
+
 def _facts(
-    model: PreTrainedModel, folder: Path, base: str | None, metadata: dict
+    model: PreTrainedModel, staging: Path, base: str | None, metadata: dict
 ) -> dict[str, Any]:
     state, report = model.koff, sparsity(model)
+    files = folder.digests(staging, filter(folder.is_plain, atomic.files_of(staging)))
     return {
         "format": FORMAT,
         "koff": __version__,
@@ -122,52 +145,31 @@ def _facts(
             "model": report.model,
             "non_embedding": report.non_embedding,
         },
-        "backbone_sha256": _digest(folder),
+        "backbone_sha256": folder.backbone_digest(files),
+        "files": files,
         "metadata": metadata,
     }
 
 
-def _digest(folder: Path) -> str:
-    """sha256 over the backbone's weight files, in order of name."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+def _write_facts(facts: dict[str, Any], staging: Path) -> None:
+    """Write koff.json into a folder that is complete otherwise, with the sha256 of every file and
+    a checksum of its own."""
+    new = [n for n in atomic.files_of(staging) if folder.is_plain(n) and n not in facts["files"]]
+    facts["files"] |= folder.digests(staging, new)
+    facts["checksum"] = folder.seal_of(facts)
+    (staging / MARKER).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def _write_memory(
-    model: PreTrainedModel, memory, folder: Path, backbone: str, base: str | None
+    model: PreTrainedModel, memory, directory: Path, backbone: str, base: str | None
 ) -> None:
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     if memory.lora_config is not None:
-        disk.write_lora(model, memory, folder / "lora", base)
+        disk.write_lora(model, memory, directory / "lora", base)
     if memory.kv_config is not None:
-        disk.write_kv(model, memory, folder / "kv", base)
+        disk.write_kv(model, memory, directory / "kv", base)
     facts = {"format": FORMAT, "name": memory.name, "backbone_sha256": backbone}
-    (folder / "memory.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Move the finished folder's entries in, the marker last; a model saved there before loses its
-    marker first."""
-    _sync(staging)
-    if not directory.exists():
-        os.replace(staging, directory)
-        return
-    (directory / MARKER).unlink(missing_ok=True)
-    for entry in sorted(staging.iterdir(), key=lambda e: e.name == MARKER):
-        target = directory / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(entry, target)
+    (directory / MEMORY).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def load(
@@ -175,14 +177,19 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+    verify: bool = True,
 ) -> PreTrainedModel:
     """Load what ``save`` wrote, in eval mode. Nothing but safetensors and JSON is read, and no code
-    from the folder.
+    from the folder. Nothing is allocated before its size is compared with what the files hold.
 
     Args:
-        directory: the saved folder.
+        directory: the saved folder, or the id of a repository of the Hugging Face hub.
         device: where to put the model; None: the CPU.
         dtype: of the backbone; "auto": as saved. Memories stay fp32.
+        revision: branch, tag or commit of a hub repository.
+        verify: compare the sha256 of the backbone's files too; the memories' always are. It costs
+            one reading of the files at about the speed of a disk.
 
     Returns:
         An attached model with all its memories, computing bit for bit what the saved one did.
@@ -191,35 +198,25 @@ def load(
         FileNotFoundError, ValueError: not a saved model, damaged, or memories that do not belong to
             the backbone.
     """
-    directory = Path(directory)
-    facts = disk.read_json(directory / MARKER, _LOAD)
-    version = facts.get("format")
-    rule = f"be {FORMAT}"
-    require(version == FORMAT, _LOAD, "the format version", rule, repr(version), "update koff")
-    model = _read_backbone(directory, facts, dtype)
+    directory = folder.current(resolve(directory, revision, _LOAD))
+    facts = folder.read_facts(directory, _LOAD, sealed=False)
+    built = backbone.check_backbone(directory, facts, _LOAD)
+    kept = _kept(facts, _LOAD)
+    folder.check_seal(facts, _LOAD)
+    if verify:
+        folder.check_files(directory, facts, backbone.names(facts["files"]), _LOAD)
+    model = backbone.build_backbone(directory, facts, built, dtype, _LOAD)
     settings = KoffConfig.from_dict(facts["config"])
-    arch.check_supported(model, settings.kv is not None and bool(facts["memories"]), _LOAD)
+    kv = any(re.match(rf"{MEMORIES}/[^/]+/kv/", name) for name in facts["files"])
+    arch.check_supported(model, kv, _LOAD)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
-    state.dense_widths = facts["dense_widths"]
-    state.kept = _kept(facts, _LOAD)
+    state.dense_widths, state.kept = facts["dense_widths"], kept
     for name in facts["memories"]:
         state.memories.add(_read_memory(model, directory, name, facts, generator))
     install(model, state)
     use_koff_attention(model)
     return model.to(device or "cpu").eval()
-
-
-def _read_backbone(directory: Path, facts: dict[str, Any], dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(directory)
-    arch.architecture(config.model_type, _LOAD)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    widths, got = facts.get("widths"), arch.widths(model)
-    same = got == widths
-    require(same, _LOAD, "the backbone's widths", f"be {widths}", got, "copy the folder again")
-    return model
 
 
 def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
@@ -236,17 +233,26 @@ def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
 
 
 def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict, generator):
-    check_memory_name(name, _LOAD)
-    where, folder = f"memory {name!r}", directory / MEMORIES / name
-    own = disk.read_json(folder / "memory.json", where)
+    where, path = f"memory {name!r}", directory / MEMORIES / name
+    names = [n for n in facts["files"] if n.startswith(f"{MEMORIES}/{name}/")]
+    for file in names:
+        folder.check_inside(directory, file, where)
+    own = disk.read_json(path / MEMORY, where)
     same = own.get("backbone_sha256") == facts["backbone_sha256"]
     step = "a memory works only on the backbone it was trained with"
     require(same, where, "the memory", "belong to this backbone", own.get("backbone_sha256"), step)
-    lora = disk.lora_config(folder / "lora", where) if (folder / "lora").is_dir() else None
-    kv = disk.kv_config(folder / "kv", where) if (folder / "kv").is_dir() else None
+    parts = {file.split("/")[2] for file in names}
+    lora = disk.lora_config(path / "lora", where) if "lora" in parts else None
+    kv = disk.kv_config(path / "kv", where) if "kv" in parts else None
+    require(bool(lora or kv), where, "it", "have a LoRA or a KV part", "none", "copy it again")
+    if lora is not None:
+        disk.check_lora(model, lora, path / "lora", where)
+    if kv is not None:
+        disk.check_kv(model, kv, path / "kv", where)
+    folder.check_files(directory, facts, names, where)
     memory = new_memory(model, name, lora, kv, generator)
     if lora is not None:
-        disk.read_lora(model, memory, folder / "lora", where)
+        disk.read_lora(model, memory, path / "lora", where)
     if kv is not None:
-        disk.read_kv(model, memory, folder / "kv", where)
+        disk.read_kv(model, memory, path / "kv", where)
     return memory

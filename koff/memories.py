@@ -7,6 +7,9 @@ between calls until a parameter changes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -184,6 +187,21 @@ class MemoryBank(nn.Module):
         delattr(self, f"memory_{name}")
         self._kept = _Kept(self._kept.limit)
         return memory
+
+    @contextlib.contextmanager
+    def only(self, memory: Memory) -> Iterator[None]:
+        """Hold one new memory alone inside the ``with`` block; the others come back after it, and
+        the new one stays, as the last, if the block ends well."""
+        others = [self.remove(name) for name in tuple(self.names)]
+        self.add(memory)
+        stays = []
+        try:
+            yield
+            stays = [memory]
+        finally:
+            self.remove(memory.name)
+            for back in (*others, *stays):
+                self.add(back.to(self.inverse_frequencies.device))
 
     def __getitem__(self, which: str | int) -> Memory:
         name = self.names[which] if isinstance(which, int) else which

@@ -1,53 +1,20 @@
-"""Causal language models whose layers have MLPs of different widths, registered with transformers'
+"""Makes the models of ``modeling_koff.py``, whose layers differ in width, known to transformers'
 Auto classes.
 
-For every architecture of ``arch.py`` there is a config ("koff_llama", ...) with one more field,
-``intermediate_sizes``, and a model that builds each layer's MLP from it. Everything else is
-transformers' own code.
+``modeling_koff.py`` imports transformers alone: ``save_pretrained`` copies it beside such a model
+(``register_for_auto_class``), where it is what ``trust_remote_code=True`` runs without koff. With
+koff imported the registered classes come first, and no code from a folder is run.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-
-import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import arch
-from .errors import require
+from . import arch, modeling_koff
+
+REMOTE_FILE = "modeling_koff.py"
 
 
-def _check_sizes(config) -> None:
-    sizes, layers = config.intermediate_sizes, config.num_hidden_layers
-    good = isinstance(sizes, list) and len(sizes) == layers
-    good = good and all(isinstance(s, int) and 1 <= s <= config.intermediate_size for s in sizes)
-    require(
-        good,
-        f"{config.model_type} config",
-        "intermediate_sizes",
-        f"hold {layers} widths in 1..{config.intermediate_size}",
-        sizes,
-        "load the config that koff saved",
-    )
-
-
-class NarrowMixin:
-    """Gives each layer an MLP of its own width."""
-
-    def __init__(self, config):
-        _check_sizes(config)
-        super().__init__(config)
-        architecture = arch.architecture(config.model_type, "koff.modeling")
-        for layer, width in zip(arch.layers(self), config.intermediate_sizes, strict=True):
-            own = copy.copy(config)
-            own.intermediate_size = width
-            wide: nn.Module = getattr(layer, architecture.mlp)
-            setattr(layer, architecture.mlp, type(wide)(own))
-
-
-@functools.cache
 def narrow_classes(model_type: str) -> tuple[type, type]:
     """(config class, model class) of an architecture's narrow form.
 
@@ -55,20 +22,7 @@ def narrow_classes(model_type: str) -> tuple[type, type]:
         model_type: "llama", "qwen2", ...
     """
     entry = arch.ARCHITECTURES[model_type]
-    config_base = getattr(transformers, entry.config)
-    model_base = getattr(transformers, entry.causal_lm)
-    body = {
-        "model_type": arch.NARROW_PREFIX + model_type,
-        "intermediate_sizes": None,
-        "__annotations__": {"intermediate_sizes": "list | None"},
-        "__module__": __name__,
-        "__doc__": f"{entry.config} with one MLP width per layer.",
-    }
-    config = type(f"Koff{entry.config}", (config_base,), body)
-    doc = f"{entry.causal_lm} with narrow MLPs."
-    body = {"config_class": config, "__module__": __name__, "__doc__": doc}
-    model = type(f"Koff{entry.causal_lm}", (NarrowMixin, model_base), body)
-    return config, model
+    return tuple(getattr(modeling_koff, f"Koff{name}") for name in (entry.config, entry.causal_lm))
 
 
 def register() -> None:
@@ -76,9 +30,10 @@ def register() -> None:
     AutoModelForCausalLM."""
     for model_type in arch.ARCHITECTURES:
         config, model = narrow_classes(model_type)
-        globals()[config.__name__], globals()[model.__name__] = config, model
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
+        config.register_for_auto_class("AutoConfig")
+        model.register_for_auto_class("AutoModelForCausalLM")
 
 
 register()

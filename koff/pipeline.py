@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import last_complete
 from .data import PackedBlocks, load_documents, pack
+from .disk import read_json
+from .errors import require
+from .folder import MARKER, current
 from .progress import TrainProgress
 from .recipe import Recipe, first_difference
 from .report import write_json
@@ -19,7 +23,7 @@ RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoin
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """What a run needs before it may write anything."""
 
     tokenizer: Any
@@ -52,10 +56,10 @@ def run(
     import koff
 
     output = Path(output)
-    prepared = prepare(recipe, output)
+    prepared = prepare(recipe, check_output(output, recipe))
     model = koff.attach(load_base(recipe), recipe.koff)
-    trainer = _trainer(model, prepared, training_arguments(recipe, output / CHECKPOINTS, device))
-    trainer.add_callback(TrainProgress(label=label))
+    arguments = training_arguments(recipe, output / CHECKPOINTS, device)
+    trainer = make_trainer(model, prepared, arguments, label)
     writes = trainer.is_world_process_zero()
     if writes:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,12 +73,20 @@ def run(
             (output / CHECKPOINTS).rmdir()  # transformers makes it even if nothing is saved
         write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
         metadata = {"base": recipe.model, "revision": recipe.revision, "seed": recipe.seed}
+        metadata |= {"data": recipe.data_names(), "general": recipe.data_names(general=True)}
         koff.save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
     return output
 
 
-def _trainer(model: Any, prepared: _Prepared, arguments: Any) -> Any:
-    """The KoffTrainer of a run, without transformers' own bar; leaves no folder if it fails."""
+def make_trainer(model: Any, prepared: Prepared, arguments: Any, label: str) -> Any:
+    """The KoffTrainer of a run, with koff's bar for transformers'; leaves no folder if it fails.
+
+    Args:
+        model: an attached model.
+        prepared: its data.
+        arguments: `KoffTrainingArguments`.
+        label: what stands before the bar.
+    """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     import koff
@@ -98,6 +110,7 @@ def _trainer(model: Any, prepared: _Prepared, arguments: Any) -> Any:
         raise
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(TrainProgress(label=label))
     return trainer
 
 
@@ -123,17 +136,16 @@ def finish(model: Any, recipe: Recipe) -> dict[str, Any]:
     return facts | {"sparsity": _plain(koff.sparsity(model))}
 
 
-def prepare(recipe: Recipe, output: Path) -> _Prepared:
-    """Checks output, files, model and data of a run, and loads what is cheap to load.
+def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
+    """Checks files, model and data of a run, and loads what is cheap to load.
 
     Args:
         recipe: the recipe.
-        output: folder of the run.
+        checkpoint: to resume from, or None.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: as `run`.
     """
-    checkpoint = check_output(output, recipe)
     recipe.check_files()
     config = check_model(recipe)
     limit = getattr(config, "max_position_embeddings", None)
@@ -158,7 +170,7 @@ def prepare(recipe: Recipe, output: Path) -> _Prepared:
             }
         )
     weights = {name: part.weight for name, part in recipe.general.items()}
-    return _Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
+    return Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
 
 
 def check_output(output: Path, recipe: Recipe) -> str | None:
@@ -180,17 +192,20 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
         )
     if not output.exists() or not any(output.iterdir()):
         return None
-    if (output / "koff.json").exists():
+    if (current(output) / MARKER).exists():
         raise ValueError(
             f"koff train: output {output} must not hold a finished model, got one; choose another "
             "folder or remove it"
         )
     if not (output / RECIPE_FILE).is_file():
-        raise ValueError(
-            f"koff train: output {output} must be empty or hold an interrupted run, got "
-            f"{sorted(item.name for item in output.iterdir())[:5]}; choose another folder"
-        )
-    stored = json.loads((output / RECIPE_FILE).read_text(encoding="utf-8"))["recipe"]
+        others = [item.name for item in output.iterdir() if not _is_start(item)]
+        if others:
+            raise ValueError(
+                f"koff train: output {output} must be empty or hold an interrupted run, got "
+                f"{sorted(others)[:5]}; choose another folder"
+            )
+        return None
+    stored, _ = stored_recipe(output, "koff train")
     difference = first_difference(stored, recipe.to_dict())
     if difference is not None:
         raise ValueError(
@@ -201,18 +216,39 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest complete checkpoint under `folder`, None if there is none.
+    """Returns the newest complete checkpoint under `folder`, None if there is none; incomplete ones
+    are ignored with a warning.
 
     Args:
         folder: where the trainer writes `checkpoint-<step>`.
     """
-    found = []
-    for item in folder.glob("checkpoint-*"):
-        step = item.name.removeprefix("checkpoint-")
-        # The trainer's state is written last, so a checkpoint without it was cut short.
-        if step.isdigit() and (item / "trainer_state.json").is_file():
-            found.append((int(step), str(item)))
-    return max(found)[1] if found else None
+    found = last_complete(folder)
+    return None if found is None else str(found)
+
+
+def stored_recipe(output: Path, where: str) -> tuple[dict[str, Any], str]:
+    """Returns what a run stored of its recipe: the values, and the folder it was read from.
+
+    Args:
+        output: folder of the run, with its recipe.json.
+        where: for errors.
+
+    Raises:
+        ValueError: a damaged recipe.json.
+    """
+    values = read_json(output / RECIPE_FILE, where)
+    recipe, root = values.get("recipe"), values.get("root")
+    good = isinstance(recipe, dict) and isinstance(root, str)
+    rule, step = "hold the recipe and its folder", "copy the file again"
+    require(good, where, RECIPE_FILE, rule, repr(values)[:80], step)
+    return recipe, root
+
+
+def _is_start(item: Path) -> bool:
+    """Whether a run that was killed at its very beginning leaves this: an empty folder for
+    checkpoints, or a recipe.json under its temporary name."""
+    empty = item.name == CHECKPOINTS and item.is_dir() and not any(item.iterdir())
+    return empty or item.name.startswith(f".{RECIPE_FILE}.")
 
 
 def check_model(recipe: Recipe) -> Any:
@@ -231,7 +267,9 @@ def check_model(recipe: Recipe) -> Any:
 
     from . import arch
 
-    config = AutoConfig.from_pretrained(recipe.model_path(), revision=recipe.revision)
+    config = AutoConfig.from_pretrained(
+        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
+    )
     arch.architecture(config.model_type, "koff train")
     return config
 
@@ -240,7 +278,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """Returns the tokenizer of the recipe's model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(recipe.model_path(), revision=recipe.revision)
+    return AutoTokenizer.from_pretrained(
+        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
+    )
 
 
 def load_base(recipe: Recipe) -> Any:
@@ -248,7 +288,10 @@ def load_base(recipe: Recipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        recipe.model_path(), revision=recipe.revision, dtype=recipe.dtype
+        recipe.model_path(),
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        trust_remote_code=False,
     )
 
 

@@ -147,6 +147,15 @@ class Recipe:
                 found[name] = DataSource(path=self.root / value, field=part.field)
         return found
 
+    def data_names(self, *, general: bool = False) -> dict[str, str]:
+        """Returns {name: what it was trained on}: hub ids, and file names without their folders.
+
+        Args:
+            general: the general mixture instead of the domains.
+        """
+        sources = self.sources("train", general=general)
+        return {name: s.path.name if s.path else str(s) for name, s in sources.items()}
+
     def check_files(self) -> None:
         """Raises FileNotFoundError or ValueError if a local file is missing or of unknown kind."""
         for split in ("train", "validation", "test"):

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .atomic import rename, sync
+
 if TYPE_CHECKING:
     from .evaluate import EvalRow
 
@@ -168,9 +170,10 @@ def write_json(path: str | Path, value: Any) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)  # mkstemp makes it private, which a result is not
-        os.replace(temporary, path)
+        sync(Path(temporary))
+        rename(Path(temporary), path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .data import DataSource, load_documents, pack
-from .disk import read_json
+from .disk import read_header
 from .evaluate import EvalRow, evaluate
-from .pipeline import RECIPE_FILE, load_base
+from .extend import added_data
+from .folder import MARKER, current, read_facts
+from .hub import resolve
+from .pipeline import RECIPE_FILE, load_base, stored_recipe
 from .recipe import Recipe, data_root, parse
 from .report import millions
+from .revise import load_saved_tokenizer
 
 
 def read_run(directory: str | Path) -> Recipe:
@@ -34,21 +37,24 @@ def read_run(directory: str | Path) -> Recipe:
             f"koff: {directory} must hold the recipe it was trained with, got no "
             f"{RECIPE_FILE}; use koff.evaluate from Python for a model without one"
         )
-    stored = json.loads((directory / RECIPE_FILE).read_text(encoding="utf-8"))
-    return parse(stored["recipe"], data_root(Path(stored["root"])))
+    values, root = stored_recipe(directory, "koff")
+    recipe = parse(values, data_root(Path(root)))
+    for name, record in read_facts(current(directory), "koff")["metadata"].get("added", {}).items():
+        recipe.data[name] = added_data(record, name)
+    return recipe
 
 
 def check_saved(directory: str | Path) -> Path:
-    """Returns the folder of a saved koff model.
+    """Returns the folder of a saved koff model; that of a hub id is downloaded.
 
     Args:
-        directory: what `koff.save` or `koff train` wrote.
+        directory: what `koff.save` or `koff train` wrote, or "user/repo[@revision]" of the hub.
 
     Raises:
         FileNotFoundError: no such folder, or one without a saved model.
     """
-    directory = Path(directory)
-    if not (directory / "koff.json").is_file():
+    directory = resolve(directory)
+    if not (current(directory) / MARKER).is_file():
         got = "a folder without koff.json" if directory.is_dir() else "no folder there"
         raise FileNotFoundError(
             f"koff: {directory} must be the output of a finished `koff train`, got {got}; train "
@@ -80,15 +86,14 @@ def evaluate_run(
     Raises:
         FileNotFoundError, ValueError: no finished run, missing data, or no such split.
     """
-    from transformers import AutoTokenizer
-
     import koff
 
+    directory = check_saved(directory)
     recipe = read_run(directory)
     size = recipe.train.block_size
     sources = eval_sources(recipe, split)
     documents = {name: load_documents(source) for name, source in sources.items()}
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_saved_tokenizer(directory)
     packed = {
         name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
         for name, texts in documents.items()
@@ -158,12 +163,12 @@ def generate_text(
         FileNotFoundError: no saved model. KeyError: an unknown memory. ValueError: an empty prompt.
     """
     import torch
-    from transformers import AutoTokenizer
 
     import koff
 
+    directory = check_saved(directory)
     check_memory(directory, memory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_saved_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt)
     model = koff.load(directory, device=pick_device(device))
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
@@ -207,7 +212,7 @@ def check_memory(directory: str | Path, memory: str | None) -> None:
 
 def saved_memories(directory: Path) -> tuple[str, ...]:
     """Returns the names of the memories of a saved model, in order."""
-    return tuple(read_json(directory / "koff.json", "koff")["memories"])
+    return tuple(read_facts(current(directory), "koff")["memories"])
 
 
 def pick_device(device: str | None) -> str:
@@ -226,10 +231,7 @@ def count_saved(folder: Path, *, deep: bool = True) -> int:
     """
     total = 0
     for path in folder.rglob("*.safetensors") if deep else folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
+        total += sum(math.prod(shape) for _, shape in read_header(path, "koff info").values())
     return total
 
 
@@ -242,8 +244,8 @@ def describe(directory: str | Path) -> dict[str, str]:
     Raises:
         FileNotFoundError, ValueError: no saved model there, or a damaged koff.json.
     """
-    directory = check_saved(directory)
-    facts = read_json(directory / "koff.json", "koff info")
+    directory = current(check_saved(directory))
+    facts = read_facts(directory, "koff info")
     widths, dense, removed = facts["widths"], facts["dense_widths"], facts["sparsity"]
     named = {
         "base": str(facts["base"]),

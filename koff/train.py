@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from .checkpoint import read_checkpoint, write_checkpoint
 from .errors import require
 from .evaluate import evaluate as evaluate_domains
 from .losses import distillation_losses, next_token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
-from .packing import pack, unpack
 from .prefill import fill_from_tokens
+from .safe_trainer import SafeTrainer
 from .schedule import MixtureDataset, MixtureSampler, collate
 from .state import KoffState, require_attached
 from .training_args import Settings
@@ -42,7 +40,7 @@ class _ClampGates(TrainerCallback):
             self.koff.gates.clamp_()
 
 
-class KoffTrainer(Trainer):
+class KoffTrainer(SafeTrainer):
     """Trains the gates and memories of an attached model; the base stays frozen.
 
     Loss: mean-token cross-entropy + lambda1 (s - t) + c (s - t)^2, where s is the expected share of
@@ -112,11 +110,6 @@ class KoffTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._warn_few_steps()
-
-    @property
-    def koff(self) -> KoffState:
-        """The model's koff state, also where the model is wrapped."""
-        return self.accelerator.unwrap_model(self.model).koff
 
     # ---- data ----
 
@@ -248,10 +241,8 @@ class KoffTrainer(Trainer):
         """One group each for LoRA, KV, gates and the multiplier (which ascends)."""
         if self.optimizer is not None:
             return self.optimizer
-        koff = self.accelerator.unwrap_model(model or self.model).koff
-        groups = parameter_groups(koff, self.settings, self.args.weight_decay)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = cls(groups, **kwargs)
+        self.optimizer = cls(self.groups(), **kwargs)
         require(
             "maximize" in self.optimizer.defaults,
             "KoffTrainer",
@@ -274,13 +265,15 @@ class KoffTrainer(Trainer):
 
     # ---- start, logs, evaluation ----
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """As transformers', after filling KV memories from text where they ask for it."""
-        if not resume_from_checkpoint:
-            for source in self.mixture.domains:
-                if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
-                    fill_from_tokens(self.model, source.name, source.blocks.flatten())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def start(self) -> None:
+        """Fill KV memories from text where they ask for it."""
+        for source in self.mixture.domains:
+            if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
+                fill_from_tokens(self.model, source.name, source.blocks.flatten())
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One parameter group each for LoRA, KV, gates and the multiplier."""
+        return parameter_groups(self.koff, self.settings, self.args.weight_decay)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the loss per source, and the sparsities, undecided share, multiplier and target
@@ -348,29 +341,6 @@ class KoffTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    # ---- checkpoints ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Gates, multiplier, masks and memories; never the base weights, and no pickle of the
-        arguments."""
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        tensors = None
-        if state_dict is not None:
-            tensors = {
-                k.removeprefix("koff."): v for k, v in state_dict.items() if k.startswith("koff.")
-            }
-        write_checkpoint(self.koff, output_dir, tensors)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        base = self.accelerator.unwrap_model(self.model)
-        unpack(base)
-        read_checkpoint(self.koff, resume_from_checkpoint)
-        if self.koff.gates is not None and self.koff.gates.fixed:
-            pack(base)
 
 
 def _seed(args: TrainingArguments) -> int:

@@ -140,6 +140,8 @@ def _check_foreign(args: TrainingArguments) -> None:
     )
     refused = {
         "fp16": (args.fp16, "use bf16=True, or load the base in float16"),
+        "deepspeed": (bool(args.deepspeed), "its checkpoints are pickles; use DDP or FSDP"),
+        "push_to_hub": (args.push_to_hub, "koff.save the trained model and upload that folder"),
         "use_liger_kernel": (args.use_liger_kernel, "its patched MLPs would bypass the gates"),
         "more than one GPU in a process": (args.n_gpu > 1, "start one process per GPU: torchrun"),
     }

@@ -1,7 +1,10 @@
 """What every test runs under: a fixed seed, one thread, and NaN in memory that nobody wrote."""
 
 import os
+import tempfile
+from pathlib import Path
 
+import bare
 import pytest
 import torch
 
@@ -20,6 +23,28 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """A Python with transformers and peft, but no koff."""
+    return bare.make_python(tmp_path_factory.mktemp("bare") / "venv")
+
+
+@pytest.fixture
+def no_real_fsync(monkeypatch):
+    """For tests that simulate what fsync does: the real one takes minutes."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder that no disk slows down, where there is one."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +105,9 @@ def test_stock_peft_gives_the_same_logits(architecture, tmp_path):
 
 def test_nothing_on_disk_can_execute(saved):
     files = [p for p in saved.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ".md"}
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".md", ".py"}
+    code = [p for p in files if p.suffix == ".py"]  # for use without koff, which never runs it
+    assert [p.read_bytes() for p in code] == [Path(koff.modeling_koff.__file__).read_bytes()]
     facts = json.loads((saved / "koff.json").read_text())
     assert facts["format"] == 1 and len(facts["kept"]) == 3 and len(facts["backbone_sha256"]) == 64
     card = (saved / "README.md").read_text()

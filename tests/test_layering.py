@@ -64,6 +64,9 @@ def test_layering_nothing_runs_code_from_data(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
+            plain = any(ast.unparse(k) == "weights_only=True" for k in node.keywords)
+            if name == "torch.load" and plain and path.name == "resume.py":
+                continue  # transformers' optimizer and RNG states: tensors and plain values
             assert name not in FORBIDDEN_CALLS, f"line {node.lineno}: {name}"
 
 
