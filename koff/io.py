@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,8 @@ def load(
         folder.check_files(directory, facts, backbone.names(facts["files"]), _LOAD)
     model = backbone.build_backbone(directory, facts, built, dtype, _LOAD)
     settings = KoffConfig.from_dict(facts["config"])
-    arch.check_supported(model, any("/kv/" in name for name in facts["files"]), _LOAD)
+    kv = any(re.match(rf"{MEMORIES}/[^/]+/kv/", name) for name in facts["files"])
+    arch.check_supported(model, kv, _LOAD)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths, state.kept = facts["dense_widths"], kept
