@@ -31,8 +31,8 @@ def names(files: dict[str, str]) -> list[str]:
     Args:
         files: "files" of koff.json.
     """
-    own = (CONFIG, GENERATION)
-    return [name for name in files if name in own or WEIGHTS.fullmatch(name)]
+    own = [name for name in files if name == GENERATION or WEIGHTS.fullmatch(name)]
+    return [CONFIG, *own]
 
 
 def _read_config(directory: Path, name: str, where: str) -> dict[str, Any]:

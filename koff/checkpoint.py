@@ -196,27 +196,34 @@ def last_complete(run_dir: str | Path) -> Path | None:
 
 
 def settle(run_dir: Path) -> None:
-    """Finish the rename of a complete staged checkpoint whose place is free, and remove what
-    interrupted saves left."""
+    """Finish the rename of a complete staged checkpoint that has no complete one in its place, and
+    remove what interrupted saves left."""
     staged = run_dir / STAGED
     for _, in_place, path in list(_found(run_dir)):
-        target = run_dir / path.name
-        if not in_place and not target.exists():
-            try:
-                check_complete(path)
-            except (FileNotFoundError, ValueError):
-                continue
-            atomic.rename(path, target)
+        if not in_place and _is_complete(path) and not _is_complete(run_dir / path.name):
+            _put(path, run_dir / path.name)
     shutil.rmtree(staged, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        check_complete(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _put(staged: Path, target: Path) -> None:
+    """Rename a complete checkpoint into place; what stands there makes room first."""
+    if target.exists():
+        atomic.rename(target, staged.with_name(f"replaced-{target.name}"))
+    atomic.rename(staged, target)
 
 
 def publish(run_dir: Path, name: str) -> None:
     """Seal a staged checkpoint and rename it into place; one of the same step makes room first."""
-    staged, target = run_dir / STAGED / name, run_dir / name
-    seal(staged)
-    if target.exists():
-        atomic.rename(target, run_dir / STAGED / f"replaced-{name}")
-    atomic.rename(staged, target)
+    seal(run_dir / STAGED / name)
+    _put(run_dir / STAGED / name, run_dir / name)
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ from .memories import Memory
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FLOATING = ("F16", "BF16", "F32", "F64")
+FILES = (WEIGHTS, CONFIG)
 _KV = "prompt_embeddings"
 _PREFIX = "base_model.model."
 _MOST_JSON = 1 << 26

@@ -238,6 +238,10 @@ def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict
     for file in names:
         folder.check_inside(directory, file, where)
     own = disk.read_json(path / MEMORY, where)
+    for field, wanted in (("format", FORMAT), ("name", name)):
+        got, step = own.get(field), "copy the memory again"
+        same = got == wanted and not isinstance(got, bool)
+        require(same, where, f"its {field} in {MEMORY}", f"be {wanted!r}", repr(got), step)
     same = own.get("backbone_sha256") == facts["backbone_sha256"]
     step = "a memory works only on the backbone it was trained with"
     require(same, where, "the memory", "belong to this backbone", own.get("backbone_sha256"), step)
@@ -245,6 +249,8 @@ def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict
     lora = disk.lora_config(path / "lora", where) if "lora" in parts else None
     kv = disk.kv_config(path / "kv", where) if "kv" in parts else None
     require(bool(lora or kv), where, "it", "have a LoRA or a KV part", "none", "copy it again")
+    read = [MEMORY, *(f"{p}/{n}" for p in parts & {"lora", "kv"} for n in disk.FILES)]
+    names = {*names, *(f"{MEMORIES}/{name}/{file}" for file in read)}
     if lora is not None:
         disk.check_lora(model, lora, path / "lora", where)
     if kv is not None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,8 +32,8 @@ class SafeTrainer(Trainer):
     def start(self) -> None:
         """What a run from the beginning does first."""
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the optimiser."""
+    def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
+        """The parameter groups of the optimiser, of ``model`` if it is wrapped anew."""
         raise NotImplementedError
 
     def train(self, resume_from_checkpoint=None, **kwargs):

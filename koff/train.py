@@ -242,7 +242,7 @@ class KoffTrainer(SafeTrainer):
         if self.optimizer is not None:
             return self.optimizer
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = cls(self.groups(), **kwargs)
+        self.optimizer = cls(self.groups(model), **kwargs)
         require(
             "maximize" in self.optimizer.defaults,
             "KoffTrainer",
@@ -271,9 +271,10 @@ class KoffTrainer(SafeTrainer):
             if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
                 fill_from_tokens(self.model, source.name, source.blocks.flatten())
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
         """One parameter group each for LoRA, KV, gates and the multiplier."""
-        return parameter_groups(self.koff, self.settings, self.args.weight_decay)
+        koff = self.accelerator.unwrap_model(model or self.model).koff
+        return parameter_groups(koff, self.settings, self.args.weight_decay)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the loss per source, and the sparsities, undecided share, multiplier and target

@@ -1,7 +1,7 @@
 """One rank of tests/test_distributed.py: trains two steps and writes what was learned.
 
-Usage: distributed_worker.py FOLDER trainer|fsdp. accelerate does not shard on the CPU, so the FSDP
-run is a plain loop with torch's own fully_shard.
+Usage: distributed_worker.py FOLDER trainer|fsdp|resume. accelerate does not shard on the CPU, so
+the FSDP run is a plain loop with torch's own fully_shard.
 """
 
 import os
@@ -41,6 +41,22 @@ def with_trainer(folder: Path):
     return run.model
 
 
+def with_resume(folder: Path):
+    """Two steps with a checkpoint after each; then the second one again, from the first."""
+    models = []
+    for start in (None, str(folder / "run" / "checkpoint-1")):
+        settings = dict(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2)
+        args = arguments(folder / "run", ddp_backend="gloo" if RANKS > 1 else None, **settings)
+        model = fresh(koff.KVConfig(5, "normal"))
+        run = koff.KoffTrainer(model, args, train_datasets=DOMAINS)
+        run.train(resume_from_checkpoint=start)
+        found = {path.name for path in (folder / "run").iterdir()}
+        assert found == {"checkpoint-1", "checkpoint-2"}, found
+        models.append(run.model.koff.state_dict())
+    assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
+    return run.model
+
+
 def with_fsdp(folder: Path):
     model = fresh(koff.KVConfig(5, "normal")).train()
     if RANKS > 1:
@@ -65,7 +81,7 @@ def with_fsdp(folder: Path):
 def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    model = {"trainer": with_trainer, "fsdp": with_fsdp}[mode](folder)
+    model = {"trainer": with_trainer, "fsdp": with_fsdp, "resume": with_resume}[mode](folder)
     state = model.koff.state_dict()
     full = {
         name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone().contiguous()

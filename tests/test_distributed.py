@@ -41,3 +41,9 @@ def test_two_ranks_equal_one_with_twice_the_batch(mode, tmp_path):
         # gradient's own size can blow up in single entries; two steps at rate 1e-2.
         gap = (value.float() - together[name].float()).abs()
         assert gap.mean() < 1e-4, name
+
+
+def test_two_ranks_write_one_checkpoint_and_resume_from_it(tmp_path):
+    launch(2, tmp_path, "resume")
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "koff_checkpoint.json"} <= names

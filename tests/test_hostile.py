@@ -82,6 +82,12 @@ def swap(d, part):
     (d.parent / "a").rename(b)
 
 
+def unlist(d, name):
+    values = json.loads((d / "koff.json").read_text())
+    del values["files"][name]
+    (d / "koff.json").write_text(json.dumps(values))
+
+
 CHANGED = "must have the sha256"
 # Damage that hashes find.
 ACCIDENTS = {
@@ -92,7 +98,7 @@ ACCIDENTS = {
     "epsilon": (config(rms_norm_eps=1e-3), CHANGED),
     "alpha": (lora(lora_alpha=7), CHANGED),
     "kept": (lambda d: flip(d / "koff.json", -300), "koff.json must"),
-    "memories swapped": (lambda d: swap(d, ""), CHANGED),
+    "LoRA swapped": (lambda d: swap(d, "lora"), CHANGED),
     "KV swapped": (lambda d: swap(d, "kv"), CHANGED),
     "no generation config": (lambda d: (d / "generation_config.json").unlink(), "must be there"),
 }
@@ -145,6 +151,18 @@ FORGERIES = {
     "alpha as a text": (lora(lora_alpha="x"), "alpha must be a finite number"),
     "formula": (lora(fan_in_fan_out=True), "fan_in_fan_out must be unset"),
     "modules": (lora(modules_to_save=["lm_head"]), "modules_to_save must be unset"),
+    "a memory's format": (
+        lambda d: edit(d / "memories/es/memory.json", format=2),
+        "its format in memory.json must be 1, got 2",
+    ),
+    "another memory": (lambda d: swap(d, ""), "its name in memory.json must be 'en', got 'es'"),
+    "an unlisted config": (lambda d: unlist(d, "config.json"), "must be one of the files that"),
+    "an unlisted memory": (lambda d: unlist(d, "memories/es/memory.json"), "must be one of the f"),
+    "an unlisted adapter": (
+        lambda d: unlist(d, "memories/es/lora/adapter_config.json"),
+        "must be one of the files that were saved",
+    ),
+    "no weights": (lambda d: unlist(d, "model.safetensors"), "must hold weight files, got none"),
     "tokens": (kv(num_virtual_tokens=HUGE), "the learned cache must be"),
     "tokens as a text": (kv(num_virtual_tokens="7"), "num_tokens must be a whole number"),
     "frozen": (kv(num_frozen_tokens=-1), "num_frozen_tokens must lie in 0..6"),

@@ -135,3 +135,15 @@ def test_rotation_keeps_complete_checkpoints(tmp_path):
     (tmp_path / "checkpoint-50" / "mine.txt").write_text("mine")
     tiny_run(tmp_path, save_total_limit=2).train()
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3", "checkpoint-50"}
+
+
+def test_a_complete_staged_checkpoint_is_not_lost_to_a_broken_one(tmp_path, whole):
+    """The only complete one may be the one that awaits its rename."""
+    tiny_run(tmp_path, save_steps=2).train()
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / checkpoint.STAGED / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    staged = tmp_path / checkpoint.STAGED / "checkpoint-2"
+    assert checkpoint.last_complete(tmp_path) == staged
+    checkpoint.settle(tmp_path)
+    assert checkpoint.last_complete(tmp_path) == tmp_path / "checkpoint-2" and not staged.exists()
