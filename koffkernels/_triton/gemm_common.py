@@ -58,7 +58,16 @@ class Delta(NamedTuple):
 
 def delta_args(suffix: str, delta: Delta | None) -> dict[str, Any]:
     """The kernel arguments of one update; without it all are None."""
-    names = ("s_ptr", "b_ptr", "scaling_ptr", "R", "stride_sm", "stride_be", "stride_bn", "stride_br")
+    names = (
+        "s_ptr",
+        "b_ptr",
+        "scaling_ptr",
+        "R",
+        "stride_sm",
+        "stride_be",
+        "stride_bn",
+        "stride_br",
+    )
     values: tuple = (None,) * len(names)
     if delta is not None:
         s, b, scaling = delta
@@ -148,7 +157,7 @@ def memory_delta(
     """``add_delta`` for memory m, whose tokens are ``mine`` (all of them without ids)."""
     offs_r = tl.arange(0, BLOCK_R)
     s_rows = s_ptr + rows[:, None] * stride_sm
-    b_rows = b_ptr + m * stride_be + offs_n[None, :] * stride_bn
+    b_rows = b_ptr + (tl.zeros((), tl.int64) + m) * stride_be + offs_n[None, :] * stride_bn
     scaling = 1.0
     if scaling_ptr is not None:
         scaling = tl.load(scaling_ptr + m)
@@ -191,7 +200,8 @@ def add_delta(
             if tl.max(mine.to(tl.int32), 0) > 0:
                 acc, broken, poison = memory_delta(
                     acc, broken, poison, s_ptr, b_ptr, scaling_ptr, R, stride_sm, stride_be,
-                    stride_bn, stride_br, m, mine, rows, offs_n, mask_n, HAS_IDS, BLOCK_R, PRECISION,
+                    stride_bn, stride_br, m, mine, rows, offs_n, mask_n, HAS_IDS, BLOCK_R,
+                    PRECISION,
                 )  # fmt: skip
     else:
         acc, broken, poison = memory_delta(
