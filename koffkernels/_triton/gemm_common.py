@@ -143,7 +143,7 @@ def memory_delta(
     """``add_delta`` for memory m, whose tokens are ``mine`` (all of them without ids)."""
     offs_r = tl.arange(0, BLOCK_R)
     s_rows = s_ptr + rows[:, None] * stride_sm
-    b_rows = b_ptr + m * stride_be + offs_n[None, :] * stride_bn
+    b_rows = b_ptr + (tl.zeros((), tl.int64) + m) * stride_be + offs_n[None, :] * stride_bn
     scaling = 1.0
     if scaling_ptr is not None:
         scaling = tl.load(scaling_ptr + m)

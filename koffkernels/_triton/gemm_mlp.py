@@ -24,6 +24,8 @@ from .gemm_common import (
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
 PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
 
+_PART = 32 * 16  # numbers of h that a warp finishes at a time: 16 for each thread
+
 # block_n neurons are 2 block_n columns: the gate's and the up projection's.
 CONFIGS = {
     "128x128x64": Config(128, 128, 64, warps=8, stages=3, block_r=16),
@@ -53,16 +55,29 @@ def store_tile(out_ptr, value, begin_m, begin_n, M, N, stride_m):
 
 @triton.jit
 def store_hidden(
-    h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION: tl.constexpr
-):
-    """Write act(g) u z."""
-    h = activate(g, ACTIVATION) * u
-    if gates_ptr is not None:
-        offs_n = begin_n + tl.arange(0, g.shape[1])
-        z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
-        # Selected, so that a neuron's zero gate gives 0 whatever the others in its tile are.
-        h = tl.where((z != 0.0)[None, :], h * z[None, :], 0.0)
-    store_tile(h_ptr, h, begin_m, begin_n, M, N, stride_hm)
+    h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write act(g) u z, in PARTS parts: all columns at once would not fit in registers."""
+    if PARTS > 1:
+        g_left, g_right = split_columns(g)
+        u_left, u_right = split_columns(u)
+        store_hidden(
+            h_ptr, g_left, u_left, gates_ptr, begin_m, begin_n, M, N, stride_hm,
+            ACTIVATION, PARTS // 2,
+        )  # fmt: skip
+        store_hidden(
+            h_ptr, g_right, u_right, gates_ptr, begin_m, begin_n + g.shape[1] // 2, M, N, stride_hm,
+            ACTIVATION, PARTS // 2,
+        )  # fmt: skip
+    else:
+        h = activate(g, ACTIVATION) * u
+        if gates_ptr is not None:
+            offs_n = begin_n + tl.arange(0, g.shape[1])
+            z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
+            # Selected, so that a neuron's zero gate gives 0 whatever the others in its tile are.
+            h = tl.where((z != 0.0)[None, :], h * z[None, :], 0.0)
+        store_tile(h_ptr, h, begin_m, begin_n, M, N, stride_hm)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -121,7 +136,7 @@ def _gemm_mlp_up_fwd_kernel(
         z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
         live = tl.max((z != 0.0).to(tl.int32), 0) > 0
     if live:
-        # Past the end x and W repeat their last row: the main loop needs no masks.
+        # Past the end x, its memories and W repeat their last row: the main loop needs no masks.
         rows = tl.minimum(tl.arange(0, BLOCK_M), M - begin_m - 1)
         row0 = begin_m.to(tl.int64)
         # One tile of both projections, so that the tensor cores read x once for the two.
@@ -160,19 +175,7 @@ def _gemm_mlp_up_fwd_kernel(
         if s_ptr_g is not None or s_ptr_u is not None:
             acc = apply_poison(acc, broken, poison, HAS_IDS)
         g, u = split_columns(acc)
-        if PARTS == 1:
-            store_hidden(h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION)
-        else:
-            # All columns at once would not fit in registers.
-            g_left, g_right = split_columns(g)
-            u_left, u_right = split_columns(u)
-            store_hidden(
-                h_ptr, g_left, u_left, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION
-            )
-            begin_n += BLOCK_N // 2
-            store_hidden(
-                h_ptr, g_right, u_right, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION
-            )
+        store_hidden(h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION, PARTS)
     else:
         zero = tl.zeros((BLOCK_M, BLOCK_N), h_ptr.dtype.element_ty)
         store_tile(h_ptr, zero, begin_m, begin_n, M, N, stride_hm)
@@ -230,7 +233,7 @@ def gemm_mlp_up(
         stride_hm=width,
         stride_gm=2 * width,
         ACTIVATION=activation,
-        PARTS=2 if config.block_m * config.block_n // config.warps > 1024 else 1,
+        PARTS=max(1, config.block_m * config.block_n // (config.warps * _PART)),
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(x.dtype),
         **gemm_delta_args("_g", delta_gate),

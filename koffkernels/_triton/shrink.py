@@ -40,7 +40,6 @@ def _shrink_fwd_kernel(
     stride_a1k,
     HAS_IDS: tl.constexpr,
     TWO: tl.constexpr,
-    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,8 +66,8 @@ def _shrink_fwd_kernel(
         part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         used = tl.max(mine.to(tl.int32), 0)  # a tile can hold memories 0 and 39 and none between
         for k in range(begin, begin + blocks * used * BLOCK_K, BLOCK_K):
-            mask_k = (k + offs_k < K) | EVEN_K
-            mask_x = mine[:, None] if EVEN_K else mine[:, None] & mask_k[None, :]
+            mask_k = k + offs_k < K
+            mask_x = mine[:, None] & mask_k[None, :]
             x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_x, other=0.0)
             mask0 = mask_k[:, None] & (offs_r < R0)[None, :]
             a0 = tl.load(a0_rows + (k + offs_k)[:, None] * stride_a0k, mask=mask0, other=0.0)
@@ -105,7 +104,8 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         [M, r0 + r1] in x's dtype.
     """
     (m, k), r0, r1 = x.shape, a0.shape[1], 0 if a1 is None else a1.shape[1]
-    block_m, block_k, block_r = 64, 64, rank_block(max(r0, r1))
+    block_m, block_k = 64, 64
+    block_r = rank_block(max(r0, r1), 64 if a1 is None else 32)  # two of 64 spill on sm_80
     tiles = triton.cdiv(m, block_m), triton.cdiv(max(r0, r1), block_r)
     splits = _splits(tiles[0] * tiles[1], triton.cdiv(k, block_k))
     blocks = triton.cdiv(triton.cdiv(k, block_k), splits)
@@ -133,7 +133,6 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         stride_a1r=second.stride(1),
         stride_a1k=second.stride(2),
         TWO=a1 is not None,
-        EVEN_K=k % (blocks * block_k) == 0,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         BLOCK_R=block_r,
