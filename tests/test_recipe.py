@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from koff.checkpoint import FACTS, STATE, WEIGHTS, seal
 from koff.pipeline import check_output, last_checkpoint
 from koff.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
 
@@ -170,8 +171,10 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
     for step, complete in ((5, True), (10, True), (15, False)):
         folder = out / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
+        for name in (WEIGHTS, FACTS, STATE):
+            (folder / name).write_text("{}", "utf-8")
         if complete:
-            (folder / "trainer_state.json").write_text("{}", "utf-8")
+            seal(folder)
     assert check_output(out, recipe) == str(out / "checkpoints" / "checkpoint-10")
     with pytest.raises(
         ValueError, match=r"same recipe to resume, got one with another train\.steps"
