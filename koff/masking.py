@@ -169,6 +169,13 @@ def _check(state: KoffState, target: float, per_layer: str, multiple_of: int) ->
     require(finite, where, "the gates", "be finite", "NaN or inf", step)
 
 
+def _best(score: Tensor, width: int) -> Tensor:
+    """The mask of the ``width`` highest scores; of equal ones, the first."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask[score.sort(descending=True, stable=True).indices[:width]] = True
+    return mask
+
+
 @torch.no_grad()
 def binarize(
     model: PreTrainedModel,
@@ -201,6 +208,7 @@ def binarize(
     target = state.gates.target if target is None else target
     _check(state, target, per_layer, multiple_of)
     gates, undecided = state.gates, state.gates.undecided()
+    unpack(model)  # an earlier mask's order
     scores = [p.detach() for p in gates.log_alpha]
     full = [len(s) for s in scores]
     keep = max(round((1.0 - target) * sum(full)), len(full))
@@ -213,12 +221,6 @@ def binarize(
         chosen = [high if high - raw[0] < raw[0] - low else low] * len(full)
     else:
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
-    masks = []
-    for score, width in zip(scores, chosen, strict=True):
-        mask = torch.zeros_like(score, dtype=torch.bool)
-        mask[score.sort(descending=True, stable=True).indices[:width]] = True
-        masks.append(mask)
-    unpack(model)  # an earlier mask's order
-    gates.fix_(masks)
+    gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
     pack(model)
     return BinarizeReport(target, sparsity(model), undecided)

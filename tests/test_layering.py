@@ -85,7 +85,7 @@ def test_layering_lengths(path):
             first = node.body[0].lineno if is_kernel(node) else node.lineno
             lines, limit = node.end_lineno - first + 1, 120 if is_kernel(node) else 50
             assert lines <= limit, f"line {node.lineno}: {node.name} has {lines} lines"
-    if path in TESTS:
+    if path in TESTS or path.parts[-2] in ("_torch", "_triton"):
         return
     for node in tree_of(path).body:
         public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")

@@ -213,7 +213,9 @@ def gemm_mlp_up(
     (m, k), width = x.shape, w_gate.shape[0]
     h = x.new_empty(m, width)
     gu = x.new_empty(m, 2 * width) if keep else None
-    g0, u0 = (None, None) if gu is None else gu.split(width, 1)
+    g0, u0 = (None, None) if gu is None else (gu[:, :width], gu[:, width:])
+    strides = {"stride_wgn": w_gate.stride(0), "stride_wun": w_up.stride(0)}
+    strides |= {"stride_xm": x.stride(0), "stride_hm": width, "stride_gm": 2 * width}
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
@@ -224,14 +226,8 @@ def gemm_mlp_up(
         h_ptr=h,
         g0_ptr=g0,
         u0_ptr=u0,
-        M=m,
-        N=width,
-        K=k,
-        stride_xm=x.stride(0),
-        stride_wgn=w_gate.stride(0),
-        stride_wun=w_up.stride(0),
-        stride_hm=width,
-        stride_gm=2 * width,
+        **{"M": m, "N": width, "K": k},
+        **strides,
         ACTIVATION=activation,
         PARTS=max(1, config.block_m * config.block_n // (config.warps * _PART)),
         EVEN_K=k % config.block_k == 0,
