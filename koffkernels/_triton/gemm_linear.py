@@ -83,8 +83,8 @@ def _gemm_linear_fwd_kernel(
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     offs_n = pid_n * BLOCK_N + cols
     mask_m, mask_n = rows < M - pid_m * BLOCK_M, offs_n < N
-    # Past the end x and its memories repeat the last row, W too where its loads stay whole: then the
-    # main loop needs no masks.
+    # Past the end x and its memories repeat the last row, W too where its loads stay whole: so no
+    # masks in the main loop.
     rows_in = tl.minimum(rows, M - pid_m * BLOCK_M - 1)
     if not EVEN_N and not W_BY_N:
         cols = tl.minimum(cols, N - pid_n * BLOCK_N - 1)
