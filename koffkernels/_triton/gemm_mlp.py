@@ -211,8 +211,7 @@ def gemm_mlp_up(
     """
     config = choose_config(config, CONFIGS, x.dtype)
     (m, k), width = x.shape, w_gate.shape[0]
-    h = x.new_empty(m, width)
-    gu = x.new_empty(m, 2 * width) if keep else None
+    h, gu = x.new_empty(m, width), x.new_empty(m, 2 * width) if keep else None
     g0, u0 = (None, None) if gu is None else (gu[:, :width], gu[:, width:])
     strides = {"stride_wgn": w_gate.stride(0), "stride_wun": w_up.stride(0)}
     strides |= {"stride_xm": x.stride(0), "stride_hm": width, "stride_gm": 2 * width}
