@@ -143,19 +143,14 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, ids, scale, *bounds):
         o, lse = _attend_own(q, k, v, RowBounds(*bounds) if bounds else None, scale)
         for m, rows, length in _groups(ids, q.shape[0], lengths):
-            # The prefix pass runs in fp32: the queries are copied anyway, and a learned key keeps
-            # its precision.
-            k_m, v_m = (
-                prefix_k[m : m + 1, :, :length].float(),
-                prefix_v[m : m + 1, :, :length].float(),
-            )
+            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
             for piece in _pieces(rows, q):
-                q_m = _fold(q[piece].float(), k.shape[1])
+                q_m = _fold(q[piece], k.shape[1])
                 o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
                 own = lse[piece]
                 o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
                 share = torch.sigmoid(lse_m - own)[..., None]
-                o[piece] = torch.lerp(o[piece].float(), o_m, share).to(o.dtype)
+                o[piece] = torch.lerp(o[piece].float(), o_m.float(), share).to(o.dtype)
                 lse[piece] = torch.logaddexp(own, lse_m)
         lse = lse.masked_fill(lse == -math.inf, 0.0)
         ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds)
@@ -171,20 +166,22 @@ class _PrefixAttention(torch.autograd.Function):
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         else:
             causal, mask, _ = _own_mask(q, k, RowBounds(*bounds) if bounds else None)
-            dq, dk, dv = flash_backward(do, q, k, v, o, lse, causal, mask, ctx.scale)
+            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+            for piece in _pieces(slice(None), q):  # the kernel's own fp32 copies are as small then
+                seen = mask if mask is None or len(mask) == 1 else mask[piece]
+                args = (x[piece] for x in (do, q, k, v, o, lse))
+                part = flash_backward(*args, causal, seen, ctx.scale)
+                dq[piece], dk[piece], dv[piece] = part
         for m, rows, length in _groups(ids, q.shape[0], lengths):
-            k_m, v_m = (
-                prefix_k[m : m + 1, :, :length].float(),
-                prefix_v[m : m + 1, :, :length].float(),
-            )
-            dk_m, dv_m = torch.zeros_like(k_m), torch.zeros_like(v_m)
+            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
+            dk_m, dv_m = (torch.zeros_like(x, dtype=torch.float32) for x in (k_m, v_m))
             for piece in _pieces(rows, q):
-                do_m, q_m, o_m = (_fold(x[piece].float(), k.shape[1]) for x in (do, q, o))
+                do_m, q_m, o_m = (_fold(x[piece], k.shape[1]) for x in (do, q, o))
                 own = lse[piece]
                 dq_m, *d_m = flash_backward(
                     do_m, q_m, k_m, v_m, o_m, _fold(own, k.shape[1]), False, None, ctx.scale
                 )
-                dq[piece] += _unfold(dq_m, own.shape).to(dq.dtype)
+                dq[piece] += _unfold(dq_m, own.shape)
                 dk_m += d_m[0]
                 dv_m += d_m[1]
             dpk[m, :, :length], dpv[m, :, :length] = dk_m[0], dv_m[0]

@@ -52,7 +52,7 @@ GROUP_CONFIGS = {
 }
 OWN_CONFIGS = {
     "64": Config(MOST_PACKED, 64, 4, 3),
-    "128": Config(MOST_PACKED, 128, 4, 2),
+    "64s2": Config(MOST_PACKED, 64, 4, 2),
     "32": Config(MOST_PACKED, 32, 4, 4),
 }
 FP32 = Config(MOST_PACKED, 32, 4, 2)
