@@ -1,10 +1,11 @@
 """Attention over a learned prefix.
 
 On the CPU: the flash kernel once for the row's own keys, once per memory for the prefix (all its
-rows and query heads folded into one sequence of queries, so the prefix is never repeated), merged
-by log-sum-exp. Backward feeds the merged output and log-sum-exp to the flash kernel's backward for
-each part, which is exact: the softmax weights of a part are exp(score - merged lse), and the row
-term sum(dO * O) needs the merged O. See docs/math.md.
+rows and query heads folded into one sequence of queries, a few rows at a time, so that neither the
+prefix is repeated nor the batch copied), merged by log-sum-exp. Backward feeds the merged output
+and log-sum-exp to the flash kernel's backward for each part, which is exact: the softmax weights of
+a part are exp(score - merged lse), and the row term sum(dO * O) needs the merged O. See
+docs/math.md.
 
 On other devices, in fp64, and under torch.compile: one concatenated scaled_dot_product_attention.
 """
@@ -12,6 +13,7 @@ On other devices, in fp64, and under torch.compile: one concatenated scaled_dot_
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from ..reference import visible_keys
 from ..types import Prefix, RowBounds
 
 _aten = torch.ops.aten
+_FOLDED = 1 << 20  # elements of q that one prefix pass folds: enough for all cores, little to copy
 
 
 def flash(q, k, v, causal, mask, scale):
@@ -88,6 +91,15 @@ def _groups(
     ]
 
 
+def _pieces(rows: Tensor | slice, q: Tensor) -> Iterator[Tensor | slice]:
+    """The rows of a group, a few at a time; slices stay slices, so that indexing makes views."""
+    size = max(1, _FOLDED // max(1, q[0].numel()))
+    if isinstance(rows, Tensor):
+        yield from rows.split(size)
+    else:
+        yield from (slice(i, min(i + size, len(q))) for i in range(0, len(q), size))
+
+
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
     """[R, Hq, T, ...] -> [1, Hkv, R G T, ...]: all queries of one kv head become one sequence."""
     r, heads, t = x.shape[:3]
@@ -131,19 +143,15 @@ class _PrefixAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, ids, scale, *bounds):
         o, lse = _attend_own(q, k, v, RowBounds(*bounds) if bounds else None, scale)
         for m, rows, length in _groups(ids, q.shape[0], lengths):
-            # The prefix pass runs in fp32: the queries are copied anyway, and a learned key keeps
-            # its precision.
-            k_m, v_m = (
-                prefix_k[m : m + 1, :, :length].float(),
-                prefix_v[m : m + 1, :, :length].float(),
-            )
-            q_m = _fold(q[rows].float(), k.shape[1])
-            o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
-            own = lse[rows]
-            o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
-            share = torch.sigmoid(lse_m - own)[..., None]
-            o[rows] = torch.lerp(o[rows].float(), o_m, share).to(o.dtype)
-            lse[rows] = torch.logaddexp(own, lse_m)
+            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
+            for piece in _pieces(rows, q):
+                q_m = _fold(q[piece], k.shape[1])
+                o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
+                own = lse[piece]
+                o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
+                share = torch.sigmoid(lse_m - own)[..., None]
+                o[piece] = torch.lerp(o[piece].float(), o_m.float(), share).to(o.dtype)
+                lse[piece] = torch.logaddexp(own, lse_m)
         lse = lse.masked_fill(lse == -math.inf, 0.0)
         ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds)
         ctx.scale = scale
@@ -158,19 +166,24 @@ class _PrefixAttention(torch.autograd.Function):
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         else:
             causal, mask, _ = _own_mask(q, k, RowBounds(*bounds) if bounds else None)
-            dq, dk, dv = flash_backward(do, q, k, v, o, lse, causal, mask, ctx.scale)
+            dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+            for piece in _pieces(slice(None), q):  # the kernel's own fp32 copies are as small then
+                seen = mask if mask is None or len(mask) == 1 else mask[piece]
+                args = (x[piece] for x in (do, q, k, v, o, lse))
+                part = flash_backward(*args, causal, seen, ctx.scale)
+                dq[piece], dk[piece], dv[piece] = part
         for m, rows, length in _groups(ids, q.shape[0], lengths):
-            k_m, v_m = (
-                prefix_k[m : m + 1, :, :length].float(),
-                prefix_v[m : m + 1, :, :length].float(),
-            )
-            do_m, q_m, o_m = (_fold(x[rows].float(), k.shape[1]) for x in (do, q, o))
-            own = lse[rows]
-            lse_m = _fold(own, k.shape[1])
-            dq_m, dk_m, dv_m = flash_backward(
-                do_m, q_m, k_m, v_m, o_m, lse_m, False, None, ctx.scale
-            )
-            dq[rows] += _unfold(dq_m, own.shape).to(dq.dtype)
+            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
+            dk_m, dv_m = (torch.zeros_like(x, dtype=torch.float32) for x in (k_m, v_m))
+            for piece in _pieces(rows, q):
+                do_m, q_m, o_m = (_fold(x[piece], k.shape[1]) for x in (do, q, o))
+                own = lse[piece]
+                dq_m, *d_m = flash_backward(
+                    do_m, q_m, k_m, v_m, o_m, _fold(own, k.shape[1]), False, None, ctx.scale
+                )
+                dq[piece] += _unfold(dq_m, own.shape)
+                dk_m += d_m[0]
+                dv_m += d_m[1]
             dpk[m, :, :length], dpv[m, :, :length] = dk_m[0], dv_m[0]
         return dq, dk, dv, dpk, dpv, None, None, None, *(None for _ in bounds)
 

@@ -47,12 +47,12 @@ _MERGED = 16  # splits merged at a time
 # are rounded in registers, so their tiles are twice as large.
 GROUP_CONFIGS = {
     "128x32": Config(128, 32, 8, 3),
-    "128x64": Config(128, 64, 8, 2),
+    "128x32s2": Config(128, 32, 8, 2),
     "64x32": Config(64, 32, 4, 3),
 }
 OWN_CONFIGS = {
     "64": Config(MOST_PACKED, 64, 4, 3),
-    "128": Config(MOST_PACKED, 128, 4, 2),
+    "64s2": Config(MOST_PACKED, 64, 4, 2),
     "32": Config(MOST_PACKED, 32, 4, 4),
 }
 FP32 = Config(MOST_PACKED, 32, 4, 2)
@@ -337,11 +337,8 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
 def decode(
     call: Call, group: Config | None = None, own: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse as ``one_pass`` gives them; the prefix keeps its dtype until it is in registers.
-
-    Raises:
-        Nothing; call only where ``fits`` holds.
-    """
+    """o and lse as ``one_pass`` gives them, where ``fits`` holds; the prefix keeps its dtype until it
+    is in registers."""
     call = call.ready(None)
     wide = call.q.dtype == torch.float32
     group = group or (FP32 if wide else GROUP_CONFIGS["128x32"])
@@ -357,6 +354,7 @@ def decode(
     prefix_args = call.prefix_args()
     has_prefix = prefix_args.pop("HAS_PREFIX")
     if has_prefix:
+        warps = min(group.warps, max(4, block_m // 16))
         launch(
             _prefix_attention_group_kernel,
             (tiles, kv_heads, prefix_splits),
@@ -365,7 +363,7 @@ def decode(
             **common,
             **call.sizes(),
             **prefix_args,
-            **group._replace(block_m=block_m).launch(),
+            **group._replace(block_m=block_m, warps=warps).launch(),
         )
     launch(
         _prefix_attention_own_kernel,

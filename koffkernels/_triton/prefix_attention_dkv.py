@@ -18,7 +18,9 @@ from .prefix_attention_dq import Upstream
 EXPECTS = {"_prefix_attention_dkv_kernel": "dot"}
 
 CONFIGS = {
-    "64x64": Config(64, 64, 8, 2),
+    "32x64": Config(32, 64, 8, 2),
+    "32x64s3": Config(32, 64, 8, 3),
+    "64x64": Config(64, 64, 8, 2, (90, 100)),
     "32x128": Config(32, 128, 8, 2, (90, 100)),
     "64x128": Config(64, 128, 8, 2, (100,)),
 }
@@ -181,7 +183,7 @@ def own_grads(
     dk, dv = (call.k.new_empty(shape) if need else None for need in needs)
     if not any(needs):
         return dk, dv
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x64"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["32x64"])
     rows, kv_heads, keys, _ = shape
     launch(
         _prefix_attention_dkv_kernel,

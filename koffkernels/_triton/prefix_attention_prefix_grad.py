@@ -14,11 +14,19 @@ from torch import Tensor
 
 from .common import launch
 from .prefix_attention_call import LOG2E, Call, Config, memory_length
-from .prefix_attention_dkv import CONFIGS, FP32, key_tiles
+from .prefix_attention_dkv import FP32, key_tiles
 from .prefix_attention_dq import Upstream
 from .reduce import sum_partials
 
 EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
+
+# The loop over rows takes registers of its own, so tiles are smaller than for own keys.
+CONFIGS = {
+    "32x64": Config(32, 64, 8, 2),
+    "32x64s3": Config(32, 64, 8, 3),
+    "64x64": Config(64, 64, 8, 2, (100,)),
+    "32x128": Config(32, 128, 8, 2, (90,)),
+}
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 
 
@@ -122,7 +130,7 @@ def prefix_grads(
         return None, None
     k, v, lengths = call.prefix
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x64"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["32x64"])
     n, kv_heads, length, _ = k.shape
     rows, _, queries, _ = call.q.shape
     row_splits, query_splits = _splits(call, config)

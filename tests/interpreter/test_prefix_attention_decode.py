@@ -78,8 +78,8 @@ def test_decode_groups_of_any_size(memories):
 
 def test_decode_forty_memories():
     """Groups of no, one or a few rows."""
-    case = Case((19, 1, 1, 1, 2, 64, 40, 3), torch.float32)
-    case.ids = torch.randint(-1, 40, (19,)) // 2 * 2
+    case = Case((7, 1, 1, 1, 2, 64, 40, 3), torch.float32)
+    case.ids = torch.tensor([39, 5, -1, 5, 0, 22, 5])
     check(case)
 
 
