@@ -43,8 +43,8 @@ _SPLIT = 128  # a split has at least as many keys
 _IDS = 64  # ids read at a time
 _MERGED = 16  # splits merged at a time
 
-# block_m is the largest tile; fewer rows take smaller ones. The learned keys are fp32 as a rule and
-# are rounded in registers, so their tiles are twice as large.
+# block_m is the largest tile; fewer rows take smaller ones. Learned keys, fp32 as a rule, are
+# rounded in registers: their tiles are twice as large.
 GROUP_CONFIGS = {
     "128x32": Config(128, 32, 8, 3),
     "128x32s2": Config(128, 32, 8, 2),
@@ -329,6 +329,7 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
     users = min(n, rows)  # memories that can be in use
     block_m = _block(triton.cdiv(rows, max(1, users)) * packed, config.block_m)
     block_m = max(block_m, _block(packed, MOST_PACKED))
+    block_m = 64 if block_m == 32 else block_m  # three variants are enough
     slots = block_m // packed
     tiles = (rows + users * (slots - 1)) // slots
     return block_m, tiles, _splits(tiles * kv_heads, length)
@@ -337,8 +338,7 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
 def decode(
     call: Call, group: Config | None = None, own: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse as ``one_pass`` gives them, where ``fits`` holds; the prefix keeps its dtype until it
-    is in registers."""
+    """o and lse as ``one_pass`` gives them, where ``fits`` holds."""
     call = call.ready(None)
     wide = call.q.dtype == torch.float32
     group = group or (FP32 if wide else GROUP_CONFIGS["128x32"])
@@ -350,7 +350,8 @@ def decode(
     splits, out_rows = prefix_splits + own_splits, rows * heads * queries
     part = call.q.new_empty(splits, out_rows, width, dtype=torch.float32)
     part_lse = call.q.new_empty(splits, out_rows, dtype=torch.float32)
-    common = {"o_ptr": part, "lse_ptr": part_lse, "rows": rows, **call.query_args()}
+    common = {"o_ptr": part, "lse_ptr": part_lse, "rows": rows}
+    common |= call.query_args() | call.sizes()
     prefix_args = call.prefix_args()
     has_prefix = prefix_args.pop("HAS_PREFIX")
     if has_prefix:
@@ -361,7 +362,6 @@ def decode(
             splits=prefix_splits,
             IDS=_IDS,
             **common,
-            **call.sizes(),
             **prefix_args,
             **group._replace(block_m=block_m, warps=warps).launch(),
         )
@@ -371,7 +371,6 @@ def decode(
         splits=own_splits,
         first_split=prefix_splits,
         **common,
-        **call.sizes(),
         **call.own_args(),
         **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).launch(),
     )
@@ -388,9 +387,7 @@ def _merge(call: Call, part: Tensor, part_lse: Tensor, prefix_splits: int) -> tu
         part_lse_ptr=part_lse,
         o_ptr=o,
         lse_ptr=lse,
-        heads=call.q.shape[1],
-        T=call.q.shape[2],
-        rows=call.q.shape[0],
+        **dict(zip(("rows", "heads", "T"), call.q.shape[:3], strict=True)),
         prefix_splits=prefix_splits,
         splits=part.shape[0],
         D=call.q.shape[3],
