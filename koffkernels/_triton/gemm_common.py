@@ -91,6 +91,11 @@ def grid_of(m: int, n: int, config: Config) -> tuple[int]:
     return (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
 
 
+def parts_of(config: Config, part: int) -> int:
+    """In how many parts to finish a tile, for at most ``part`` numbers in a thread at a time."""
+    return max(1, config.block_m * config.block_n // (32 * config.warps * part))
+
+
 @triton.jit
 def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(row, column) of this program's tile: down GROUP_M rows, then to the next column."""
@@ -203,3 +208,22 @@ def apply_poison(acc, broken, poison, HAS_IDS: tl.constexpr):
     if HAS_IDS:
         acc = tl.where((broken[:, None] & poison[None, :]) > 0, float("nan"), acc)
     return acc
+
+
+@triton.jit
+def split_columns(acc):
+    """The left and the right half of a tile."""
+    pair = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    return tl.split(tl.permute(pair, (0, 2, 1)))
+
+
+@triton.jit
+def store_tile(out_ptr, value, begin_m, begin_n, M, N, stride_m, ADD: tl.constexpr):
+    """Write, or add, a tile [BLOCK_M, BLOCK_N] to out [M, N] from (begin_m, begin_n) on."""
+    rows, cols = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
+    mask = (rows < M - begin_m)[:, None] & (cols < N - begin_n)[None, :]
+    out_ptrs = out_ptr + begin_m.to(tl.int64) * stride_m + begin_n
+    out_ptrs += rows[:, None] * stride_m + cols[None, :]
+    if ADD:
+        value += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)

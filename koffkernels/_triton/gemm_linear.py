@@ -18,11 +18,16 @@ from .gemm_common import (
     gemm_delta_args,
     grid_of,
     multiply,
+    parts_of,
+    split_columns,
+    store_tile,
     tile_position,
 )
 
 EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
 PREFILL = {"_gemm_linear_fwd_kernel": 1}
+
+_PART = 32  # numbers of y that a thread finishes at a time
 
 CONFIGS = {
     "128x256x64": Config(128, 256, 64, warps=8, stages=3, block_r=16),
@@ -31,6 +36,24 @@ CONFIGS = {
     "128x128x64w8": Config(128, 128, 64, warps=8, stages=4),
     "128x128x32": Config(128, 128, 32, warps=4, stages=4, block_r=16),
 }
+
+
+@triton.jit
+def store_output(
+    y_ptr, acc, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO: tl.constexpr, PARTS: tl.constexpr
+):
+    """Write acc + bias, in PARTS parts: all columns at once would not fit in registers."""
+    if PARTS > 1:
+        left, right = split_columns(acc)
+        store_output(y_ptr, left, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS // 2)
+        begin_n += left.shape[1]
+        store_output(y_ptr, right, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS // 2)
+    else:
+        if bias_ptr is not None:
+            offs_n = begin_n + tl.arange(0, acc.shape[1])
+            bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        store_tile(y_ptr, acc, begin_m, begin_n, M, N, stride_ym, ONTO)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -74,49 +97,46 @@ def _gemm_linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_M tokens, BLOCK_N outputs. W_BY_N: neighbours in W are outputs."""
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    begin_m, begin_n = pid_m.to(tl.int64) * BLOCK_M, pid_n.to(tl.int64) * BLOCK_N
+    begin_m, begin_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    row0 = begin_m.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    offs_n = pid_n * BLOCK_N + cols
-    mask_m, mask_n = rows < M - pid_m * BLOCK_M, offs_n < N
-    # Past the end x and its memories repeat the last row, W too where its loads stay whole: so no
-    # masks in the main loop.
-    rows_in = tl.minimum(rows, M - pid_m * BLOCK_M - 1)
+    offs_n = begin_n + cols
+    mask_n = offs_n < N
+    # Past the end x and its memories repeat the last row, and so does W where its loads stay whole:
+    # the main loop needs no masks.
+    rows = tl.minimum(rows, M - begin_m - 1)
     if not EVEN_N and not W_BY_N:
-        cols = tl.minimum(cols, N - pid_n * BLOCK_N - 1)
-    memory = token_memory(ids_ptr, begin_m + rows_in, rows_in >= 0, tokens, HAS_IDS)
+        cols = tl.minimum(cols, N - begin_n - 1)
+    memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens, HAS_IDS)
     first, last = memory_range(memory)
     acc = multiply(
-        x_ptr + begin_m * stride_xm + (rows_in[:, None] * stride_xm + offs_k[None, :]),
-        w_ptr + begin_n * stride_wn + (cols[None, :] * stride_wn + offs_k[:, None] * stride_wk),
+        x_ptr + row0 * stride_xm + (rows[:, None] * stride_xm + offs_k[None, :]),
+        w_ptr + begin_n.to(tl.int64) * stride_wn
+        + (cols[None, :] * stride_wn + offs_k[:, None] * stride_wk),
         K, stride_wk, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
     )  # fmt: skip
     broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
     if s_ptr0 is not None:
         acc, broken, poison = add_delta(
-            acc, broken, poison, s_ptr0 + begin_m * stride_sm0, b_ptr0, scaling_ptr0, R0,
-            stride_sm0, stride_be0, stride_bn0, stride_br0, memory, first, last, rows_in, offs_n,
+            acc, broken, poison, s_ptr0 + row0 * stride_sm0, b_ptr0, scaling_ptr0, R0,
+            stride_sm0, stride_be0, stride_bn0, stride_br0, memory, first, last, rows, offs_n,
             mask_n, HAS_IDS, BLOCK_R, PRECISION,
         )  # fmt: skip
     if s_ptr1 is not None:
         acc, broken, poison = add_delta(
-            acc, broken, poison, s_ptr1 + begin_m * stride_sm1, b_ptr1, scaling_ptr1, R1,
-            stride_sm1, stride_be1, stride_bn1, stride_br1, memory, first, last, rows_in, offs_n,
+            acc, broken, poison, s_ptr1 + row0 * stride_sm1, b_ptr1, scaling_ptr1, R1,
+            stride_sm1, stride_be1, stride_bn1, stride_br1, memory, first, last, rows, offs_n,
             mask_n, HAS_IDS, BLOCK_R, PRECISION,
         )  # fmt: skip
     if s_ptr0 is not None:
         acc = apply_poison(acc, broken, poison, HAS_IDS)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + begin_m * stride_ym + (rows[:, None] * stride_ym + offs_n[None, :])
-    mask = mask_m[:, None] & mask_n[None, :]
-    if ONTO:
-        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    store_output(y_ptr, acc, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS)
 
 
 def gemm_linear(
@@ -156,6 +176,7 @@ def gemm_linear(
         **{"M": m, "N": n, "K": k, "stride_xm": x.stride(0), "stride_ym": y.stride(0)},
         **{"stride_wn": weight.stride(0), "stride_wk": weight.stride(1)},
         ONTO=onto is not None,
+        PARTS=parts_of(config, _PART),
         EVEN_K=k % config.block_k == 0,
         EVEN_N=n % config.block_n == 0,
         W_BY_N=weight.stride(1) != 1,

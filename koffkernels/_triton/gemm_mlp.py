@@ -18,13 +18,16 @@ from .gemm_common import (
     gemm_delta_args,
     grid_of,
     multiply,
+    parts_of,
+    split_columns,
+    store_tile,
     tile_position,
 )
 
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
 PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
 
-_PART = 32 * 16  # numbers of h that a warp finishes at a time: 16 for each thread
+_PART = 16  # numbers of h that a thread finishes at a time
 
 # block_n neurons are 2 block_n columns: the gate's and the up projection's.
 CONFIGS = {
@@ -34,23 +37,6 @@ CONFIGS = {
     "128x64x64w8": Config(128, 64, 64, warps=8, stages=4),
     "128x64x32": Config(128, 64, 32, warps=4, stages=4, block_r=16),
 }
-
-
-@triton.jit
-def split_columns(acc):
-    """The left and the right half of a tile."""
-    pair = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
-    return tl.split(tl.permute(pair, (0, 2, 1)))
-
-
-@triton.jit
-def store_tile(out_ptr, value, begin_m, begin_n, M, N, stride_m):
-    """Write a tile [BLOCK_M, BLOCK_N] of out [M, N] from (begin_m, begin_n) on."""
-    rows, cols = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
-    mask = (rows < M - begin_m)[:, None] & (cols < N - begin_n)[None, :]
-    out_ptrs = out_ptr + begin_m.to(tl.int64) * stride_m + begin_n
-    out_ptrs += rows[:, None] * stride_m + cols[None, :]
-    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -77,7 +63,7 @@ def store_hidden(
             z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
             # Selected, so that a neuron's zero gate gives 0 whatever the others in its tile are.
             h = tl.where((z != 0.0)[None, :], h * z[None, :], 0.0)
-        store_tile(h_ptr, h, begin_m, begin_n, M, N, stride_hm)
+        store_tile(h_ptr, h, begin_m, begin_n, M, N, stride_hm, False)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
@@ -155,8 +141,8 @@ def _gemm_mlp_up_fwd_kernel(
         )  # fmt: skip
         if g0_ptr is not None:
             g, u = split_columns(acc)
-            store_tile(g0_ptr, g, begin_m, begin_n, M, N, stride_gm)
-            store_tile(u0_ptr, u, begin_m, begin_n, M, N, stride_gm)
+            store_tile(g0_ptr, g, begin_m, begin_n, M, N, stride_gm, False)
+            store_tile(u0_ptr, u, begin_m, begin_n, M, N, stride_gm, False)
         # Each update is 0 in the other's columns: wgmma wants the whole accumulator in place.
         neurons = begin_n + cols % BLOCK_N
         broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((2 * BLOCK_N,), tl.int32)
@@ -178,7 +164,7 @@ def _gemm_mlp_up_fwd_kernel(
         store_hidden(h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION, PARTS)
     else:
         zero = tl.zeros((BLOCK_M, BLOCK_N), h_ptr.dtype.element_ty)
-        store_tile(h_ptr, zero, begin_m, begin_n, M, N, stride_hm)
+        store_tile(h_ptr, zero, begin_m, begin_n, M, N, stride_hm, False)
 
 
 def gemm_mlp_up(
@@ -222,7 +208,7 @@ def gemm_mlp_up(
         **{"h_ptr": h, "g0_ptr": g0, "u0_ptr": u0},
         **{"M": m, "N": width, "K": k, **strides},
         ACTIVATION=activation,
-        PARTS=max(1, config.block_m * config.block_n // (config.warps * _PART)),
+        PARTS=parts_of(config, _PART),
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(x.dtype),
         **gemm_delta_args("_g", delta_gate),
