@@ -47,7 +47,7 @@ _MERGED = 16  # splits merged at a time
 # rounded in registers: their tiles are twice as large.
 GROUP_CONFIGS = {
     "128x32": Config(128, 32, 8, 3),
-    "128x32s2": Config(128, 32, 8, 2),
+    "128x32s2": Config(128, 32, 8, 2, (90, 100)),
     "64x32": Config(64, 32, 4, 3),
 }
 OWN_CONFIGS = {
