@@ -169,16 +169,8 @@ def gemm_linear(
     launch(
         _gemm_linear_fwd_kernel,
         grid_of(m, n, config),
-        x_ptr=x,
-        w_ptr=weight,
-        bias_ptr=bias,
-        y_ptr=y,
-        M=m,
-        N=n,
-        K=k,
-        stride_xm=x.stride(0),
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
+        x_ptr=x, w_ptr=weight, bias_ptr=bias, y_ptr=y, M=m, N=n, K=k,
+        stride_xm=x.stride(0), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
         stride_ym=y.stride(0),
         ONTO=onto is not None,
         PARTS=parts_of(config, _PART),
@@ -190,5 +182,5 @@ def gemm_linear(
         **delta_args("1", second),
         **rows.args(),
         **config_args(config, *delta),
-    )
+    )  # fmt: skip
     return y

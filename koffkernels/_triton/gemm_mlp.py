@@ -205,21 +205,10 @@ def gemm_mlp_up(
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
-        x_ptr=x,
-        wg_ptr=w_gate,
-        wu_ptr=w_up,
-        gates_ptr=gates,
-        h_ptr=h,
-        g0_ptr=g0,
-        u0_ptr=u0,
-        M=m,
-        N=width,
-        K=k,
-        stride_xm=x.stride(0),
-        stride_wgn=w_gate.stride(0),
-        stride_wun=w_up.stride(0),
-        stride_hm=width,
-        stride_gm=2 * width,
+        x_ptr=x, wg_ptr=w_gate, wu_ptr=w_up, gates_ptr=gates, h_ptr=h, g0_ptr=g0, u0_ptr=u0,
+        M=m, N=width, K=k,
+        stride_xm=x.stride(0), stride_wgn=w_gate.stride(0), stride_wun=w_up.stride(0),
+        stride_hm=width, stride_gm=2 * width,
         ACTIVATION=activation,
         PARTS=parts_of(config, _PART),
         EVEN_K=k % config.block_k == 0,
@@ -228,5 +217,5 @@ def gemm_mlp_up(
         **delta_args("_u", delta_up),
         **rows.args(),
         **config_args(config, delta_gate, delta_up),
-    )
+    )  # fmt: skip
     return h, g0, u0
