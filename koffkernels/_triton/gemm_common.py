@@ -33,7 +33,7 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    block_r: int = 32
+    block_r: int = 16
     group_m: int = 8
     archs: tuple[int, ...] | None = None
 
