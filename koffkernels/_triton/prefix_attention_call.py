@@ -113,7 +113,7 @@ class Call(NamedTuple):
         """q and its strides."""
         return {"q_ptr": self.q, **strides("q", self.q)}
 
-    def own_args(self, own: bool = True) -> dict[str, Any]:
+    def own_args(self) -> dict[str, Any]:
         """The rows' own keys and which of them each row sees."""
         start, end, first = self.bounds or (None, None, None)
         return {
@@ -124,7 +124,7 @@ class Call(NamedTuple):
             "start_ptr": start,
             "end_ptr": end,
             "first_ptr": first,
-            "S": self.k.shape[2] if own else 0,
+            "S": self.k.shape[2],
             "HAS_BOUNDS": self.bounds is not None,
         }
 

@@ -29,8 +29,8 @@ from .prefix_attention_call import (
 EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel": "dot"}
 
 CONFIGS = {
-    "64x64": Config(64, 64, 4, 2),
     "128x32": Config(128, 32, 8, 2),
+    "64x64": Config(64, 64, 4, 2, (90, 100)),
     "128x64": Config(128, 64, 8, 2, (90, 100)),
     "128x128": Config(128, 128, 8, 1, (100,)),
 }
@@ -195,23 +195,24 @@ def _prefix_attention_dq_kernel(
             scale_log2, BLOCK_N, True, PRECISION,
         )  # fmt: skip
 
-    start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
-    end = tl.minimum(end, first + (block + 1) * BLOCK_M)
-    common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
-    full = start + common // BLOCK_N * BLOCK_N
-    limit = tl.minimum(end, first + offs_m + 1)[:, None]
-    k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
-    v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
-    dq = _query_tiles(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, start, full, limit,
-        scale_log2, BLOCK_N, False, PRECISION,
-    )  # fmt: skip
-    k_ptr += (full - start).to(tl.int64) * k_t
-    v_ptr += (full - start).to(tl.int64) * v_t
-    dq = _query_tiles(
-        dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, full, end, limit,
-        scale_log2, BLOCK_N, True, PRECISION,
-    )  # fmt: skip
+    if not RESUME:  # which is of the prefix alone
+        start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+        end = tl.minimum(end, first + (block + 1) * BLOCK_M)
+        common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
+        full = start + common // BLOCK_N * BLOCK_N
+        limit = tl.minimum(end, first + offs_m + 1)[:, None]
+        k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
+        v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
+        dq = _query_tiles(
+            dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, start, full, limit,
+            scale_log2, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+        k_ptr += (full - start).to(tl.int64) * k_t
+        v_ptr += (full - start).to(tl.int64) * v_t
+        dq = _query_tiles(
+            dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, full, end, limit,
+            scale_log2, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
 
     dq *= scale
     dq_rows = dq_ptr + b * dq_b + head * dq_h + rows * dq_t + offs_d
@@ -274,7 +275,7 @@ def query_grad(
     resume = dq is not None
     dq = torch.empty_like(call.q) if dq is None else dq
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["64x64"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["128x32"])
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_dq_kernel,
@@ -285,7 +286,7 @@ def query_grad(
         **up.args(),
         **call.sizes(),
         **call.query_args(),
-        **call.own_args(own=not resume),
+        **call.own_args(),
         **call.prefix_args(),
         **config.launch(),
     )

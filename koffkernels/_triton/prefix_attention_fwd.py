@@ -122,24 +122,25 @@ def _prefix_attention_fwd_kernel(
             scale_log2, BLOCK_N, True, PRECISION,
         )  # fmt: skip
 
-    start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
-    end = tl.minimum(end, first + (block + 1) * BLOCK_M)
-    # Keys that the tile's first query sees, all its queries see.
-    common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
-    full = start + common // BLOCK_N * BLOCK_N
-    limit = tl.minimum(end, first + offs_m + 1)[:, None]
-    k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
-    v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, start, full, limit,
-        scale_log2, BLOCK_N, False, PRECISION,
-    )  # fmt: skip
-    k_ptr += (full - start).to(tl.int64) * k_t
-    v_ptr += (full - start).to(tl.int64) * v_t
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, full, end, limit,
-        scale_log2, BLOCK_N, True, PRECISION,
-    )  # fmt: skip
+    if not RESUME:  # which is of the prefix alone
+        start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+        end = tl.minimum(end, first + (block + 1) * BLOCK_M)
+        # Keys that the tile's first query sees, all its queries see.
+        common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
+        full = start + common // BLOCK_N * BLOCK_N
+        limit = tl.minimum(end, first + offs_m + 1)[:, None]
+        k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
+        v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
+        acc, total, peak = attend(
+            acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, start, full, limit,
+            scale_log2, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
+        k_ptr += (full - start).to(tl.int64) * k_t
+        v_ptr += (full - start).to(tl.int64) * v_t
+        acc, total, peak = attend(
+            acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, full, end, limit,
+            scale_log2, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
 
     o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(o_rows, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
@@ -190,7 +191,7 @@ def _launch(call: Call, o: Tensor, lse: Tensor, resume: bool, config: Config | N
         **strides("o", o),
         **call.sizes(),
         **call.query_args(),
-        **call.own_args(own=not resume),
+        **call.own_args(),
         **call.prefix_args(),
         **config.launch(),
     )
