@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/koff demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -214,8 +214,8 @@ def force_backend(backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recompute_hidden(enabled: bool = True) -> Iterator[None]:
-    """Let ``gated_mlp`` keep only its input for backward inside the ``with`` block, and compute the
-    results of the gate and up layers again there: two thirds less memory for one more GEMM.
+    """Let ``gated_mlp`` keep x [M, H] for backward inside the ``with`` block, and compute the two
+    [M, I] of the gate and up layers again there.
 
     Args:
         enabled: False: keep them, as outside.

@@ -16,7 +16,7 @@ from mlp_inputs import PARTS, SHAPES, caller, eager_caller, make
 from oracle import assert_same, check, run, run_oracle
 from torch.utils.checkpoint import checkpoint
 
-from koffkernels import GatedMLPLoRA, force_backend, gated_mlp
+from koffkernels import GatedMLPLoRA, force_backend, gated_mlp, recompute_hidden
 from koffkernels._torch import gated_mlp as implementation
 
 
@@ -44,6 +44,22 @@ def test_gated_mlp_gates_and_activations(gates, activation):
 def test_gated_mlp_only_some_parts_have_lora(parts, gates):
     tensors, weights = make(((3, 5), 12, 20, 2, 3), torch.float32, parts, gates)
     check(caller(weights, ids_of("mixed", 3, 2)), tensors, torch.float32)
+
+
+@pytest.mark.parametrize("parts", [PARTS, ("down",), ()], ids=str)
+def test_gated_mlp_recompute_keeps_nothing_wide_and_gives_the_same_bits(parts):
+    tensors, weights = make(((4, 30), 12, 80, 2, 3), torch.float32, parts)
+    call, saved = caller(weights, ids_of("mixed", 4, 2)), []
+    want = run(call, tensors)
+
+    def pack(t):
+        saved.append(t.shape)
+        return t
+
+    with recompute_hidden(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        assert_same(run(call, tensors), want)
+    assert not [shape for shape in saved if shape[-1] == 80 and len(shape) == 3 and shape[1] == 30]
+    assert any(tuple(shape) == (4, 30, 12) for shape in saved)
 
 
 @pytest.mark.parametrize("dtype", LOW)

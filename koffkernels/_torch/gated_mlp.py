@@ -1,5 +1,5 @@
-"""Gated MLP that keeps only x, g and u for backward; everything else of width I is recomputed
-there, piece by piece."""
+"""Gated MLP that keeps only x, g and u for backward (under ``recompute_hidden`` only x); everything
+else of width I is recomputed there, piece by piece."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import compute_dtype
+from ..dispatch import compute_dtype, recomputes
 from ..reference import ACTIVATIONS
 from ..types import GatedMLPLoRA, LoRA
 from .rows import add_delta, lora_gradients, row_matrices, traced_linear
@@ -144,16 +144,17 @@ class _GatedMLP(torch.autograd.Function):
     there is no LoRA)."""
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, w_down, gates, ids, activation, *flat):
+    def forward(ctx, x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
         lora = _triples(flat)
         g, s_gate = _linear(x, w_gate, lora[0], ids)
         u, s_up = _linear(x, w_up, lora[1], ids)
         y, s_down = _linear(_hidden(g, u, gates, activation), w_down, lora[2], ids)
         ctx.activation = activation
-        ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (7, 10, 13)]
+        ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (8, 11, 14)]
         kept = (s_gate, s_up, s_down)
         s = [s if train else None for s, train in zip(kept, ctx.trains, strict=True)]
-        keep_x = x if ctx.trains[0] or ctx.trains[1] else None
+        keep_x = x if recompute or ctx.trains[0] or ctx.trains[1] else None
+        g, u = (None, None) if recompute else (g, u)
         ctx.save_for_backward(keep_x, g, u, *s, w_gate, w_up, w_down, gates, ids, *flat)
         return y
 
@@ -164,6 +165,8 @@ class _GatedMLP(torch.autograd.Function):
         lora, needs_x, needs_gates = _triples(flat), *ctx.needs_input_grad[0:5:4]
         grads: list[Tensor | None] = [None] * 9
         with torch.autocast(dy.device.type, enabled=False):
+            if g is None:
+                g, u = (_linear(x, w_gate, lora[0], ids)[0], _linear(x, w_up, lora[1], ids)[0])
             dh, t_down = _linear_backward(dy, w_down, lora[2], ids)
             dg, du, dz, da_down = _hidden_backward(
                 dh, g, u, gates, ctx.activation, t_down if ctx.trains[2] else None, needs_gates
@@ -178,11 +181,11 @@ class _GatedMLP(torch.autograd.Function):
                     rows = torch.bmm(t.transpose(1, 2), x), torch.bmm(d.transpose(1, 2), s)
                     grads[3 * i : 3 * i + 3] = lora_gradients(lora[i], ids, *rows)
         dz = None if dz is None else dz.to(gates.dtype)
-        return dx, None, None, None, dz, None, None, *grads
+        return dx, None, None, None, dz, None, None, None, *grads
 
 
-def _traced(x, w_gate, w_up, w_down, gates, ids, activation, *flat):
-    """The same by autograd; see ``traced_linear``."""
+def _traced(x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
+    """The same by autograd, which decides by itself what to keep; see ``traced_linear``."""
     lora = _triples(flat)
     g = traced_linear(x, w_gate, None, lora[0], ids)
     h = ACTIVATIONS[activation](g) * traced_linear(x, w_up, None, lora[1], ids)
@@ -222,5 +225,5 @@ def run(
     rows = rows.to(compute_dtype(x, weights[0]))
     op = _traced if torch.compiler.is_compiling() else _GatedMLP.apply
     with torch.autocast(x.device.type, enabled=False):
-        y = op(rows, *weights, gates, memory_ids, activation, *flat)
+        y = op(rows, *weights, gates, memory_ids, activation, recomputes(), *flat)
     return y if x.dim() == 3 else y.reshape(x.shape)
