@@ -6,6 +6,7 @@ inside the kernels; what leaves them is in natural units.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,24 @@ class Config(NamedTuple):
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+
+@functools.lru_cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def default_config(configs: dict[str, Config], q: Tensor) -> Config:
+    """The first candidate made for q's GPU, else the first of all, which every GPU can run.
+
+    Larger tiles, which not every GPU has the registers for, are the ones restricted to some.
+    """
+    first = next(iter(configs.values()))
+    if q.device.type != "cuda":
+        return first
+    arch = _arch(q.device)
+    return next((c for c in configs.values() if arch in (c.archs or ())), first)
 
 
 def unit_stride(x: Tensor) -> Tensor:

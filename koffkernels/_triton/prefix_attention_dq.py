@@ -19,6 +19,7 @@ from .prefix_attention_call import (
     LOG2E,
     Call,
     Config,
+    default_config,
     row_bounds,
     row_prefix,
     strides,
@@ -30,8 +31,8 @@ EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel"
 
 CONFIGS = {
     "128x32": Config(128, 32, 8, 2),
-    "64x64": Config(64, 64, 4, 2, (90, 100)),
     "128x64": Config(128, 64, 8, 2, (90, 100)),
+    "64x64": Config(64, 64, 4, 2, (90, 100)),
     "128x128": Config(128, 128, 8, 1, (100,)),
 }
 FP32 = Config(32, 32, 4, 1)
@@ -275,7 +276,7 @@ def query_grad(
     resume = dq is not None
     dq = torch.empty_like(call.q) if dq is None else dq
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else CONFIGS["128x32"])
+    config = config or (FP32 if call.q.dtype == torch.float32 else default_config(CONFIGS, call.q))
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_dq_kernel,

@@ -20,6 +20,7 @@ from .prefix_attention_call import (
     Call,
     Config,
     attend,
+    default_config,
     row_bounds,
     row_prefix,
     strides,
@@ -27,14 +28,16 @@ from .prefix_attention_call import (
 
 EXPECTS = {"_prefix_attention_fwd_kernel": "dot"}
 
-# 128 x 128 tiles do not fit the registers of the other two.
+# Larger tiles do not fit the registers of every GPU, at least when resumed.
 CONFIGS = {
-    "128x64": Config(128, 64, 8, 3),
-    "128x64s2": Config(128, 64, 8, 2),
+    "128x32": Config(128, 32, 8, 3),
+    "128x64": Config(128, 64, 8, 3, (90, 100)),
+    "128x64s2": Config(128, 64, 8, 2, (90, 100)),
     "128x128": Config(128, 128, 8, 2, (90,)),
     "128x128s3": Config(128, 128, 8, 3, (90,)),
-    "64x64": Config(64, 64, 4, 3),
+    "64x64": Config(64, 64, 4, 3, (90, 100)),
 }
+_SHORT = {name: CONFIGS[name] for name in ("128x32", "64x64")}  # up to 64 queries
 # fp32 has half the keys in the same shared memory, and no tensor cores unless TF32 is allowed.
 FP32 = Config(64, 32, 4, 2)
 
@@ -151,7 +154,7 @@ def choose_config(call: Call) -> Config:
     """The default candidate for the shapes of a call."""
     if call.q.dtype == torch.float32:
         return FP32
-    return CONFIGS["64x64" if call.q.shape[2] <= 64 else "128x64"]
+    return default_config(_SHORT if call.q.shape[2] <= 64 else CONFIGS, call.q)
 
 
 def empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
