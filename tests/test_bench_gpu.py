@@ -114,7 +114,7 @@ def test_bench_gpu_tests_part_dry(tmp_path):
     rows = {row["name"]: row for row in dry("tests", tmp_path, *options)["rows"]}
     tests, memcheck = rows["tests-bf16"], rows["memcheck-vendor"]
     assert (tests["passed"], tests["failed"], tests["exit_code"]) == (0, 0, 5)  # all deselected
-    assert "deselected" in tests["output"]
+    assert "deselected" in tests["output"] or "no tests ran" in tests["output"]  # xdist's words
     assert memcheck["status"].startswith("no compute-sanitizer") and memcheck["exit_code"] == 0
     assert "9 cases ran" in memcheck["output"]
 
