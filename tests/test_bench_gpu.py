@@ -1,6 +1,7 @@
 """bench.gpu without a GPU: every part dry, the peers' results, and what the files hold."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -302,13 +303,15 @@ def test_bench_gpu_files_with_gpu_tests_are_found():
 
 
 def test_bench_gpu_make_target_passes_its_options():
-    made = subprocess.run(
-        ["make", "-n", "gpu", "PART=targets", "OUTPUT=out", "GPU_PYTHON=some-python"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert made.stdout.strip() == "some-python -m bench.gpu --part targets --output out"
-    plain = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert plain.stdout.strip() == "python3 -m bench.gpu"
+    def dry(*options: str) -> str:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # of an outer make
+        command = ["make", "-n", "gpu", *options]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    options = dry("PART=targets", "OUTPUT=out", "GPU_PYTHON=some-python")
+    assert options == "some-python -m bench.gpu --part targets --output out"
+    assert dry() == "python3 -m bench.gpu"
 
 
 def test_bench_gpu_results_are_replaced_whole(tmp_path, monkeypatch):
