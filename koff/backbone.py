@@ -169,8 +169,7 @@ def build_backbone(
     require(not wrong, where, "the backbone's tensors", rule, wrong, step)
     if GENERATION in facts["files"]:
         model.generation_config = _generation(directory, where)
-    base = facts.get("base")  # not sealed: whoever moves the dense model may say where it is now
-    model.config._name_or_path = base if isinstance(base, str) else ""
+    model.config._name_or_path = facts["base"] or ""
     return model
 
 

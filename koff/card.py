@@ -159,7 +159,7 @@ def model_card(facts: dict[str, Any], folder: Path) -> str:
     Returns:
         The text of README.md.
     """
-    base, names = facts.get("base") or "unknown", facts["memories"]
+    base, names = facts["base"] or "unknown", facts["memories"]
     tokenizer = (folder / "tokenizer_config.json").is_file()
     first = f"memories/{names[0]}" if names else ""
     lora, kv = (

@@ -102,6 +102,8 @@ def read_facts(directory: Path, where: str, *, sealed: bool = True) -> dict[str,
     good = type(version) is int and version == FORMAT
     require(good, where, "the format version", rule, repr(version), "update koff")
     _check_types(facts, where)
+    for name in ("base", "revision"):  # may be null, and are not sealed: left out is null too
+        facts.setdefault(name, None)
     if sealed:
         check_seal(facts, where)
     return facts

@@ -88,7 +88,7 @@ def put_memory(
         check_place(directory, f"{MEMORIES}/{name}/file", "koff")
         if target.exists():  # not listed: an earlier attempt was cut short here
             shutil.rmtree(target)
-        _write_memory(model, memory, new, facts["backbone_sha256"], facts.get("base"))
+        _write_memory(model, memory, new, facts["backbone_sha256"], facts["base"])
         facts["files"] |= digests(staging, filter(is_plain, atomic.files_of(staging)))
         facts["memories"] = [*facts["memories"], name]
         if record is not None:

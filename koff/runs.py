@@ -248,7 +248,7 @@ def describe(directory: str | Path) -> dict[str, str]:
     facts = read_facts(directory, "koff info")
     widths, dense, removed = facts["widths"], facts["dense_widths"], facts["sparsity"]
     named = {
-        "base": str(facts.get("base")),
+        "base": str(facts["base"]),
         "written": f"{facts['created']}, koff {facts['koff']}",
         "backbone": f"{millions(count_saved(directory, deep=False))} parameters",
         "MLP widths": f"{_span(widths)} in {len(widths)} layers (dense: {_span(dense)})",
