@@ -53,7 +53,7 @@ def matrix_gradients(
     K] and db [n, r, N]."""
     a, b, scaling = lora
     factor = scaling.float()[:, None, None]
-    db = db.transpose(1, 2)
+    db = db.transpose(1, 2).contiguous()  # the layout that the operators promise
     return [
         (da * factor).to(a.dtype) if needs[0] else None,
         (db * factor).to(b.dtype) if needs[1] else None,

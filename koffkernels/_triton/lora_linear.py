@@ -69,7 +69,7 @@ def _backward(
 def _backward_fake(dy, x, s, weight, a, b, scaling, ids, tokens, needs):
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
     return [
-        like if like is dx else torch.empty_like(like)
+        like if like is dx else torch.empty_like(like, memory_format=torch.contiguous_format)
         for like, need in zip((dx, a, b, scaling), needs, strict=True)
         if need
     ]

@@ -50,7 +50,7 @@ def operation(
     backward_fake: Callable[..., list[Tensor]],
     gradients: Callable[..., tuple[Tensor | None, ...]],
 ) -> Operation:
-    """Register ``koff::name`` and ``koff::name_backward`` and tie them to autograd.
+    """Register ``koffkernels::name`` and ``koffkernels::name_backward`` and tie them to autograd.
 
     Args:
         name: of the operator.
@@ -66,9 +66,11 @@ def operation(
     Returns:
         Both forms.
     """
-    op = torch.library.custom_op(f"koff::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(f"koffkernels::{name}", forward, mutates_args=())
     op.register_fake(fake)
-    op_backward = torch.library.custom_op(f"koff::{name}_backward", backward, mutates_args=())
+    op_backward = torch.library.custom_op(
+        f"koffkernels::{name}_backward", backward, mutates_args=()
+    )
     op_backward.register_fake(backward_fake)
     op.register_autograd(lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup)
 

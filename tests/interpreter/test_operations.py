@@ -145,7 +145,7 @@ def test_gated_mlp_opcheck(parts, recompute):
     x = tensors["x"].flatten(0, 1).requires_grad_()
     gates, ids = tensors["gates"].requires_grad_(), torch.tensor([1, -1])
     args = (x, *weights, gates, *lora, ids, 3, "silu", recompute)
-    torch.library.opcheck(torch.ops.koff.gated_mlp, args)
+    torch.library.opcheck(torch.ops.koffkernels.gated_mlp, args)
 
 
 @pytest.mark.parametrize("frozen", ["none", "a"])
@@ -154,7 +154,7 @@ def test_lora_linear_opcheck(frozen):
     lora = [tensors[f"lora.{f}"].requires_grad_(f != frozen) for f in ("a", "b", "scaling")]
     x = tensors["x"].flatten(0, 1).requires_grad_()
     args = (x, weights["w"], torch.randn(12), *lora, torch.tensor([1, -1]), 3)
-    torch.library.opcheck(torch.ops.koff.lora_linear, args)
+    torch.library.opcheck(torch.ops.koffkernels.lora_linear, args)
 
 
 @pytest.mark.parametrize("case", [mlp_case, linear_case])
@@ -162,3 +162,24 @@ def test_compiled(case):
     call, tensors = case(((3, 5), 12, 20, 2, 3), "mixed", torch.float32)
     want = run(call, tensors)
     assert_same(run(torch.compile(call, fullgraph=True, backend="aot_eager"), tensors), want)
+
+
+@pytest.mark.parametrize("op", ["gated_mlp_backward", "lora_linear_backward"])
+def test_backward_operators_keep_the_layout_they_promise(op, monkeypatch):
+    """Inductor checks strides at run time; aot_eager does not."""
+    mlp = op.startswith("gated")
+    case = mlp_case if mlp else linear_case
+    call, tensors = case(((2, 3), 8, 12, 2, 3), "mixed", torch.float32)
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() == f"koffkernels::{op}":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Record():
+        run(call, tensors)
+    assert len(seen) == 1
+    torch.library.opcheck(seen[0][0], seen[0][1], test_utils=("test_schema", "test_faketensor"))
