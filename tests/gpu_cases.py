@@ -88,15 +88,12 @@ def _finish(
 ) -> Case:
     """Add the memory of each row: all of them and none in turn, none given with one memory.
 
-    Eager's error is comparable in 16 bits, where roundings are many. There, with one memory, the
-    scaling's gradient is a single number in which thousands of rounded terms cancel: left out.
+    Eager's error is comparable in 16 bits, where roundings are many.
     """
     lead, _, _, memories, _ = shape
     low = tensors["x"].dtype in LOW
     if memories > 1:
         tensors["ids"] = ids_of("mixed", lead[0], memories)
-    elif low:
-        frozen += tuple(name for name in tensors if name.endswith("scaling"))
     comparable = low and memories < 40 and 0 not in lead
     return Case(tensors, call, eager if comparable else None, frozen)
 

@@ -6,7 +6,15 @@ import contextlib
 import pytest
 import torch
 from gpu_cases import ATTENTION, BUILDERS, NAMES, SHAPES, Case, attention_case
-from oracle import assert_same, compare, cotangent_for, leaves_of, run, run_oracle
+from oracle import (
+    assert_same,
+    compare,
+    cotangent_for,
+    leaves_of,
+    run,
+    run_oracle,
+    typical_of,
+)
 from tolerances import BACKWARD, FORWARD
 
 from koffkernels.dispatch import choose
@@ -76,7 +84,8 @@ def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
             continue
         assert grad is not None, f"gradient of {name} is missing"
         assert grad.dtype == case.tensors[name].dtype and grad.device.type == DEVICE.type
-        compare(name, grad, want_grads[name], NAMES[dtype], BACKWARD, theirs[1].get(name))
+        typical = typical_of(name, case.tensors, want_grads)
+        compare(name, grad, want_grads[name], NAMES[dtype], BACKWARD, theirs[1].get(name), typical)
 
 
 @every_op
@@ -268,7 +277,8 @@ def test_gpu_graph_of_forward_and_backward(op, route):
     compare("replayed output", got[0], want, torch.bfloat16, FORWARD)
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]
     for name, grad in zip(names, got[1:], strict=True):
-        compare(f"replayed {name}", grad, grads[name], torch.bfloat16, BACKWARD)
+        typical = typical_of(name, case.tensors, grads)
+        compare(f"replayed {name}", grad, grads[name], torch.bfloat16, BACKWARD, typical=typical)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

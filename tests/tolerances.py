@@ -36,14 +36,17 @@ FEW = 8
 CANCELLED = 1e-12  # rms of the oracle's own rounding where the true value is 0
 
 
-def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
+def rms_error(got: torch.Tensor, want: torch.Tensor, typical: torch.Tensor | None = None) -> float:
     """rms(got - want) / rms(want) in fp64, inf for a NaN. Where terms of order 1 cancel to 0 the
-    error is absolute; what must be exactly 0 is tested by itself."""
+    error is absolute; what must be exactly 0 is tested by itself. ``typical`` is the size these
+    sums have when their terms do not cancel: where it is larger, it is what the error is of."""
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, want {tuple(want.shape)}"
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     if got.numel() == 0:
         return 0.0
     scale, error = want.square().mean().sqrt(), (got - want).square().mean().sqrt()
+    if typical is not None:
+        scale = scale.maximum(typical.double().square().mean().sqrt().to(scale))
     if not torch.isfinite(error):
         return float("inf")
     return float(error / scale if scale > CANCELLED else error)
