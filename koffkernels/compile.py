@@ -65,20 +65,21 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
 
     Args:
         archs: of "sm_80", "sm_90", "sm_100".
-        subset: one model's shapes and each file's first configuration; at least one unit of every
-            kernel.
+        subset: one model's shapes and each chip's default configurations; at least one unit of
+            every kernel.
         kernels: names of kernels; None for all.
 
     Raises:
         ValueError: an unknown kernel, or one in ``_triton`` that no case launches.
     """
     from ._triton import cases, compiling, settings
+    from ._triton.common import default_name
 
     present = cases.all_kernels()
     _check_names({name for _, name in present}, kernels)
     few, units, chosen = set(settings.subset()), {}, set()
     for at, file, case in _all_cases():
-        first = case.config in ("default", *(next(iter(t)) for t in tables_of(file)))
+        tables = tables_of(file)
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in case.archs]:
                 own = Unit(launch, arch, labels | {"shapes": []})
@@ -86,7 +87,8 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
                 if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
                     unit.labels["config"] = labels["config"]
-                if at in few and first:
+                defaults = {default_name(table, int(arch[3:])) for table in tables} | {"default"}
+                if at in few and case.config in defaults:
                     chosen.add((key, arch))
     _check_coverage(present, {(compiling.module_of(u.launch), u.kernel) for u in units.values()})
     if subset:

@@ -16,7 +16,7 @@ from koffkernels import compile as gate
 from koffkernels._triton import cases, common, compiling, settings
 
 ROOT = Path(__file__).parents[1]
-EXPECTS = {"_tile_kernel": "dot", "_copy_kernel": None}
+EXPECTS = {"_tile_kernel": "dot", "_copy_kernel": None, "_loop_kernel": "dot"}
 
 
 def run_gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -122,6 +122,34 @@ def test_gate_fails_on_small_prefill_tiles(shape, accumulators, good):
     launch = tile(*shape, 64, warps=8)
     found = problems(launch, tensor_cores="dot", accumulators=accumulators)
     assert good == (found == []) and all("prefill tile" in text for text in found)
+
+
+@triton.jit
+def _loop_kernel(
+    x_ptr, w_ptr, y_ptr, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """y = x w^T; with STEP = 2 neither is read from one element to the next."""
+    offs_m, offs_n, offs_k = (tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K))
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + offs_m[:, None] * K + (k + offs_k)[None, :] * STEP)
+        w = tl.load(w_ptr + offs_n[None, :] * K + (k + offs_k)[:, None] * STEP)
+        acc = tl.dot(x, w, acc)
+    tl.store(y_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], acc)
+
+
+@pytest.mark.parametrize("arch", settings.ARCHS)
+@pytest.mark.parametrize("step", [1, 2])
+def test_gate_fails_on_narrow_loads(step, arch):
+    x = torch.empty(128, 512, dtype=torch.bfloat16, device="meta")
+    tiles = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, STEP=step)
+    pointers = dict(x_ptr=x, w_ptr=x, y_ptr=torch.empty(128, 128, device="meta"))
+    with common.recording() as launches:
+        common.launch(_loop_kernel, (1,), **pointers, K=512, **tiles, num_warps=8, num_stages=3)
+    copies = compiling.compile_launch(launches[0], arch)["wide_copies"]
+    found = compiling.copy_problems(copies, 1, launches[0])
+    assert found == ([] if step == 1 else ["must load by 24 copies of 16 bytes, got 0"])
 
 
 def test_gate_reports_what_does_not_compile():

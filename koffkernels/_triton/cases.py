@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import routes
 from ..types import GatedMLPLoRA, LoRA
 from . import cases_attention
-from .settings import Case, Setting, configs
+from .settings import Case, Setting, configs, defaults
 
 
 def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
@@ -100,7 +100,7 @@ def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     """Forward, and the input gradient: of a slice, with W read across, onto what is there."""
-    k, n, m, first = at.model.hidden, at.inner, 8192, next(iter(module.CONFIGS.values()))
+    k, n, m, usual = at.model.hidden, at.inner, 8192, defaults(module.CONFIGS)
     rows, weight, bias = at.rows(m), at.empty(n, k), at.empty(n)
     a, b, scaling = at.lora(k, n)
     s = at.empty(m, 2 * at.r)[:, : at.r]
@@ -109,10 +109,10 @@ def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     for config, labels in configs(module.CONFIGS):
         calls = [("forward", x, weight, None, (update,), None)]
         calls += [("backward onto", dy, weight.t(), None, (back, back), dx)]
-        if config is first:
+        if config in usual:
             calls += [("backward", dy, weight.t(), None, (), None)]
             calls += [("backward", dy, weight.t(), None, (back,), None)]
-        if at.plain and config is first:
+        if at.plain and config in usual:
             calls += [("forward, bias", x, weight, bias, (update,), None)]
             calls += [("forward, no LoRA", x, weight, None, (), None)]
         for name, *call, onto in calls:
@@ -121,16 +121,16 @@ def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _gemm_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
-    k, n, m, first = at.model.hidden, at.inner, 8192, next(iter(module.CONFIGS.values()))
+    k, n, m, usual = at.model.hidden, at.inner, 8192, defaults(module.CONFIGS)
     x, weights, rows, gates = at.empty(m, k), (at.empty(n, k),) * 2, at.rows(m), at.master(n)
     s, (_, b, scaling) = at.empty(m, 2 * at.r), at.lora(k, n)
     deltas = [module.Delta(part, b, scaling) for part in (s[:, : at.r], s[:, at.r :])]
     for config, labels in configs(module.CONFIGS):
         calls = [(gates, *deltas, True), (gates, *deltas, False)]
-        if at.plain and config is first:
+        if at.plain and config in usual:
             calls += [(None, *deltas, True), (gates, None, None, True), (None, None, None, False)]
-        for gates, gate, up, keep in calls:
-            args = x, *weights, gates, gate, up, rows, "silu", config, keep
+        for *call, keep in calls:
+            args = x, *weights, *call, rows, "silu", config, keep
             yield Case(f"M={m} keep={keep}", functools.partial(module.gemm_mlp_up, *args), **labels)
 
 

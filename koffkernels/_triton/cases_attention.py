@@ -10,7 +10,7 @@ import torch
 
 from ..types import Prefix, RowBounds
 from .prefix_attention_call import Call
-from .settings import MEMORIES, Case, Setting, configs
+from .settings import MEMORIES, MODELS, NARROW_HEADS, Case, Setting, configs
 
 _LENGTH = 2048
 _PREFIX = 256
@@ -40,21 +40,23 @@ def call_of(
     return Call(q, k, v, learned, ids, row, width**-0.5)
 
 
-def _applies(at: Setting) -> bool:
-    """Attention knows no rank: one is enough."""
-    return at.r == 16
+def _settings(at: Setting) -> Iterator[tuple[str, Setting]]:
+    """(what to say, setting): one rank is enough, and both widths of heads are met once."""
+    if at.r == 16:
+        yield "", at
+        if at.model is MODELS[0]:
+            yield f"D={NARROW_HEADS.head_dim} ", at._replace(model=NARROW_HEADS)
 
 
 def _long(at: Setting) -> dict[str, Call]:
     """Long rows, padded or not and, at some settings, without a prefix."""
-    if not _applies(at):
-        return {}
-    length = _LENGTH
-    found = {"": call_of(at, 4, length, length)}
-    found["padded "] = call_of(at, 4, length, length, bounds=True)
-    if at.plain:
-        found["no prefix "] = call_of(at, 4, length, length, False)
-        found["no prefix, padded "] = call_of(at, 4, length, length, False, True)
+    length, found = _LENGTH, {}
+    for width, here in _settings(at):
+        found[width] = call_of(here, 4, length, length)
+        found[f"{width}padded "] = call_of(here, 4, length, length, bounds=True)
+        if at.plain:
+            found[f"{width}no prefix "] = call_of(here, 4, length, length, False)
+            found[f"{width}no prefix, padded "] = call_of(here, 4, length, length, False, True)
     return found
 
 
@@ -112,13 +114,13 @@ def _prefix_grads(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _decode(module: ModuleType, at: Setting) -> Iterator[Case]:
-    if not _applies(at):
-        return
-    calls = {f"B={rows}": call_of(at, rows, 1, _LENGTH) for rows in (1, 64)}
-    calls["B=64 padded"] = call_of(at, 64, 1, _LENGTH, bounds=True)
-    if at.plain:
-        calls["B=64 no prefix"] = call_of(at, 64, 1, _LENGTH, False)
-        calls["B=4 T=4"] = call_of(at, 4, 4, _LENGTH)
+    calls = {}
+    for width, here in _settings(at):
+        calls |= {f"{width}B={rows}": call_of(here, rows, 1, _LENGTH) for rows in (1, 64)}
+        calls[f"{width}B=64 padded"] = call_of(here, 64, 1, _LENGTH, bounds=True)
+        if at.plain:
+            calls[f"{width}B=64 no prefix"] = call_of(here, 64, 1, _LENGTH, False)
+            calls[f"{width}B=4 T=4"] = call_of(here, 4, 4, _LENGTH)
     for name, call in calls.items():
         for config, labels in configs(module.GROUP_CONFIGS):
             run = functools.partial(module.decode, call, config, None)

@@ -6,6 +6,7 @@ The interpreter cannot multiply bf16 (it multiplies the raw bits), so ``dot`` wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,26 @@ _REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
 
 # Below this many rows a tile has the tensor cores' smallest height, 16.
 SMALLEST_TILE = 16
+
+
+@functools.lru_cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def default_name(configs: dict[str, Any], arch: int | None) -> str:
+    """The first candidate made for this chip (80, 90, ...), else the first that every chip can run.
+
+    Larger tiles, which not every chip has the registers for, are restricted to some (``archs``).
+    """
+    free = [name for name, config in configs.items() if config.archs is None]
+    return next((name for name, c in configs.items() if arch in (c.archs or ())), *free[:1])
+
+
+def default_config(configs: dict[str, Any], device: torch.device) -> Any:
+    """``default_name``'s candidate for the GPU of a call."""
+    return configs[default_name(configs, _arch(device) if device.type == "cuda" else None)]
 
 
 class Rows(NamedTuple):

@@ -32,7 +32,16 @@ _INSTRUCTIONS = {
 # Numbers of devices whose kernels are only named, never compiled, and of those that are compiled.
 _NAMED, _COMPILED = 1000, 2000
 _FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
-_MEASURED = ("registers", "spill_bytes", "stack_bytes", "shared_bytes", "tensor_columns", "mma")
+_COPY = r"\bcp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)? \[[^]]*\], \[[^]]*\], 0x10\b"  # 16 bytes
+_MEASURED = (
+    "registers",
+    "spill_bytes",
+    "stack_bytes",
+    "shared_bytes",
+    "tensor_columns",
+    "wide_copies",
+    "mma",
+)
 
 
 class Contract(NamedTuple):
@@ -172,7 +181,8 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
 
     Returns:
         registers per thread, spill_bytes (stores + loads), stack_bytes, shared_bytes,
-        tensor_columns, and mma: how often each tensor-core instruction stands in the PTX.
+        tensor_columns, wide_copies (16-byte copies to shared memory in the PTX), and mma: how often
+        each tensor-core instruction stands there.
     """
     log = io.StringIO()
     knobs = triton.knobs
@@ -188,6 +198,7 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         **_resources(log.getvalue()),
         "shared_bytes": done.metadata.shared,
         "tensor_columns": getattr(done.metadata, "tmem_size", 0) or 0,
+        "wide_copies": len(re.findall(_COPY, ptx)),
         "mma": {kind: len(re.findall(p, ptx)) for kind, p in _INSTRUCTIONS.items()},
     }
 
@@ -216,7 +227,10 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     row = blank_row(launch, arch, **labels)
     try:
         row |= compile_launch(launch, arch)
-        row["problems"] = problems_of(row, contract_of(launch), launch.args)
+        contract = contract_of(launch)
+        row["problems"] = problems_of(row, contract, launch.args)
+        if contract.accumulators is not None:
+            row["problems"] += copy_problems(row["wide_copies"], contract.accumulators, launch)
     except Exception as error:  # whatever the compiler raises is the row's finding
         text = " ".join(str(error).split())
         row["problems"] = [f"does not compile: {type(error).__name__}: {text[:500]}"]
@@ -251,3 +265,20 @@ def problems_of(row: dict[str, Any], contract: Contract, args: dict[str, Any]) -
                 f"prefill tile must be at least {least[0]}x{least[1]}, got {tile[0]}x{tile[1]}"
             )
     return found
+
+
+def copy_problems(found: int, accumulators: int, launch: Launch) -> list[str]:
+    """What is wrong with how a prefill GEMM loads: every stage of its pipeline must be filled with
+    x and W by 16-byte copies. Addresses whose pattern the compiler loses are read in 2-byte pieces,
+    which no other column shows.
+
+    Args:
+        found: the row's wide_copies.
+        accumulators: as declared.
+        launch: has x_ptr, BLOCK_M, BLOCK_N, BLOCK_K.
+    """
+    args, options = launch.args, launch.options
+    tile = (args["BLOCK_M"] + accumulators * args["BLOCK_N"]) * args["BLOCK_K"]
+    size = tile * args["x_ptr"].element_size() // 16
+    wanted = options["num_stages"] * size // (32 * options["num_warps"])
+    return [] if found >= wanted else [f"must load by {wanted} copies of 16 bytes, got {found}"]

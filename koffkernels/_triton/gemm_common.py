@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import dot, rank_block
+from .common import default_config, dot, rank_block
 from .delta import Delta
 
 
@@ -75,11 +75,11 @@ def config_args(config: Config, *deltas: Delta | None) -> dict[str, Any]:
     }
 
 
-def choose_config(config: Config | None, configs: dict[str, Config], dtype: torch.dtype) -> Config:
-    """The given config, else the first of the file's, which are for 16-bit dtypes."""
+def choose_config(config: Config | None, configs: dict[str, Config], x: Tensor) -> Config:
+    """The given config, else the file's default, which are for 16-bit dtypes."""
     if config is not None:
         return config
-    return next(iter(configs.values())) if dtype.itemsize == 2 else FP32_CONFIG
+    return default_config(configs, x.device) if x.element_size() == 2 else FP32_CONFIG
 
 
 def grid_of(m: int, n: int, config: Config) -> tuple[int]:

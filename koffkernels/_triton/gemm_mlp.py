@@ -30,10 +30,10 @@ PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
 _PART = 16  # numbers of h that a thread finishes at a time
 
 # block_n neurons are 2 block_n columns: the gate's and the up projection's.
-# On sm_100 the tiles of four warps do not fit in registers.
+# On sm_100 the tiles of four warps, and with triton 3.9 the wide ones, do not fit in registers.
 CONFIGS = {
-    "128x128x64": Config(128, 128, 64, warps=8, stages=3),
-    "128x128x64s4": Config(128, 128, 64, warps=8, stages=4),
+    "128x128x64": Config(128, 128, 64, warps=8, stages=3, archs=(80, 90)),
+    "128x128x64s4": Config(128, 128, 64, warps=8, stages=4, archs=(80, 90)),
     "128x64x64": Config(128, 64, 64, warps=4, stages=3, archs=(80, 90)),
     "128x64x64w8": Config(128, 64, 64, warps=8, stages=4),
     "128x64x32": Config(128, 64, 32, warps=4, stages=4, archs=(80, 90)),
@@ -129,16 +129,18 @@ def _gemm_mlp_up_fwd_kernel(
         # One tile of both projections, so that the tensor cores read x once for the two.
         cols = tl.arange(0, 2 * BLOCK_N)
         inside = tl.minimum(begin_n + cols % BLOCK_N, N - 1).to(tl.int64)
-        w_rows = tl.where(
-            cols < BLOCK_N, wg_ptr + inside * stride_wgn, wu_ptr + inside * stride_wun
-        )
         offs_k = tl.arange(0, BLOCK_K)
+        # Selected as a whole tile: from selected rows, triton 3.9 reads W two bytes at a time.
+        w_ptrs = tl.where(
+            (cols < BLOCK_N)[None, :],
+            wg_ptr + ((inside * stride_wgn)[None, :] + offs_k[:, None]),
+            wu_ptr + ((inside * stride_wun)[None, :] + offs_k[:, None]),
+        )
         memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens, HAS_IDS)
         first, last = memory_range(memory)
         acc = multiply(
             x_ptr + row0 * stride_xm + (rows[:, None] * stride_xm + offs_k[None, :]),
-            w_rows[None, :] + offs_k[:, None],
-            K, 1, None, EVEN_K, False, PRECISION,
+            w_ptrs, K, 1, None, EVEN_K, False, PRECISION,
         )  # fmt: skip
         if g0_ptr is not None:
             g, u = split_columns(acc)
@@ -196,7 +198,7 @@ def gemm_mlp_up(
     Returns:
         h [M, I] and, with keep, [x Wg^T, x Wu^T] as one [M, 2 I] buffer, else None; in x's dtype.
     """
-    config = choose_config(config, CONFIGS, x.dtype)
+    config = choose_config(config, CONFIGS, x)
     (m, k), width = x.shape, w_gate.shape[0]
     h, gu = x.new_empty(m, width), x.new_empty(m, 2 * width) if keep else None
     g0, u0 = (None, None) if gu is None else (gu[:, :width], gu[:, width:])

@@ -6,7 +6,6 @@ inside the kernels; what leaves them is in natural units.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Prefix, RowBounds
-from .common import dot, precision
+from .common import default_config, dot, precision
 
 HEAD_DIMS = (64, 128)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -48,22 +47,13 @@ class Config(NamedTuple):
         }
 
 
-@functools.lru_cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def default_config(configs: dict[str, Config], q: Tensor) -> Config:
-    """The first candidate made for q's GPU, else the first of all, which every GPU can run.
-
-    Larger tiles, which not every GPU has the registers for, are the ones restricted to some.
-    """
-    first = next(iter(configs.values()))
-    if q.device.type != "cuda":
-        return first
-    arch = _arch(q.device)
-    return next((c for c in configs.values() if arch in (c.archs or ())), first)
+def choose_config(
+    config: Config | None, configs: dict[str, Config], fp32: Config, q: Tensor
+) -> Config:
+    """The given config, else the file's for fp32, else the default of its others on q's GPU."""
+    if config is not None:
+        return config
+    return fp32 if q.dtype == torch.float32 else default_config(configs, q.device)
 
 
 def unit_stride(x: Tensor) -> Tensor:

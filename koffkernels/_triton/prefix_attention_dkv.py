@@ -6,13 +6,12 @@ all query heads that share it, so that each result has one writer.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import dot, launch
-from .prefix_attention_call import LOG2E, Call, Config, default_config, row_bounds, tile_offsets
+from .prefix_attention_call import LOG2E, Call, Config, choose_config, row_bounds, tile_offsets
 from .prefix_attention_dq import Upstream
 
 EXPECTS = {"_prefix_attention_dkv_kernel": "dot"}
@@ -183,7 +182,7 @@ def own_grads(
     dk, dv = (call.k.new_empty(shape) if need else None for need in needs)
     if not any(needs):
         return dk, dv
-    config = config or (FP32 if call.q.dtype == torch.float32 else default_config(CONFIGS, call.q))
+    config = choose_config(config, CONFIGS, FP32, call.q)
     rows, kv_heads, keys, _ = shape
     launch(
         _prefix_attention_dkv_kernel,

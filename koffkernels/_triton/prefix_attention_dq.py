@@ -19,7 +19,7 @@ from .prefix_attention_call import (
     LOG2E,
     Call,
     Config,
-    default_config,
+    choose_config,
     row_bounds,
     row_prefix,
     strides,
@@ -276,7 +276,7 @@ def query_grad(
     resume = dq is not None
     dq = torch.empty_like(call.q) if dq is None else dq
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else default_config(CONFIGS, call.q))
+    config = choose_config(config, CONFIGS, FP32, call.q)
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_dq_kernel,

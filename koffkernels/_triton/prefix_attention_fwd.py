@@ -20,7 +20,7 @@ from .prefix_attention_call import (
     Call,
     Config,
     attend,
-    default_config,
+    choose_config,
     row_bounds,
     row_prefix,
     strides,
@@ -150,13 +150,6 @@ def _prefix_attention_fwd_kernel(
     tl.store(lse_rows, (peak + tl.log2(total)) * LN2, mask=mask_m)
 
 
-def choose_config(call: Call) -> Config:
-    """The default candidate for the shapes of a call."""
-    if call.q.dtype == torch.float32:
-        return FP32
-    return default_config(_SHORT if call.q.shape[2] <= 64 else CONFIGS, call.q)
-
-
 def empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for o and lse. o lies as [B, T, Hq, D], the order in which the output projection reads
     it, so that no transposing copy follows."""
@@ -183,7 +176,8 @@ def add_prefix(call: Call, o: Tensor, lse: Tensor, config: Config | None = None)
 
 def _launch(call: Call, o: Tensor, lse: Tensor, resume: bool, config: Config | None) -> None:
     call = call.ready(call.q.dtype)
-    config = config or choose_config(call)
+    configs = _SHORT if call.q.shape[2] <= 64 else CONFIGS
+    config = choose_config(config, configs, FP32, call.q)
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_fwd_kernel,

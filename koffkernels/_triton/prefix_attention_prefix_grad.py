@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import launch
-from .prefix_attention_call import LOG2E, Call, Config, default_config, memory_length
+from .prefix_attention_call import LOG2E, Call, Config, choose_config, memory_length
 from .prefix_attention_dkv import FP32, key_tiles
 from .prefix_attention_dq import Upstream
 from .reduce import sum_partials
@@ -130,7 +130,7 @@ def prefix_grads(
         return None, None
     k, v, lengths = call.prefix
     call = call.ready(call.q.dtype)
-    config = config or (FP32 if call.q.dtype == torch.float32 else default_config(CONFIGS, call.q))
+    config = choose_config(config, CONFIGS, FP32, call.q)
     n, kv_heads, length, _ = k.shape
     rows, _, queries, _ = call.q.shape
     row_splits, query_splits = _splits(call, config)

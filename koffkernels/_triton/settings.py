@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Rows
+from .common import Rows, default_name
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +37,9 @@ MODELS = (
     Model("Qwen2.5-7B", 3584, 18944, 28, 4, 128),
     Model("Qwen3-4B", 2560, 9728, 32, 8, 128),
 )
+
+# The same for heads of width 64, which none of these has.
+NARROW_HEADS = Model("Llama-3.2-1B", 2048, 8192, 32, 8, 64)
 
 
 class Setting(NamedTuple):
@@ -125,6 +128,12 @@ def subset() -> list[Setting]:
     """One setting that shows most of each kernel's code: pruned, several memories, bf16."""
     found = settings(MODELS[:1], (16,))
     return [s for s in found if s.inner != s.model.inner and s.mixed and s.dtype == torch.bfloat16]
+
+
+def defaults(table: dict[str, Any]) -> list[Any]:
+    """The configurations of a file's table that are some chip's default."""
+    names = {default_name(table, int(arch.removeprefix("sm_"))) for arch in ARCHS}
+    return [config for name, config in table.items() if name in names]
 
 
 def configs(table: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
