@@ -147,22 +147,15 @@ def _prefix_attention_dkv_kernel(
     lse_row = lse_ptr + b * heads * T
     delta_row = delta_ptr + b * heads * T
     scale_log2 = scale * LOG2E
-    # Queries on the diagonal, then those that see every key of the tile; none for a tile outside.
+    # From the diagonal on; none for a tile outside. Only the tiles on the diagonal need their mask,
+    # but with a loop of their own, what both loops hold does not fit in registers (sm_90).
     begin = tl.maximum(block * BLOCK_N - first, 0)
     begin = tl.where((end > block * BLOCK_N) & (start < (block + 1) * BLOCK_N), begin, T)
-    diagonal = tl.minimum((block + 1) * BLOCK_N - 1 - first, T) - begin
-    tiles = tl.maximum(tl.cdiv(diagonal, BLOCK_M), 0)
-    dk, dv = key_tiles(
-        dk, dv, k, v, q_row, do_row, lse_row, delta_row, begin, T, tiles, offs_n - first,
-        kv * group, group, T, q_h, q_t, do_h, do_t, scale_log2,
-        WANT_K, WANT_V, BLOCK_M, True, PRECISION,
-    )  # fmt: skip
-    begin += tiles * BLOCK_M
     tiles = tl.maximum(tl.cdiv(T - begin, BLOCK_M), 0)
     dk, dv = key_tiles(
         dk, dv, k, v, q_row, do_row, lse_row, delta_row, begin, T, tiles, offs_n - first,
         kv * group, group, T, q_h, q_t, do_h, do_t, scale_log2,
-        WANT_K, WANT_V, BLOCK_M, False, PRECISION,
+        WANT_K, WANT_V, BLOCK_M, True, PRECISION,
     )  # fmt: skip
     # What a key outside the bounds got is selected away: its column of p is not 0.
     at = ((b * kv_heads + kv) * S + rows) * D + offs_d
