@@ -36,12 +36,15 @@ class Op(NamedTuple):
         call: the launcher, without arguments; what it returns (tensors, None) is the result.
         weights: tensors of which every element is needed.
         others: the other tensors (or views) that the result depends on.
+        partials: sums over tokens are split, to fill a GPU, and written once per split: the more
+            tokens, the less that counts, so it is set apart here, where there are few.
     """
 
     name: str
     call: Callable[[], object]
     weights: tuple[Tensor, ...]
     others: tuple[Tensor, ...]
+    partials: bool = False
 
 
 def _normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -180,7 +183,43 @@ def _attention() -> Iterator[Op]:
         yield Op(f"{name}, memories 0, 2, none, 2", *run)
 
 
-OPS: tuple[Callable[[], Iterator[Op]], ...] = (_shrink, _decode, _training, _gemm, _attention)
+def _attention_backward() -> Iterator[Op]:
+    from koffkernels._triton.prefix_attention_call import Call
+    from koffkernels._triton.prefix_attention_dkv import own_grads
+    from koffkernels._triton.prefix_attention_dq import query_grad, upstream
+    from koffkernels._triton.prefix_attention_fwd import one_pass
+    from koffkernels._triton.prefix_attention_prefix_grad import prefix_grads
+    from koffkernels.types import Prefix
+
+    rows, heads, kv_heads, width, learned, tokens = 4, 8, 2, 64, 64, 128
+    q, do = (_normal(rows, heads, tokens, width) for _ in "qo")
+    own = tuple(_normal(rows, kv_heads, tokens, width) for _ in "kv")
+    k, v = (_normal(MEMORIES, kv_heads, learned, width) for _ in "kv")
+    prefix, ids = Prefix(k, v, torch.full((MEMORIES,), learned)), torch.tensor(IDS)
+    used, both = tuple(t[::2] for t in prefix), (True, True)
+    call = Call(q, *own, prefix, ids, None, 0.125)
+    o, lse = one_pass(call)
+    up = upstream(do, o, lse)
+    size = f"B={rows} T=S={tokens} P={learned}, memories 0, 2, none, 2"
+    name = "prefix attention backward"
+    yield Op(f"{name}, delta, {size}", lambda: upstream(do, o, lse).delta, (), (do, o))
+    shared = (do, lse, up.delta)
+    run = (lambda: query_grad(call, up, None), (q, *own, *used[:2]), (*shared, used[2], ids))
+    yield Op(f"{name}, dq, {size}", *run)
+    yield Op(f"{name}, dk dv, {size}", lambda: own_grads(call, up, both), own, (q, *shared))
+    seen = tuple(t[[0, 1, 3]] for t in (q, *shared))  # the row without a memory gives nothing
+    run = (lambda: prefix_grads(call, up, both), used[:2], (*seen, used[2], ids))
+    yield Op(f"{name}, dK dV of the prefix, {size}", *run, partials=True)
+
+
+OPS: tuple[Callable[[], Iterator[Op]], ...] = (
+    _shrink,
+    _decode,
+    _training,
+    _gemm,
+    _attention,
+    _attention_backward,
+)
 
 
 def _size(tensors: tuple[Tensor, ...]) -> int:
@@ -201,6 +240,8 @@ def measure(op: Op) -> dict[str, object]:
     with count_traffic() as traffic:
         result = _tensors(op.call())
     issued, moved = traffic.issued_bytes(), traffic.moved_bytes()
+    # Written and then read by the operation itself, once each.
+    partials = moved[1] - _size(result) if op.partials else 0
     reads = [traffic.loads(w).double() for w in op.weights]
     return {
         "op": op.name,
@@ -208,6 +249,7 @@ def measure(op: Op) -> dict[str, object]:
         "issued": sum(issued),
         "loaded": moved[0],
         "stored": moved[1],
+        "partials": partials,
         "least": _size(op.weights) + _size(op.others) + _size(result),
         "weights_touched": min((float((r > 0).double().mean()) for r in reads), default=None),
         "reads_per_weight": max((float(r.mean()) for r in reads), default=None),
@@ -216,15 +258,21 @@ def measure(op: Op) -> dict[str, object]:
     }
 
 
+def share_of_least(row: dict) -> float:
+    """What moves, without partial sums, over the least."""
+    return (row["loaded"] + row["stored"] - 2 * row["partials"]) / row["least"]
+
+
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, in KiB."""
-    names = ["operation", "launches", "issued", "loaded", "stored", "least", "moved / least"]
+    names = ["operation", "launches", "issued", "loaded", "stored", "partials", "least"]
+    names.append("moved / least")
     names.append("reads of a weight")
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     for row in rows:
         cells = [str(row["op"]), str(len(row["launches"]))]
-        cells += [f"{row[name] / 1024:.1f}" for name in ("issued", "loaded", "stored", "least")]
-        cells.append(f"{(row['loaded'] + row['stored']) / row['least']:.2f}")
+        cells += [f"{row[name] / 1024:.1f}" for name in names[2:7]]
+        cells.append(f"{share_of_least(row):.2f}")
         reads = row["reads_per_weight"]
         cells.append("-" if reads is None else f"{reads:.2f}")
         lines.append(" | ".join(cells))
