@@ -11,7 +11,10 @@ from test_data import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import koff
 from koff.cli import app
+from koff.pipeline import training_arguments
+from koff.recipe import load_recipe
 
 RECIPE = {
     "model": "model",
@@ -231,6 +234,24 @@ def test_train_errors_are_one_line_and_write_nothing(root, tmp_path, options, me
     output = tmp_path / "deep" / "out"
     assert message in fail("train", root / "recipe.yaml", "--output", output, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_train_in_bf16_needs_no_accelerator_and_no_option(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = ("train.bf16=true", "train.steps=1", "train.save_every=0")
+    options = [part for text in settings for part in ("--set", text)]
+    succeed("train", root / "recipe.yaml", "--output", tmp_path / "out", *options)
+    assert (tmp_path / "out" / "koff.json").is_file()
+
+
+def test_an_accelerator_is_used_unless_the_cpu_is_asked_for(root, monkeypatch):
+    recipe = load_recipe(root / "recipe.yaml")
+    found = {}
+    monkeypatch.setattr(koff, "KoffTrainingArguments", lambda **given: found.update(given))
+    for there, device, on_cpu in ((True, None, False), (True, "cpu", True), (False, None, True)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        training_arguments(recipe, root, device)
+        assert found["use_cpu"] is on_cpu
 
 
 def test_train_refuses_foreign_models_before_writing(root, tmp_path):
