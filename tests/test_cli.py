@@ -109,7 +109,7 @@ def trained(root) -> Path:
 
 def test_help_lists_the_commands():
     text = succeed("--help")
-    for name in ("demo", "train", "eval", "generate", "info"):
+    for name in ("demo", "train", "eval", "analyse", "generate", "info"):
         assert name in text
 
 
@@ -139,6 +139,31 @@ def test_eval_measures_every_memory_and_the_base_and_writes_json(trained, tmp_pa
     }  # fmt: skip
     succeed("eval", trained, "--base", "--json", file, "--device", "cpu")
     assert json.loads(file.read_text("utf-8")) == rows
+
+
+def test_analyse_shows_the_attention_on_a_memory_and_writes_json(trained, tmp_path):
+    file = tmp_path / "mass.json"
+    text = succeed("analyse", trained, "--domain", "fr", "--json", file, "--device", "cpu")
+    assert "attention of fr (test) to memory fr" in text and "of it on the first token" in text
+    found = json.loads(file.read_text("utf-8"))
+    assert (found["memory"], found["domain"], found["split"]) == ("fr", "fr", "test")
+    assert found["tokens"] > 0 and found["frozen_tokens"] == 1
+    assert [len(heads) for heads in found["heads"]] == [4, 4]
+    assert [len(tokens) for tokens in found["positions"]] == [4, 4]
+    for heads, tokens in zip(found["heads"], found["positions"], strict=True):
+        assert 0 < sum(heads) / 4 < 1 and sum(heads) / 4 == pytest.approx(sum(tokens))
+        assert f"{sum(heads) / 4:.4f}" in text
+    other = ("--memory", "en", "--batch-size", 1, "--device", "cpu")
+    assert "to memory en" in succeed("analyse", trained, "--domain", "math", *other)
+
+
+def test_analyse_errors_are_one_line(trained, tmp_path):
+    line = fail("analyse", trained, "--domain", "de")
+    assert "--domain must be one of ['en', 'fr', 'math'] for the test split, got 'de'" in line
+    line = fail("analyse", trained, "--domain", "math")
+    assert "koff analyse: memory must be one of ['en', 'fr'], got 'math'" in line
+    line = fail("analyse", trained, "--domain", "en", "--json", tmp_path / "none" / "mass.json")
+    assert "must lie in an existing folder" in line
 
 
 def test_eval_finds_the_data_where_koff_data_says(root, trained, tmp_path, monkeypatch):
