@@ -154,7 +154,9 @@ def test_bench_quality_table_by_hand(finished, root, tmp_path, capsys):  # noqa:
     assert gain["languages"]["en"]["sd"] == pytest.approx(statistics.stdev(values))
     assert "nothing was offloaded" not in text
     budget = part["budget"]  # two learned matrices and a cache are large beside so few neurons
-    assert budget["exceeded"] and f"- budget: **EXCEEDED**, {budget['ratio']:.1%} of the" in text
+    assert (
+        budget["exceeded"] and f"- budget: **EXCEEDED**, {100 * budget['ratio']:.1f} % of" in text
+    )
     assert "    OMP_NUM_THREADS=" in text and str(finished.parent) not in text
 
 
@@ -172,9 +174,9 @@ def test_bench_quality_says_what_has_no_value(finished, root, tmp_path):  # noqa
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        (((39, 100), (40, 100)), "budget: 40.0% of the 100 parameters removed: a memory has 40"),
-        (((39, 100), (41, 100)), "budget: **EXCEEDED**, 41.0% of the 100 parameters removed"),
-        (((39, 100), (41, 0)), "budget: **EXCEEDED**, nothing was removed (at most 40%)"),
+        (((39, 100), (40, 100)), "budget: 40.0 % of the 100 parameters removed: a memory has 40"),
+        (((39, 100), (41, 100)), "budget: **EXCEEDED**, 41.0 % of the 100 parameters removed"),
+        (((39, 100), (41, 0)), "budget: **EXCEEDED**, nothing was removed (at most 40 %)"),
     ],
 )
 def test_bench_quality_budget_is_that_of_the_worst_seed(sizes, text):
@@ -220,6 +222,13 @@ def test_bench_quality_refuses_holes_and_says_where(finished, root, capsys):  # 
         file.write_text(json.dumps(rows), "utf-8")
         assert bench(root, finished) == 1
         assert "of en with memory fr must have been measured" in capsys.readouterr().err
+        rows = json.loads(text)
+        for row in rows:
+            row["tokens"] += 1  # as if the split had changed since
+        file.write_text(json.dumps(rows), "utf-8")
+        assert bench(root, finished) == 1
+        error = capsys.readouterr().err
+        assert "koff-0.25-seed1: the en text must have" in error and "as for dense-seed0" in error
         assert not (finished / "results" / "quality-recipe-test.md").exists()
     finally:
         file.write_text(text, "utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.quality import runner
-from bench.quality.plan import Plan
+from bench.quality.plan import Plan, threads_of
 from bench.quality.runner import Runner, cores, tail
 
 # argv: train RECIPE --output FOLDER ... | eval FOLDER --json FILE ...
@@ -72,6 +72,9 @@ def test_runner_makes_what_is_left_and_shares_the_cores(plan, monkeypatch):
     plan.scores(plan.runs[1]).unlink()
     assert Runner(plan, 1).execute() == {}
     assert calls(plan)[6:] == ["eval koff-0.2-seed0"]
+    log = plan.log(plan.runs[1])
+    assert (threads_of(log, "train", 1), threads_of(log, "eval", 1)) == (3, 7)
+    assert threads_of(plan.output / "none.log", "train", 5) == 5
 
 
 @pytest.mark.parametrize("what", ["train", "eval"])

@@ -12,6 +12,7 @@ import torch
 
 from koff import arch
 from koff.disk import read_json
+from koff.errors import require
 from koff.folder import MEMORIES, current, read_facts
 from koff.pipeline import LOG_FILE
 from koff.runs import count_saved, eval_sources
@@ -28,7 +29,7 @@ from .measures import (
     share_won_back,
     spread,
 )
-from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown
+from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown, threads_of
 
 BUDGET = 0.4  # a memory may have so many of the parameters that the pruning removed
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,7 @@ class Table:
             )
         self._cells: dict[Run, Cells] = {run: cells(found, "koff") for run, found in rows.items()}
         self._base = cells(rows[plan.runs[0]], "base")
+        _check_tokens(rows)
         for domain in self.domains:  # a hole is found here, and not once a table shows it
             self.dense(domain)
             for run in plan.runs:
@@ -89,6 +91,17 @@ class Table:
                 except Undefined as error:
                     raise Undefined(f"{name}, seed {own.seed}: {error}") from None
         return found
+
+
+def _check_tokens(rows: dict[Run, list[dict]]) -> None:
+    """Refuses evaluations on different data: a split may have changed between two runs."""
+    seen: dict[str, tuple[int, str]] = {}
+    for run, found in rows.items():
+        for row in found:
+            tokens, other = seen.setdefault(row["domain"], (row["tokens"], run.name))
+            what = f"{run.name}: the {row['domain']} text"
+            rule, step = f"have {tokens} tokens as for {other}", "remove the eval file of one"
+            require(row["tokens"] == tokens, WHERE, what, rule, row["tokens"], step)
 
 
 def over_languages(per_seed: dict[str, list[float]]) -> dict[str, dict]:
@@ -124,7 +137,7 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
     Args:
         plan: the plan.
         run: one of its runs.
-        threads: of each child process, for the commands.
+        threads: of each child process, where a log does not say.
     """
     folder = plan.folder(run)
     facts = read_facts(current(folder), WHERE)
@@ -138,7 +151,10 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
         "kind": run.kind,
         "target_sparsity": run.sparsity,
         "seed": run.seed,
-        "commands": [shown(public(command, plan), threads) for command in plan.commands(run)],
+        "commands": [
+            shown(public(command, plan), threads_of(plan.log(run), command[0], threads))
+            for command in plan.commands(run)
+        ],
         "versions": facts["versions"] | {"koff": facts["koff"]},
         "sparsity": facts["sparsity"],
         "memory_parameters": max(sizes, default=0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ class Plan:
     def scores(self, run: Run) -> Path:
         """Where the rows of a run's evaluation lie: in its folder, so that they go with it."""
         return self.folder(run) / f"eval-{self.split}.json"
+
+    def log(self, run: Run) -> Path:
+        """Where the output of a run's commands goes, after the commands themselves."""
+        return self.output / f"{run.name}.log"
 
     def load(self, run: Run) -> Recipe:
         """The recipe of a run, checked; the overrides are those its command line makes."""
@@ -171,6 +176,19 @@ def read_rows(path: Path) -> list[dict] | None:
     needed = {"variant", "memory", "domain", "split", "perplexity", "tokens"}
     good = isinstance(rows, list) and all(isinstance(r, dict) and needed <= set(r) for r in rows)
     return rows if good and rows else None
+
+
+def threads_of(log: Path, what: str, default: int) -> int:
+    """With how many threads a run's last "train" or "eval" was started, by its log.
+
+    Args:
+        log: of the run.
+        what: "train" or "eval".
+        default: where the log does not say.
+    """
+    text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
+    found = re.findall(rf"^\$ OMP_NUM_THREADS=(\d+) koff {what} ", text, re.MULTILINE)
+    return int(found[-1]) if found else default
 
 
 def child(command: list[str]) -> list[str]:

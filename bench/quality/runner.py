@@ -61,7 +61,7 @@ class Runner:
 
     def _make(self, run: Run) -> str | None:
         """Runs the commands that are left of one run; the end of its log if one fails."""
-        log = self.plan.output / f"{run.name}.log"
+        log = self.plan.log(run)
         for command in self.plan.left(run):
             started = time.monotonic()
             print(f"{run.name}: {shown(command, self.threads)}", flush=True)

@@ -20,9 +20,8 @@ def page(record: dict, table: Table) -> str:
     """
     environment = record["environment"]
     seeds = " ".join(map(str, record["seeds"]))
-    machine = f"{environment['device']}, {environment['processor']}, {environment['threads']} "
-    machine += f"threads a run, torch {environment['torch']}, transformers "
-    machine += f"{environment['transformers']}"
+    machine = f"{environment['device']}, {environment['processor']}, "
+    machine += f"torch {environment['torch']}, transformers {environment['transformers']}"
     lines = [
         f"# Quality of {table.plan.recipe.stem}, {record['split']} split",
         "",
@@ -77,20 +76,29 @@ def _removed(record: dict, sparsity: float) -> str:
     parts = []
     for kind in (KOFF, GATES):
         runs = _runs(record, kind, sparsity)
-        neurons = sorted({f"{run['sparsity']['mlp']:.2%}" for run in runs})
-        weights = sorted({f"{run['sparsity']['model']:.2%}" for run in runs})
-        text = f"{' to '.join((neurons[0], neurons[-1])[: len(neurons)])} of the MLP neurons, "
-        text += f"{' to '.join((weights[0], weights[-1])[: len(weights)])} of all weights"
-        parts.append(f"{'gates only' if kind == GATES else kind} {text}")
+        neurons, weights = (
+            _range([run["sparsity"][of] for run in runs]) for of in ("mlp", "model")
+        )
+        name = "gates only" if kind == GATES else kind
+        parts.append(f"{name} {neurons} of the MLP neurons, {weights} of all weights")
     return "; ".join(parts)
 
 
+def _range(shares: list[float]) -> str:
+    low, high = _share(min(shares), 2), _share(max(shares), 2)
+    return low if low == high else f"{low} to {high}"
+
+
+def _share(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
 def _budget(found: dict) -> str:
-    removed, limit = found["removed_parameters"], f"at most {found['limit']:.0%}"
+    removed, limit = found["removed_parameters"], f"at most {_share(found['limit'], 0)}"
     mark = "**EXCEEDED**, " if found["exceeded"] else ""
     if found["ratio"] is None:
         return f"budget: {mark}nothing was removed ({limit})"
-    text = f"budget: {mark}{found['ratio']:.1%} of the {removed} parameters removed"
+    text = f"budget: {mark}{_share(found['ratio'])} of the {removed} parameters removed"
     return f"{text}: a memory has {found['memory_parameters']} ({limit})"
 
 
