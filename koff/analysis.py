@@ -25,7 +25,7 @@ _WHERE = "prefix_attention_mass"
 _WATCHED = "koff_watched"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
 class PrefixMass:
     """Attention that the tokens of a text give to the learned tokens of a memory.
 

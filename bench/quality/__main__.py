@@ -69,6 +69,18 @@ def _dry(plan: Plan, threads: int) -> None:
             print(shown(command, threads) + done)
 
 
+def _execute(runner: Runner) -> dict[str, str]:
+    """Runs the plan so that whoever ends this process, also by SIGTERM, ends the children too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return runner.execute()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _table(plan: Plan, threads: int, results: Path) -> None:
     """Writes and prints the table."""
     record, table = collect(plan, threads)
@@ -93,8 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         _dry(plan, runner.threads)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children are ended too
-    failures = runner.execute()
+    failures = _execute(runner)
     for name, end in failures.items():
         print(f"\n{name} FAILED, the end of {name}.log:\n{end}", file=sys.stderr, flush=True)
     if failures:
