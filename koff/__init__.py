@@ -3,6 +3,7 @@ adapters and learned KV caches)."""
 
 import koffkernels as _koffkernels  # noqa: F401, I001  reads KOFF_BACKEND before triton comes
 
+from .analysis import PrefixMass, prefix_attention_mass
 from .attach import attach, detach, use_memory
 from .compact import compact
 from .config import KoffConfig, KVConfig, LoRAConfig
@@ -24,6 +25,7 @@ __all__ = [
     "KoffTrainer",
     "KoffTrainingArguments",
     "LoRAConfig",
+    "PrefixMass",
     "SparsityReport",
     "__version__",
     "add_memory",
@@ -35,6 +37,7 @@ __all__ = [
     "export_merged",
     "import_memory",
     "load",
+    "prefix_attention_mass",
     "push_to_hub",
     "remove_memory",
     "save",

@@ -124,6 +124,34 @@ def eval_(
 
 
 @_command
+def analyse(
+    directory: Annotated[Path, typer.Argument(help=_SAVED)],
+    domain: Annotated[str, typer.Option(help="Domain or general part whose text is read.")],
+    memory: Annotated[str | None, typer.Option(help="Default: the domain's own.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all heads and tokens to this file.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Show how much attention each layer gives to the learned keys of a memory."""
+    from .report import check_writable, prefix_table, write_json
+
+    if json is not None:
+        check_writable(json)
+
+    from .runs import analyse_run
+
+    options = {"split": split, "batch_size": batch_size, "device": device}
+    found = analyse_run(directory, domain, memory=memory, **options)
+    if json is not None:
+        write_json(json, {"domain": domain, "split": split} | found.to_dict())
+    title = f"attention of {domain} ({split}) to memory {found.memory}"
+    Console().print(prefix_table(found, title=title))
+
+
+@_command
 def generate(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],

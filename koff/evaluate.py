@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .data import PackedBlocks, pack
+from .errors import require
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ def evaluate(
     """
     names = _memory_names(model)
     chosen = _check_memories(names, memories)
-    _check_sizes(model, datasets, block_size, batch_size)
+    require(bool(datasets), "evaluate", "datasets", "not be empty", "{}", "pass documents")
+    check_sizes(model, block_size, batch_size, "evaluate")
     packed = {
         domain: pack(documents, tokenizer, block_size, name=f"dataset {domain!r}")
         for domain, documents in datasets.items()
     }
     rows = []
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for domain, data in packed.items():
             for memory in chosen:
                 options = {} if names is None else {"memory": memory}
@@ -146,23 +148,29 @@ def _check_memories(
     return chosen
 
 
-def _check_sizes(model: Any, datasets: Mapping[str, Any], block_size: int, batch_size: int) -> None:
-    if not datasets:
-        raise ValueError("evaluate: datasets must not be empty, got {}; pass {domain: documents}")
+def check_sizes(model: Any, block_size: int, batch_size: int, where: str) -> None:
+    """Raises ValueError for a batch without rows, or blocks beyond the model's positions.
+
+    Args:
+        model: a causal LM.
+        block_size: tokens per block.
+        batch_size: blocks per forward.
+        where: for errors.
+    """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
-            f"evaluate: batch_size must be an integer of at least 1, got {batch_size!r}; 8 is usual"
+            f"{where}: batch_size must be an integer of at least 1, got {batch_size!r}; 8 is usual"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and block_size > limit:
         raise ValueError(
-            f"evaluate: block_size must be at most the model's {limit} positions, got "
+            f"{where}: block_size must be at most the model's {limit} positions, got "
             f"{block_size}; choose a smaller block_size"
         )
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every module's own mode restored after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

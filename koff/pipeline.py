@@ -323,13 +323,21 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         logging_steps=train.logging_every,
         seed=recipe.seed,
         report_to=[],
-        use_cpu=device == "cpu",
+        use_cpu=device == "cpu" or not _has_accelerator(),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
         **checkpointing,
         **own,
     )
+
+
+def _has_accelerator() -> bool:
+    """Whether transformers would find one. It takes bf16 on the CPU only if told so: use_cpu."""
+    import torch
+    from transformers.utils import is_torch_xla_available
+
+    return torch.accelerator.is_available() or is_torch_xla_available()
 
 
 def _plain(report: Any) -> Any:

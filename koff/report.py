@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .atomic import rename, sync
 
 if TYPE_CHECKING:
+    from .analysis import PrefixMass
     from .evaluate import EvalRow
 
 OWN, NONE, DENSE, GATES = "own memory", "no memory", "dense", "gates only"
@@ -83,6 +84,27 @@ def eval_table(
         table.add_column(name, style=style, justify="left" if name == "domain" else "right")
     for line in lines:
         table.add_row(*line)
+    return table
+
+
+def prefix_table(found: PrefixMass, *, title: str) -> Any:
+    """Returns per layer what a memory's learned keys get of the attention, as a `rich` table.
+
+    Args:
+        found: what `koff.prefix_attention_mass` measured.
+        title: heading.
+    """
+    from rich.table import Table
+
+    first = "frozen tokens" if found.frozen > 1 else "first token"
+    table = Table(title=title)
+    for name in ("layer", "mass on the prefix", f"of it on the {first}", "largest head"):
+        table.add_column(name, justify="right")
+    layers = zip(found.heads, found.share_of_first().tolist(), strict=True)
+    for index, (heads, share) in enumerate(layers):
+        largest, head = heads.max(0)
+        shown = "–" if math.isnan(share) else f"{share:.1%}"
+        table.add_row(str(index), f"{heads.mean():.4f}", shown, f"{largest:.4f} (head {int(head)})")
     return table
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .analysis import PrefixMass, prefix_attention_mass
 from .data import DataSource, load_documents, pack
 from .disk import read_header
 from .evaluate import EvalRow, evaluate
@@ -107,6 +108,49 @@ def evaluate_run(
     return rows + evaluate(model, tokenizer, packed, **options)
 
 
+def analyse_run(
+    directory: str | Path,
+    domain: str,
+    *,
+    memory: str | None = None,
+    split: str = "test",
+    batch_size: int = 8,
+    device: str | None = None,
+) -> PrefixMass:
+    """Measures how much attention a domain's text gives to the learned keys of a saved memory.
+
+    Args:
+        directory: output folder of `koff train`.
+        domain: a domain or general part of its recipe.
+        memory: name of the memory; None is that of the domain's name.
+        split: "train", "validation" or "test".
+        batch_size: blocks per forward.
+        device: where to run; None is the first GPU if there is one, else the CPU.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no finished run, no such domain or memory, or a
+            memory without a KV part.
+    """
+    import koff
+
+    directory = check_saved(directory)
+    recipe = read_run(directory)
+    sources = eval_sources(recipe, split)
+    if domain not in sources:
+        raise KeyError(
+            f"koff analyse: --domain must be one of {list(sources)} for the {split} split, got "
+            f"{domain!r}; correct the name"
+        )
+    memory = domain if memory is None else memory
+    check_memory(directory, memory, "koff analyse")
+    documents = load_documents(sources[domain])
+    model = koff.load(directory, device=pick_device(device))
+    size = recipe.train.block_size
+    options: Mapping[str, Any] = {"block_size": size, "batch_size": batch_size}
+    tokenizer = load_saved_tokenizer(directory)
+    return prefix_attention_mass(model, tokenizer, documents, memory=memory, **options)
+
+
 def eval_sources(recipe: Recipe, split: str) -> dict[str, DataSource]:
     """Returns {name: source} of everything a run is measured on.
 
@@ -167,7 +211,7 @@ def generate_text(
     import koff
 
     directory = check_saved(directory)
-    check_memory(directory, memory)
+    check_memory(directory, memory, "koff generate")
     tokenizer = load_saved_tokenizer(directory)
     ids = _prompt_ids(tokenizer, prompt)
     model = koff.load(directory, device=pick_device(device))
@@ -195,18 +239,18 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-def check_memory(directory: str | Path, memory: str | None) -> None:
+def check_memory(directory: str | Path, memory: str | None, where: str) -> None:
     """Raises KeyError if a saved model has no such memory; reads no weights.
 
     Args:
         directory: folder of a saved model.
         memory: a name, or None.
+        where: for errors.
     """
     names = saved_memories(check_saved(directory))
     if memory is not None and memory not in names:
         raise KeyError(
-            f"koff generate: memory must be one of {list(names)}, got {memory!r}; correct the "
-            "name, or leave --memory out for none"
+            f"{where}: memory must be one of {list(names)}, got {memory!r}; correct --memory"
         )
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .errors import require
 from .evaluate import evaluate as evaluate_domains
-from .losses import distillation_losses, next_token_losses
+from .losses import token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
@@ -149,7 +149,8 @@ class KoffTrainer(SafeTrainer):
         asked for, plus the sparsity constraint while the mask is open."""
         ids, sources = inputs["input_ids"], inputs["source"]
         logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        per_row = next_token_losses(logits, ids).mean(1)
+        losses, divergences = token_losses(logits, ids, self._teacher(model, ids))
+        per_row = losses.mean(1)
         loss = per_row.mean()
         require(
             bool(torch.isfinite(loss)),
@@ -165,17 +166,19 @@ class KoffTrainer(SafeTrainer):
                 [per_row.detach().float(), torch.ones_like(per_row, dtype=torch.float32)], 1
             )
             self._sums.index_add_(0, index, values.to(self._sums.device))
-            loss = self._distilled(loss, model, ids, logits) + self.constraint()
+            if divergences is not None:
+                weight = self.settings.distillation_weight
+                loss = (1 - weight) * loss + weight * divergences.mean()
+            loss = loss + self.constraint()
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _distilled(self, loss: Tensor, model, ids: Tensor, logits: Tensor) -> Tensor:
-        """(1 - w) cross-entropy + w KL to the same frozen model, gates open and no memory."""
-        weight = self.settings.distillation_weight
-        if weight == 0:
-            return loss
+    def _teacher(self, model, ids: Tensor) -> Tensor | None:
+        """Logits of the same frozen model with gates open and no memory, where a training step
+        distils from it."""
+        if not model.training or self.settings.distillation_weight == 0:
+            return None
         with torch.no_grad(), self.koff.bypass():
-            teacher = model(input_ids=ids, use_cache=False).logits
-        return (1 - weight) * loss + weight * distillation_losses(logits, teacher).mean()
+            return model(input_ids=ids, use_cache=False).logits
 
     def target_now(self) -> float:
         """The warmed-up target t."""

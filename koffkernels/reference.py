@@ -105,7 +105,7 @@ def visible_keys(
     return inside & (j <= last)
 
 
-def prefix_attention(
+def attention_weights(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,8 +113,9 @@ def prefix_attention(
     memory_ids: Tensor | None,
     bounds: RowBounds | None,
     scale: float | None,
-) -> Tensor:
-    """softmax(scale q [K_prefix; K]^T + mask) [V_prefix; V]; rows that see nothing give 0."""
+) -> tuple[Tensor, Tensor]:
+    """(softmax(scale q [K_prefix; K]^T + mask) [B, Hq, T, P + S], [V_prefix; V] [B, Hq, P + S, D]);
+    the weights of rows that see nothing are 0."""
     rows, heads, queries, width = q.shape
     wide = wide_dtype(q, *((prefix.k, prefix.v) if prefix is not None else ()))
     scale = 1.0 / math.sqrt(width) if scale is None else scale
@@ -139,4 +140,18 @@ def prefix_attention(
     scores = (q.to(wide) @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
     nothing = ~mask.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    return weights, values
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix | None,
+    memory_ids: Tensor | None,
+    bounds: RowBounds | None,
+    scale: float | None,
+) -> Tensor:
+    """softmax(scale q [K_prefix; K]^T + mask) [V_prefix; V]; rows that see nothing give 0."""
+    weights, values = attention_weights(q, k, v, prefix, memory_ids, bounds, scale)
     return (weights @ values).to(q.dtype)

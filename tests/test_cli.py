@@ -11,7 +11,10 @@ from test_data import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import koff
 from koff.cli import app
+from koff.pipeline import training_arguments
+from koff.recipe import load_recipe
 
 RECIPE = {
     "model": "model",
@@ -106,7 +109,7 @@ def trained(root) -> Path:
 
 def test_help_lists_the_commands():
     text = succeed("--help")
-    for name in ("demo", "train", "eval", "generate", "info"):
+    for name in ("demo", "train", "eval", "analyse", "generate", "info"):
         assert name in text
 
 
@@ -136,6 +139,31 @@ def test_eval_measures_every_memory_and_the_base_and_writes_json(trained, tmp_pa
     }  # fmt: skip
     succeed("eval", trained, "--base", "--json", file, "--device", "cpu")
     assert json.loads(file.read_text("utf-8")) == rows
+
+
+def test_analyse_shows_the_attention_on_a_memory_and_writes_json(trained, tmp_path):
+    file = tmp_path / "mass.json"
+    text = succeed("analyse", trained, "--domain", "fr", "--json", file, "--device", "cpu")
+    assert "attention of fr (test) to memory fr" in text and "of it on the first token" in text
+    found = json.loads(file.read_text("utf-8"))
+    assert (found["memory"], found["domain"], found["split"]) == ("fr", "fr", "test")
+    assert found["tokens"] > 0 and found["frozen_tokens"] == 1
+    assert [len(heads) for heads in found["heads"]] == [4, 4]
+    assert [len(tokens) for tokens in found["positions"]] == [4, 4]
+    for heads, tokens in zip(found["heads"], found["positions"], strict=True):
+        assert 0 < sum(heads) / 4 < 1 and sum(heads) / 4 == pytest.approx(sum(tokens))
+        assert f"{sum(heads) / 4:.4f}" in text
+    other = ("--memory", "en", "--batch-size", 1, "--device", "cpu")
+    assert "to memory en" in succeed("analyse", trained, "--domain", "math", *other)
+
+
+def test_analyse_errors_are_one_line(trained, tmp_path):
+    line = fail("analyse", trained, "--domain", "de")
+    assert "--domain must be one of ['en', 'fr', 'math'] for the test split, got 'de'" in line
+    line = fail("analyse", trained, "--domain", "math")
+    assert "koff analyse: memory must be one of ['en', 'fr'], got 'math'" in line
+    line = fail("analyse", trained, "--domain", "en", "--json", tmp_path / "none" / "mass.json")
+    assert "must lie in an existing folder" in line
 
 
 def test_eval_finds_the_data_where_koff_data_says(root, trained, tmp_path, monkeypatch):
@@ -231,6 +259,24 @@ def test_train_errors_are_one_line_and_write_nothing(root, tmp_path, options, me
     output = tmp_path / "deep" / "out"
     assert message in fail("train", root / "recipe.yaml", "--output", output, *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_train_in_bf16_needs_no_accelerator_and_no_option(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    settings = ("train.bf16=true", "train.steps=1", "train.save_every=0")
+    options = [part for text in settings for part in ("--set", text)]
+    succeed("train", root / "recipe.yaml", "--output", tmp_path / "out", *options)
+    assert (tmp_path / "out" / "koff.json").is_file()
+
+
+def test_an_accelerator_is_used_unless_the_cpu_is_asked_for(root, monkeypatch):
+    recipe = load_recipe(root / "recipe.yaml")
+    found = {}
+    monkeypatch.setattr(koff, "KoffTrainingArguments", lambda **given: found.update(given))
+    for there, device, on_cpu in ((True, None, False), (True, "cpu", True), (False, None, True)):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        training_arguments(recipe, root, device)
+        assert found["use_cpu"] is on_cpu
 
 
 def test_train_refuses_foreign_models_before_writing(root, tmp_path):

@@ -1,0 +1,247 @@
+"""From the folders of finished runs to one record: cells, shares, gains, budget."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from koff import arch
+from koff.disk import read_json
+from koff.errors import require
+from koff.folder import MEMORIES, current, read_facts
+from koff.pipeline import LOG_FILE
+from koff.runs import count_saved, eval_sources
+
+from .. import timing
+from .measures import (
+    Cells,
+    Spread,
+    Undefined,
+    cells,
+    finite,
+    offloading_gain,
+    perplexity,
+    share_won_back,
+    spread,
+)
+from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown, threads_of
+
+BUDGET = 0.4  # a memory may have so many of the parameters that the pruning removed
+ROOT = Path(__file__).parents[2]
+
+
+class Table:
+    """The perplexities of all runs of a plan.
+
+    Args:
+        plan: of which every run is finished.
+
+    Raises:
+        ValueError: rows that are missing; the message names the run.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        recipe = plan.load(plan.runs[0])
+        self.languages = list(recipe.data)
+        self.domains = list(eval_sources(recipe, plan.split))
+        rows = {run: read_rows(plan.scores(run)) for run in plan.runs if plan.measured(run)}
+        missing = [run.name for run in plan.runs if run not in rows]
+        if missing:
+            raise ValueError(
+                f"{WHERE}: every run must be finished for a table, got none of "
+                f"{', '.join(missing)}; run the plan again"
+            )
+        self._cells: dict[Run, Cells] = {run: cells(found, "koff") for run, found in rows.items()}
+        self._base = cells(rows[plan.runs[0]], "base")
+        _check_tokens(rows)
+        for domain in self.domains:  # a hole is found here, and not once a table shows it
+            self.dense(domain)
+            for run in plan.runs:
+                for memory in (None, *(self.languages if run.kind != GATES else ())):
+                    self.cell(run, domain, memory)
+
+    def dense(self, domain: str) -> float:
+        """The dense base: one number, it has no seed."""
+        return perplexity(self._base, domain, None, "dense base")
+
+    def cell(self, run: Run, domain: str, memory: str | None) -> float:
+        """One run's cell."""
+        return perplexity(self._cells[run], domain, memory, run.name)
+
+    def seeds(self, kind: str, sparsity: float, domain: str, memory: str | None) -> Spread:
+        """One cell over the seeds."""
+        return spread(self.cell(run, domain, memory) for run in self.plan.of(kind, sparsity))
+
+    def per_seed(self, sparsity: float, function: Callable[..., float]) -> dict[str, list[float]]:
+        """language -> per seed ``function(dense, dense_own, gates, own)`` of perplexities."""
+        kinds = (self.plan.of(DENSE), self.plan.of(GATES, sparsity), self.plan.of(KOFF, sparsity))
+        found: dict[str, list[float]] = {name: [] for name in self.languages}
+        for name, values in found.items():
+            for dense, gates, own in zip(*kinds, strict=True):
+                dense_own, pruned = self.cell(dense, name, name), self.cell(gates, name, None)
+                try:
+                    own_memory = self.cell(own, name, name)
+                    values.append(function(self.dense(name), dense_own, pruned, own_memory))
+                except Undefined as error:
+                    raise Undefined(f"{name}, seed {own.seed}: {error}") from None
+        return found
+
+
+def _check_tokens(rows: dict[Run, list[dict]]) -> None:
+    """Refuses evaluations on different data: a split may have changed between two runs."""
+    seen: dict[str, tuple[int, str]] = {}
+    for run, found in rows.items():
+        for row in found:
+            tokens, other = seen.setdefault(row["domain"], (row["tokens"], run.name))
+            what = f"{run.name}: the {row['domain']} text"
+            rule, step = f"have {tokens} tokens as for {other}", "remove the eval file of one"
+            require(row["tokens"] == tokens, WHERE, what, rule, row["tokens"], step)
+
+
+def over_languages(per_seed: dict[str, list[float]]) -> dict[str, dict]:
+    """Spread over seeds of every language, and of the mean of the languages of each seed.
+
+    Args:
+        per_seed: language -> value of each seed.
+    """
+    means = [sum(values) / len(values) for values in zip(*per_seed.values(), strict=True)]
+    named = {name: asdict(spread(values)) for name, values in per_seed.items()}
+    return {"mean": asdict(spread(means)), "languages": named}
+
+
+def won_back(table: Table, sparsity: float) -> dict[str, dict]:
+    """Shares won back on log-perplexity and on perplexity; "undefined" with the reason where gates
+    alone lost nothing."""
+
+    def share(scale: Callable[[float], float]) -> dict:
+        def one(dense: float, dense_own: float, gates: float, own: float) -> float:
+            return share_won_back(scale(dense), scale(gates), scale(own))
+
+        try:
+            return over_languages(table.per_seed(sparsity, one))
+        except Undefined as error:
+            return {"undefined": str(error)}
+
+    return {"log_perplexity": share(math.log), "perplexity": share(float)}
+
+
+def run_facts(plan: Plan, run: Run, threads: int) -> dict:
+    """What a finished run is, beside its perplexities.
+
+    Args:
+        plan: the plan.
+        run: one of its runs.
+        threads: of each child process, where a log does not say.
+    """
+    folder = plan.folder(run)
+    facts = read_facts(current(folder), WHERE)
+    hidden = read_json(current(folder) / "config.json", WHERE)["hidden_size"]
+    neurons = sum(facts["dense_widths"]) - sum(facts["widths"])
+    removed = len(arch.MLP_LINEARS) * hidden * neurons
+    sizes = [count_saved(current(folder) / MEMORIES / name) for name in facts["memories"]]
+    log = read_json(folder / LOG_FILE, WHERE)
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "target_sparsity": run.sparsity,
+        "seed": run.seed,
+        "commands": [
+            shown(public(command, plan), threads_of(plan.log(run), command[0], threads))
+            for command in plan.commands(run)
+        ],
+        "versions": facts["versions"] | {"koff": facts["koff"]},
+        "sparsity": facts["sparsity"],
+        "memory_parameters": max(sizes, default=0),
+        "removed_parameters": removed,
+        "ratio": max(sizes) / removed if sizes and removed else None,
+        "training_seconds": finite(log["seconds"], f"{run.name}: training seconds"),
+        "resumed": log["resumed_from"] is not None,
+        "rows": read_rows(plan.scores(run)),
+    }
+
+
+def public(command: list[str], plan: Plan) -> list[str]:
+    """A command without the folders of this machine: the output by its name, the recipe by its path
+    in the checkout or its name.
+
+    Args:
+        command: arguments of `koff`.
+        plan: the plan.
+    """
+    recipe = plan.recipe.resolve()
+    name = str(recipe.relative_to(ROOT)) if recipe.is_relative_to(ROOT) else recipe.name
+    shorter = []
+    for part in command:
+        if part == str(plan.recipe):
+            part = name
+        elif Path(part).is_relative_to(plan.output):
+            part = str(Path(plan.output.name, Path(part).relative_to(plan.output)))
+        shorter.append(part)
+    return shorter
+
+
+def budget(runs: list[dict]) -> dict:
+    """The largest memory relative to what the pruning removed.
+
+    Args:
+        runs: facts of the koff runs of one sparsity.
+
+    Returns:
+        ratio (None if nothing was removed), limit, whether it is exceeded, and both numbers.
+    """
+    worst = max(runs, key=lambda run: math.inf if run["ratio"] is None else run["ratio"])
+    named = {key: worst[key] for key in ("memory_parameters", "removed_parameters", "ratio")}
+    ratio = worst["ratio"]
+    return named | {"limit": BUDGET, "exceeded": ratio is None or ratio > BUDGET}
+
+
+def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
+    """Everything that is known of a finished plan.
+
+    Args:
+        plan: of which every run is finished.
+        threads: of each child process.
+
+    Returns:
+        The record, ready for JSON, and its table.
+
+    Raises:
+        ValueError: a run or a cell that is missing or not a number; the message names it.
+    """
+    table = Table(plan)
+    runs = [run_facts(plan, run, threads) for run in plan.runs]
+    recipe = plan.load(plan.of(KOFF, plan.sparsities[0])[0])
+    found = []
+    for sparsity in plan.sparsities:
+        mine = [run for run in runs if run["target_sparsity"] == sparsity and run["kind"] == KOFF]
+        found.append(
+            {
+                "target_sparsity": sparsity,
+                "share_won_back": won_back(table, sparsity),
+                "offloading_gain_nats": over_languages(table.per_seed(sparsity, offloading_gain)),
+                "budget": budget(mine),
+            }
+        )
+    values = recipe.to_dict()
+    del values["seed"], values["koff"]["seed"], values["koff"]["target_sparsity"]
+    record = {
+        "environment": timing.environment(threads) | {"device": _device(plan)},
+        "split": plan.split,
+        "seeds": list(plan.seeds),
+        "overrides": list(plan.overrides),
+        "recipe": values,
+        "sparsities": found,
+        "runs": runs,
+    }
+    return json.loads(json.dumps(record, allow_nan=False)), table
+
+
+def _device(plan: Plan) -> str:
+    on_gpu = torch.cuda.is_available() and plan.device != "cpu"
+    return torch.cuda.get_device_name(0) if on_gpu else "cpu"
