@@ -234,6 +234,14 @@ def test_gate_command(tmp_path):
     assert f"{len(rows)} variants compiled" in done.stdout
 
 
+@pytest.mark.parametrize("arch", settings.ARCHS)
+def test_gate_passes_a_subset(arch):
+    """At least one variant of every kernel, each chip's default configurations: no findings."""
+    done = run_gate("--arch", arch, "--subset", "--jobs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"{kernel} " in done.stdout for _, kernel in cases.all_kernels())
+
+
 def test_gate_exit_status_and_message(monkeypatch, capsys):
     """Findings give 1 and are named on stderr."""
     unit = gate.Unit(tile(32, 32, 64), "sm_90", {"dtype": "bf16", "config": {"name": "small"}})
