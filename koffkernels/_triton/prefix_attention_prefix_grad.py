@@ -24,7 +24,6 @@ EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
 CONFIGS = {
     "32x64": Config(32, 64, 8, 2),
     "32x64s3": Config(32, 64, 8, 3),
-    "64x64": Config(64, 64, 8, 2, (100,)),
     "32x128": Config(32, 128, 8, 2, (90,)),
 }
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
