@@ -32,7 +32,7 @@ EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel"
 CONFIGS = {
     "128x32": Config(128, 32, 8, 2),
     "128x64": Config(128, 64, 8, 2, (90, 100)),
-    "64x64": Config(64, 64, 4, 2, (90, 100)),
+    "64x64": Config(64, 64, 4, 2, (100,)),
     "128x128": Config(128, 128, 8, 1, (100,)),
 }
 FP32 = Config(32, 32, 4, 1)
