@@ -23,7 +23,6 @@ EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
 # The loop over rows takes registers of its own, so tiles are smaller than for own keys.
 CONFIGS = {
     "32x64": Config(32, 64, 8, 2),
-    "32x64s3": Config(32, 64, 8, 3),
     "32x128": Config(32, 128, 8, 2, (90,)),
 }
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
