@@ -266,8 +266,7 @@ def share_of_least(row: dict) -> float:
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, in KiB."""
     names = ["operation", "launches", "issued", "loaded", "stored", "partials", "least"]
-    names.append("moved / least")
-    names.append("reads of a weight")
+    names += ["moved / least", "reads of a weight"]
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
     for row in rows:
         cells = [str(row["op"]), str(len(row["launches"]))]

@@ -79,7 +79,7 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     _check_names({name for _, name in present}, kernels)
     few, units, chosen = set(settings.subset()), {}, set()
     for at, file, case in _all_cases():
-        tables = tables_of(file)
+        tables = tables_of(file) if at in few else None
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in case.archs]:
                 own = Unit(launch, arch, labels | {"shapes": []})
@@ -87,9 +87,10 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
                 if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
                     unit.labels["config"] = labels["config"]
-                defaults = {default_name(table, int(arch[3:])) for table in tables} | {"default"}
-                if at in few and case.config in defaults:
-                    chosen.add((key, arch))
+                if tables is not None:
+                    usual = [default_name(table, int(arch[3:])) for table in tables]
+                    if case.config in ("default", *usual):
+                        chosen.add((key, arch))
     _check_coverage(present, {(compiling.module_of(u.launch), u.kernel) for u in units.values()})
     if subset:
         seen = {(units[key].kernel, units[key].arch) for key in chosen}
