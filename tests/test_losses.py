@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from koff import losses as module
 from koff.losses import token_losses
 
 IDS = torch.tensor([[3, 0, 4, 1], [2, 2, 0, 3]])
@@ -23,8 +24,11 @@ def separately(logits, ids, teacher):
     return losses.view(divergence.shape), divergence
 
 
+# Rows of a piece: all 8, 3 (the last piece has 2), 1 (fewer elements than one row).
+@pytest.mark.parametrize("piece", [module.PIECE_CPU, 17, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_are_torchs_own_with_gradients(dtype):
+def test_token_losses_are_torchs_own_with_gradients(dtype, piece, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CPU", piece)
     logits, teacher = (torch.randn(2, 4, 5).to(dtype) for _ in range(2))
     results = []
     for losses, leaf in ((token_losses, logits.clone()), (separately, logits.float())):
@@ -56,3 +60,24 @@ def test_token_losses_without_a_teacher():
     losses, divergence = token_losses(logits, IDS)
     assert divergence is None
     assert torch.equal(losses, token_losses(logits, IDS, torch.zeros(2, 4, 5))[0])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_loss_alone_has_its_gradient(which):
+    logits, teacher = torch.randn(2, 2, 4, 5)
+    grads = []
+    for losses in (token_losses, separately):
+        leaf = logits.clone().requires_grad_()
+        loss = losses(leaf, IDS, teacher)[which].sum()
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    assert torch.allclose(*grads, atol=FP32, rtol=0) and grads[0].any()
+
+
+def test_no_copy_of_all_logits_is_kept(monkeypatch):
+    """Autograd keeps the logits and the teacher's as they are, bf16, and no fp32 of their size."""
+    monkeypatch.setattr(module, "PIECE_CPU", 64)
+    logits, teacher = torch.randn(2, 2, 4, 64).bfloat16()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        token_losses(logits.requires_grad_(), IDS, teacher)
+    assert {t.data_ptr() for t in kept if t.numel() > 8} == {logits.data_ptr(), teacher.data_ptr()}
