@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from .errors import require
@@ -118,6 +119,13 @@ class KoffTrainingArguments(Settings, TrainingArguments):
 
     adam_beta2: float = 0.95
     report_to: None | str | list[str] = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """As transformers', but one CPU has no index: torch 2.11 cannot load an optimiser to the
+        "cpu:0" that ranks without an accelerator get."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _check_foreign(args: TrainingArguments) -> None:
