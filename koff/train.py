@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from . import arch
 from .errors import require
 from .evaluate import evaluate as evaluate_domains
 from .losses import token_losses
@@ -43,8 +44,9 @@ class _ClampGates(TrainerCallback):
 class KoffTrainer(SafeTrainer):
     """Trains the gates and memories of an attached model; the base stays frozen.
 
-    Loss: mean-token cross-entropy + lambda1 (s - t) + c (s - t)^2, where s is the expected share of
-    closed gates and t the target, warmed up; lambda1 is ascended.
+    Loss: (1 - w) mean-token cross-entropy + w KL to the frozen model (``distillation_weight``)
+    + lambda1 (s - t) + c (s - t)^2, where s is the expected share of closed gates and t the target,
+    warmed up; lambda1 is ascended.
 
     Args:
         model: an attached model.
@@ -80,6 +82,8 @@ class KoffTrainer(SafeTrainer):
     ):
         state = require_attached(model, "KoffTrainer")
         self.settings = Settings.of(args)
+        compacted = arch.widths(model) != state.dense_widths
+        self.distillation_weight = self.settings.distils_by(compacted)
         open_gates = state.gates is not None and not state.gates.fixed
         step = "attach gates or memories"
         something = open_gates or len(state.memories) > 0
@@ -167,7 +171,7 @@ class KoffTrainer(SafeTrainer):
             )
             self._sums.index_add_(0, index, values.to(self._sums.device))
             if divergences is not None:
-                weight = self.settings.distillation_weight
+                weight = self.distillation_weight
                 loss = (1 - weight) * loss + weight * divergences.mean()
             loss = loss + self.constraint()
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -175,7 +179,7 @@ class KoffTrainer(SafeTrainer):
     def _teacher(self, model, ids: Tensor) -> Tensor | None:
         """Logits of the same frozen model with gates open and no memory, where a training step
         distils from it."""
-        if not model.training or self.settings.distillation_weight == 0:
+        if not model.training or self.distillation_weight == 0:
             return None
         with torch.no_grad(), self.koff.bypass():
             return model(input_ids=ids, use_cache=False).logits
@@ -197,7 +201,7 @@ class KoffTrainer(SafeTrainer):
         """As transformers', after fixing the mask when its time has come."""
         at, gates = self.settings.fix_mask_at, self.koff.gates
         if at is not None and gates is not None and not gates.fixed:
-            if self.state.global_step >= round(at * self.args.max_steps):
+            if self.state.global_step >= self._gate_steps():
                 self._fix_mask(model, inputs)
         if gates is not None and gates.fixed and not len(self.koff.memories):
             self.control.should_training_stop = True  # gates alone: nothing is left to tune
@@ -227,10 +231,14 @@ class KoffTrainer(SafeTrainer):
                 hard,
             )
 
+    def _gate_steps(self) -> int:
+        """How many steps the gates are trained for, at least one."""
+        return max(1, round((self.settings.fix_mask_at or 1.0) * self.args.max_steps))
+
     def _warn_few_steps(self) -> None:
         if self.koff.gates is None or self.koff.gates.fixed:
             return
-        steps = round((self.settings.fix_mask_at or 1.0) * self.args.max_steps)
+        steps = self._gate_steps()
         if steps < FEW_GATE_STEPS:
             logger.warning(
                 "koff: %d steps are few for the gates; about %d decide better",

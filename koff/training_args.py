@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from .errors import require
 
 _HF_LEARNING_RATE = 5e-5
+DISTILLATION_WEIGHT = 0.7
 _RATES = (
     "gate_learning_rate",
     "lora_learning_rate",
@@ -36,11 +37,12 @@ class Settings:
         general_every: every n-th step runs on the general mixture; 0 never.
         batching: "mixed" (each row its own memory) or "single" (each batch one domain).
         fix_mask_at: share of the steps after which the mask is binarised and only the memories are
-            tuned; None leaves binarising to the caller.
+            tuned; None leaves binarising to the caller. Default: experiment 2.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
         block_size: tokens per training row.
         distillation_weight: w in 0..1; the loss is (1 - w) cross-entropy + w KL to the same frozen
-            model with its gates open and no memory. 0: no second forward.
+            model with its gates open and no memory. 0: no second forward. None: 0.7 (experiments 1
+            and 3), but 0 for a compacted model, whose unpruned self is gone.
     """
 
     gate_learning_rate: float = 0.1
@@ -51,10 +53,10 @@ class Settings:
     sparsity_warmup_ratio: float = 0.2
     general_every: int = 4
     batching: Literal["mixed", "single"] = "mixed"
-    fix_mask_at: float | None = 0.7
+    fix_mask_at: float | None = 0.5
     width_multiple_of: int = 64
     block_size: int = 512
-    distillation_weight: float = 0.0
+    distillation_weight: float | None = None
 
     @classmethod
     def of(cls, args: TrainingArguments) -> Settings:
@@ -69,6 +71,25 @@ class Settings:
         _check_foreign(args)
         return settings
 
+    def distils_by(self, compacted: bool) -> float:
+        """``distillation_weight`` of a run on a compacted model, or on one with all its neurons.
+
+        Raises:
+            ValueError: it is positive for a compacted model.
+        """
+        weight = self.distillation_weight
+        if weight is None:
+            return 0.0 if compacted else DISTILLATION_WEIGHT
+        require(
+            not (compacted and weight),
+            "KoffTrainer",
+            "distillation_weight",
+            "be None or 0 for a compacted model (the unpruned one is gone)",
+            weight,
+            "leave it out",
+        )
+        return weight
+
     def _check(self) -> None:
         where = "KoffTrainingArguments"
         for name in _RATES:
@@ -78,7 +99,9 @@ class Settings:
         ratio = self.sparsity_warmup_ratio
         require(0 <= ratio <= 1, where, "sparsity_warmup_ratio", "lie in 0..1", ratio, "change it")
         weight = self.distillation_weight
-        require(0 <= weight <= 1, where, "distillation_weight", "lie in 0..1", weight, "change it")
+        rule = "be None or lie in 0..1"
+        good = weight is None or 0 <= weight <= 1
+        require(good, where, "distillation_weight", rule, weight, "change it")
         at = self.fix_mask_at
         require(
             at is None or 0 < at <= 1,

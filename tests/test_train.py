@@ -245,8 +245,26 @@ def test_distillation_pulls_towards_the_frozen_model(tmp_path):
             student = run.model.eval()(ids, memory="en").logits
         gaps.append(float(token_losses(student, ids, teacher)[1].mean()))
     assert gaps[1] < 0.75 * gaps[0]  # 3.86 and 2.41 when this was written
-    with pytest.raises(ValueError, match="distillation_weight must lie in 0..1, got 1.5"):
+    message = "distillation_weight must be None or lie in 0..1, got 1.5"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, distillation_weight=1.5)
+
+
+def test_distillation_is_the_default_while_the_unpruned_model_is_there(tmp_path):
+    model = fresh(target_sparsity=0.4)
+    default, without = (trainer(tmp_path, model, **w) for w in ({}, {"distillation_weight": 0.0}))
+    batch = next(iter(default.get_train_dataloader()))
+    losses = []
+    for run in (default, without):
+        torch.manual_seed(0)  # of the gates
+        losses.append(float(run.compute_loss(model.train(), batch)))
+    assert losses[0] != losses[1]
+    koff.binarize(model, multiple_of=8)
+    assert trainer(tmp_path, model).distillation_weight == 0.7
+    koff.compact(model, inplace=True)
+    assert trainer(tmp_path, model).distillation_weight == 0.0
+    with pytest.raises(ValueError, match="be None or 0 for a compacted model"):
+        trainer(tmp_path, model, distillation_weight=0.7)
 
 
 def test_bf16_training_keeps_what_is_learned_in_fp32(tmp_path):
