@@ -249,6 +249,7 @@ def test_bench_quality_refuses_holes_and_says_where(finished, root, capsys):  # 
         (("--split", "validation"), "must name a validation split for some domain"),
         (("--set", "data.en.test=null"), "every domain must have a test split, got none for en"),
         (("--set", "data.en.train=none.jsonl"), "none.jsonl must be an existing file"),
+        (("--name", "../x"), "--name must be letters, digits, '.', '-' and '_', got '../x'"),
         (("--jobs", "0"), "--jobs must be at least 1, got 0"),
         (("--recipe", "no.yaml"), "no.yaml must be an existing file"),
     ],
@@ -261,6 +262,16 @@ def test_bench_quality_refuses_a_plan_before_it_starts(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not in_this_process and not (finished / "new").exists()
+
+
+def test_bench_quality_tables_of_one_recipe_may_have_names(finished, root):  # noqa: F811
+    before = record_of(finished)
+    assert bench(root, finished, "--name", "other-0.25") == 0
+    files = finished / "results"
+    text = (files / "quality-other-0.25-test.md").read_text("utf-8")
+    assert text.startswith("# Quality of other-0.25, test split\n")
+    named = json.loads((files / "quality-other-0.25-test.json").read_text("utf-8"))
+    assert named["sparsities"] == before["sparsities"] and record_of(finished) == before
 
 
 def test_bench_quality_refuses_a_foreign_model(root, tmp_path, finished, capsys):  # noqa: F811

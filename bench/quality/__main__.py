@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--recipe", type=Path, default=ROOT / "recipes" / "docs-llama.yaml", help="recipe file")
+    add("--name", help="of the table and its files (the recipe's)")
     add("--output", type=Path, required=True, help="folder of the runs and their logs")
     add("--sparsity", type=float, nargs="+", default=[0.2, 0.4], help="targets (0.2 0.4)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
@@ -56,6 +57,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         overrides=tuple(args.set),
         split=args.split,
         device=args.device,
+        name=args.name,
     )
     plan.check()
     return plan
@@ -85,7 +87,7 @@ def _table(plan: Plan, threads: int, results: Path) -> None:
     """Writes and prints the table."""
     record, table = collect(plan, threads)
     text = page(record, table)
-    path = results / f"quality-{plan.recipe.stem}-{plan.split}.json"
+    path = results / f"quality-{plan.title}-{plan.split}.json"
     timing.write(path, record)
     path.with_suffix(".md").write_text(text, "utf-8")
     print(f"\n{text}\nwritten: {path} and {path.with_suffix('.md').name}", flush=True)

@@ -56,6 +56,7 @@ class Plan:
         overrides: "KEY=VALUE" texts for every run.
         split: split that is measured.
         device: for every run; None leaves it to koff.
+        name: of the table; None: the recipe's.
     """
 
     recipe: Path
@@ -65,6 +66,12 @@ class Plan:
     overrides: tuple[str, ...] = ()
     split: str = "test"
     device: str | None = None
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the table and its files are called."""
+        return self.recipe.stem if self.name is None else self.name
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -163,6 +170,9 @@ def _check_options(plan: Plan) -> None:
         key = text.partition("=")[0].strip()
         rule, step = f"not set {', '.join(_OWN_KEYS)}", "use --seeds and --sparsity"
         require(key not in _OWN_KEYS, WHERE, "--set", rule, repr(text), step)
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.title) is not None
+    rule, step = "be letters, digits, '.', '-' and '_'", "it names files; choose another"
+    require(plain or plan.name is None, WHERE, "--name", rule, repr(plan.name), step)
     got = plan.output
     require(not got.is_file(), WHERE, "--output", "be a folder", f"the file {got}", "rename it")
 

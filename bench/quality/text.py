@@ -23,7 +23,7 @@ def page(record: dict, table: Table) -> str:
     machine = f"{environment['device']}, {environment['processor']}, "
     machine += f"torch {environment['torch']}, transformers {environment['transformers']}"
     lines = [
-        f"# Quality of {table.plan.recipe.stem}, {record['split']} split",
+        f"# Quality of {table.plan.title}, {record['split']} split",
         "",
         "Perplexity of the compacted model reloaded from disk; mean ± sample standard deviation "
         f"over seeds {seeds}. {machine}.",
