@@ -90,9 +90,11 @@ class LoRAConfig:
     """The LoRA part of every memory: delta W = alpha / r * B A on each target layer.
 
     Args:
-        r: rank.
-        alpha: scaling numerator, as in PEFT.
-        target_modules: names of the linear layers that carry it; all seven by default.
+        r: rank. At a given sparsity a higher one wins back more, and a cache does not make up for a
+            lower one (docs/experiments.md, 4).
+        alpha: scaling numerator, as in PEFT; alpha / r = 2 in all experiments.
+        target_modules: names of the linear layers that carry it; all seven by default, as in the
+            experiments.
     """
 
     r: int = 16
@@ -131,14 +133,16 @@ class KVConfig:
     """The learned-cache part of every memory: keys and values [Hkv, P, D] per layer.
 
     Args:
-        num_tokens: P, how many learned tokens stand before the sequence.
-        init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer),
-            "tokens" (prefill of random token ids) or "normal".
+        num_tokens: P, how many learned tokens stand before the sequence. Best are few beside LoRA:
+            a seventh of a memory's parameters (docs/experiments.md, 4), which 64 are beside r = 16
+            on Llama-3.2-3B.
+        init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer; the
+            one used in the experiments), "tokens" (prefill of random token ids) or "normal".
         init_std: standard deviation for "normal".
         num_frozen_tokens: how many of the first tokens are never trained (the attention sink).
     """
 
-    num_tokens: int = 128
+    num_tokens: int = 64
     init: str = "text"
     init_std: float = 0.02
     num_frozen_tokens: int = 1
@@ -173,7 +177,8 @@ class KoffConfig:
 
     Args:
         memories: their names; () learns gates alone.
-        target_sparsity: share to remove, 0 to 0.953; 0 attaches no gates.
+        target_sparsity: share to remove, 0 to 0.953; 0 attaches no gates. What 0.2 and 0.4 cost and
+            what memories win back: docs/experiments.md, 5.
         sparsity_scope: of what it is the share: "mlp" (of the MLP neurons, the paper's s*) or
             "model" (of all weights).
         lora: LoRA part of each memory, or None.

@@ -24,8 +24,7 @@ def parameter_groups(
         Groups for a torch optimiser. The multiplier's maximises, and is marked "unclipped"; gates
         and multiplier are marked "constant".
     """
-    lora = [p for memory in state.memories for p in memory.lora.parameters()]
-    kv = [p for memory in state.memories for p in memory.kv.parameters()]
+    lora, kv = _memory_parameters(state)
     groups = [
         {"params": lora, "lr": settings.lora_learning_rate, "weight_decay": weight_decay},
         {"params": kv, "lr": settings.kv_learning_rate, "weight_decay": 0.0},
@@ -37,6 +36,19 @@ def parameter_groups(
         groups.append({"params": gates, "lr": settings.gate_learning_rate, **still})
         groups.append({"params": multiplier, "lr": settings.multiplier_learning_rate, **ascent})
     return [group for group in groups if group["params"]]
+
+
+def _memory_parameters(state: KoffState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """All LoRA matrices, and all learned caches."""
+    lora = [p for memory in state.memories for p in memory.lora.parameters()]
+    return lora, [p for memory in state.memories for p in memory.kv.parameters()]
+
+
+def clipped_parts(state: KoffState) -> list[str]:
+    """Names of the groups that ``clip_groups`` clips, in its order."""
+    lora, kv = _memory_parameters(state)
+    parts = {"lora": lora, "kv": kv, "gates": state.gates is not None}
+    return [name for name, there in parts.items() if there]
 
 
 def _constant(step: int) -> float:
@@ -56,15 +68,14 @@ def hold_constant_groups(scheduler: Any, groups: list[dict[str, Any]]) -> None:
             group["lr"] = base
 
 
-def clip_groups(groups: list[dict[str, Any]], max_norm: float) -> torch.Tensor:
+def clip_groups(groups: list[dict[str, Any]], max_norm: float) -> list[torch.Tensor]:
     """Clip the gradients of each group by itself, in place; "unclipped" groups are left alone.
 
     Returns:
-        The norm over all clipped groups before clipping.
+        The norm of each clipped group before clipping, in order.
     """
-    norms = [
+    return [
         torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
         for group in groups
         if not group.get("unclipped")
     ]
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))

@@ -18,7 +18,7 @@ from .evaluate import evaluate as evaluate_domains
 from .losses import token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
 from .mixture import build_mixture
-from .optim import clip_groups, hold_constant_groups, parameter_groups
+from .optim import clip_groups, clipped_parts, hold_constant_groups, parameter_groups
 from .prefill import fill_from_tokens
 from .safe_trainer import SafeTrainer
 from .schedule import MixtureDataset, MixtureSampler, collate
@@ -112,6 +112,7 @@ class KoffTrainer(SafeTrainer):
             callbacks=[_ClampGates(state), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
+        self._norms: list[Tensor] = []
         self._sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._warn_few_steps()
 
@@ -272,7 +273,8 @@ class KoffTrainer(SafeTrainer):
 
     def _clip_grad_norm(self, model: nn.Module):
         """Clip each group by itself; the multiplier is left alone. Returns the norm over all."""
-        return clip_groups(self.optimizer.param_groups, self.args.max_grad_norm)
+        self._norms = clip_groups(self.optimizer.param_groups, self.args.max_grad_norm)
+        return torch.linalg.vector_norm(torch.stack([norm.float() for norm in self._norms]))
 
     # ---- start, logs, evaluation ----
 
@@ -288,10 +290,12 @@ class KoffTrainer(SafeTrainer):
         return parameter_groups(koff, self.settings, self.args.weight_decay)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the loss per source, and the sparsities, undecided share, multiplier and target
-        while gates are open."""
+        """Adds the loss per source, the last gradient norm of each part, and the sparsities,
+        undecided share, multiplier and target while gates are open."""
         if "loss" in logs:
-            logs = {**logs, **self._source_losses(), **self._sparsity_logs()}
+            parts = zip(clipped_parts(self.koff), self._norms, strict=True) if self._norms else ()
+            norms = {f"grad_norm_{name}": float(norm) for name, norm in parts}
+            logs = {**logs, **norms, **self._source_losses(), **self._sparsity_logs()}
         super().log(logs, *args, **kwargs)
 
     def _source_losses(self) -> dict[str, float]:

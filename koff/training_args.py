@@ -29,25 +29,26 @@ class Settings:
 
     Args:
         gate_learning_rate: of log_alpha.
-        lora_learning_rate: of the LoRA matrices; ``weight_decay`` applies to them only.
-        kv_learning_rate: of the learned caches.
+        lora_learning_rate: of the LoRA matrices; ``weight_decay`` applies to them only. For 6 M
+            parameters 4e-3 was best (docs/experiments.md, 2 and 3); large models want less.
+        kv_learning_rate: of the learned caches; 1e-2 was best (same experiments).
         multiplier_learning_rate: of the ascent on the Lagrange multiplier.
         sparsity_penalty: c of lambda1 (s - t) + c (s - t)^2.
         sparsity_warmup_ratio: share of the steps over which the target t rises from 0.
         general_every: every n-th step runs on the general mixture; 0 never.
         batching: "mixed" (each row its own memory) or "single" (each batch one domain).
         fix_mask_at: share of the steps after which the mask is binarised and only the memories are
-            tuned; None leaves binarising to the caller. Default: experiment 2.
+            tuned; None leaves binarising to the caller. The half is docs/experiments.md, 2.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
         block_size: tokens per training row.
         distillation_weight: w in 0..1; the loss is (1 - w) cross-entropy + w KL to the same frozen
-            model with its gates open and no memory. 0: no second forward. None: 0.7 (experiments 1
-            and 3), but 0 for a compacted model, whose unpruned self is gone.
+            model with its gates open and no memory. 0: no second forward. None: 0.7
+            (docs/experiments.md, 1 and 3), but 0 for a compacted model: its unpruned self is gone.
     """
 
     gate_learning_rate: float = 0.1
     lora_learning_rate: float = 1e-3
-    kv_learning_rate: float = 2e-2
+    kv_learning_rate: float = 1e-2
     multiplier_learning_rate: float = 0.01
     sparsity_penalty: float = 10.0
     sparsity_warmup_ratio: float = 0.2

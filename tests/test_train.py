@@ -82,6 +82,10 @@ def test_training_learns_and_logs(tmp_path):
     names |= {"sparsity_mlp", "sparsity_model", "sparsity_non_embedding", "undecided"}
     assert names <= set().union(*logs)
     assert all(0 <= e["undecided"] <= 1 for e in logs)
+    for entry in logs:
+        parts = [entry[f"grad_norm_{part}"] for part in ("lora", "kv", "gates")]
+        assert math.hypot(*parts) == pytest.approx(entry["grad_norm"], rel=1e-5)
+        assert min(parts[:2]) > 0 and (parts[2] > 0) == (entry["step"] <= 48)
     assert logs[0]["sparsity_target"] < 0.2 and "multiplier" in logs[0]
     fixed = [e for e in run.state.log_history if "loss_hard_gates" in e]
     assert len(fixed) == 1 and fixed[0]["step"] == 48 and "loss_soft_gates" in fixed[0]
@@ -257,7 +261,7 @@ def test_distillation_is_the_default_while_the_unpruned_model_is_there(tmp_path)
     losses = []
     for run in (default, without):
         torch.manual_seed(0)  # of the gates
-        losses.append(float(run.compute_loss(model.train(), batch)))
+        losses.append(run.compute_loss(model.train(), batch).item())
     assert losses[0] != losses[1]
     koff.binarize(model, multiple_of=8)
     assert trainer(tmp_path, model).distillation_weight == 0.7
