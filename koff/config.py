@@ -90,8 +90,7 @@ class LoRAConfig:
     """The LoRA part of every memory: delta W = alpha / r * B A on each target layer.
 
     Args:
-        r: rank. At a given sparsity a higher one wins back more, and a cache does not make up for a
-            lower one (docs/experiments.md, 4).
+        r: rank. The higher, the more is won back: docs/experiments.md, 4.
         alpha: scaling numerator, as in PEFT; alpha / r = 2 in all experiments.
         target_modules: names of the linear layers that carry it; all seven by default, as in the
             experiments.
@@ -133,16 +132,16 @@ class KVConfig:
     """The learned-cache part of every memory: keys and values [Hkv, P, D] per layer.
 
     Args:
-        num_tokens: P, how many learned tokens stand before the sequence. Best are few beside LoRA:
-            a seventh of a memory's parameters (docs/experiments.md, 4), which 64 are beside r = 16
-            on Llama-3.2-3B.
+        num_tokens: P, how many learned tokens stand before the sequence. Rows and cache together
+            should fit the length the base was pretrained at: beyond it a cache does more harm than
+            good, however it is trained (docs/experiments.md, 4).
         init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer; the
             one used in the experiments), "tokens" (prefill of random token ids) or "normal".
         init_std: standard deviation for "normal".
         num_frozen_tokens: how many of the first tokens are never trained (the attention sink).
     """
 
-    num_tokens: int = 64
+    num_tokens: int = 128
     init: str = "text"
     init_std: float = 0.02
     num_frozen_tokens: int = 1
