@@ -62,6 +62,13 @@ def test_token_losses_without_a_teacher():
     assert torch.equal(losses, token_losses(logits, IDS, torch.zeros(2, 4, 5))[0])
 
 
+def test_autocast_does_not_lower_the_losses():
+    logits, teacher = torch.randn(2, 2, 4, 500)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = token_losses(logits, IDS, teacher)
+    assert all(map(torch.equal, lowered, token_losses(logits, IDS, teacher)))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_loss_alone_has_its_gradient(which):
     logits, teacher = torch.randn(2, 2, 4, 5)
