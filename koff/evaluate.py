@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .data import PackedBlocks, pack
 from .errors import require
+from .losses import token_losses
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,7 @@ def _mean_nll(model: Any, blocks: torch.Tensor, batch_size: int, options: dict[s
     for batch in blocks.split(batch_size):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False, **options).logits
-        for row, ids in zip(logits, batch, strict=True):
-            # One block at a time: the fp32 copy of all logits would be the largest tensor by far.
-            losses = F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
-            total += losses.double().sum()
+        total += token_losses(logits, batch)[0].double().sum()
     return total.item() / (blocks.shape[0] * (blocks.shape[1] - 1))
 
 

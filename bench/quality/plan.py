@@ -170,9 +170,9 @@ def _check_options(plan: Plan) -> None:
         key = text.partition("=")[0].strip()
         rule, step = f"not set {', '.join(_OWN_KEYS)}", "use --seeds and --sparsity"
         require(key not in _OWN_KEYS, WHERE, "--set", rule, repr(text), step)
-    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.title) is not None
+    plain = plan.name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.name)
     rule, step = "be letters, digits, '.', '-' and '_'", "it names files; choose another"
-    require(plain or plan.name is None, WHERE, "--name", rule, repr(plan.name), step)
+    require(bool(plain), WHERE, "--name", rule, repr(plan.name), step)
     got = plan.output
     require(not got.is_file(), WHERE, "--output", "be a folder", f"the file {got}", "rename it")
 
