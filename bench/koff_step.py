@@ -25,7 +25,7 @@ class KoffStep:
         config = koff.KoffConfig(
             memories=MEMORIES,
             target_sparsity=target,
-            lora=koff.LoRAConfig(r=rank, alpha=2 * rank),
+            lora=koff.LoRAConfig(r=rank, alpha=2 * rank, target_modules="all-linear"),
             kv=koff.KVConfig(num_tokens=prefix, init="normal"),
         )
         self.model = koff.attach(model, config).train()

@@ -14,6 +14,7 @@ from .errors import require
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+LINEARS = ATTENTION_LINEARS + MLP_LINEARS
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NARROW_PREFIX = "koff_"
@@ -123,7 +124,7 @@ def linear_path(name: str, model: PreTrainedModel) -> str:
 
 def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """(name, module) of the seven linear layers of a decoder layer."""
-    for name in ATTENTION_LINEARS + MLP_LINEARS:
+    for name in LINEARS:
         yield name, layer.get_submodule(linear_path(name, model))
 
 

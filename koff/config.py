@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from .arch import LINEARS, MLP_LINEARS
 from .errors import require
 
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"  # PEFT's word for it
 KV_INITS = ("text", "tokens", "normal")
 SCOPES = ("mlp", "model")
 # P(z > 0) at the lower clamp of log_alpha is 4.7 %: no gate can be expected to be closed more often
@@ -90,21 +91,24 @@ class LoRAConfig:
     """The LoRA part of every memory: delta W = alpha / r * B A on each target layer.
 
     Args:
-        r: rank. The higher, the more is won back: docs/experiments.md, 4.
+        r: rank. The higher, the more is won back: docs/experiments.md, 3.
         alpha: scaling numerator, as in PEFT; alpha / r = 2 in all experiments.
-        target_modules: names of the linear layers that carry it; all seven by default. At equal
-            parameters the MLP's alone won back more (docs/experiments.md, 5; one seed).
+        target_modules: names of the linear layers that carry it, or "all-linear" for all seven, as
+            in the paper. The default is the MLP's three: where neurons are removed, and at equal
+            parameters they won back more than all seven (docs/experiments.md, 5).
     """
 
     r: int = 16
     alpha: float = 32.0
-    target_modules: tuple[str, ...] = LINEAR_NAMES
+    target_modules: tuple[str, ...] | Literal["all-linear"] = MLP_LINEARS
 
     def __post_init__(self) -> None:
         where = "LoRAConfig"
         _positive_int(where, "r", self.r)
         _number(where, "alpha", self.alpha)
         require(self.alpha > 0, where, "alpha", "be positive", self.alpha, "change it")
+        if self.target_modules == ALL_LINEAR:
+            object.__setattr__(self, "target_modules", LINEARS)
         _sequence(where, "target_modules", self.target_modules)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         require(
@@ -116,9 +120,9 @@ class LoRAConfig:
             "use lora=None",
         )
         for name in self.target_modules:
-            near = f"choose among {', '.join(LINEAR_NAMES)}"
+            near = f"choose among {', '.join(LINEARS)}, or write {ALL_LINEAR!r}"
             require(
-                name in LINEAR_NAMES,
+                name in LINEARS,
                 where,
                 "target_modules",
                 "name linear layers",

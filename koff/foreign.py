@@ -60,7 +60,7 @@ def read_lora(
     scaling = {site: _scaling(values, model, site, rank, where) for site, rank in ranks.items()}
     rank, largest = max(ranks.values()), max(scaling.values())
     names = {site.split("_", 1)[1] for site in matrices}
-    targets = tuple(name for name in arch.ATTENTION_LINEARS + arch.MLP_LINEARS if name in names)
+    targets = tuple(name for name in arch.LINEARS if name in names)
     return LoRAConfig(rank, largest * rank, targets), matrices, scaling
 
 
@@ -80,7 +80,7 @@ def fill_lora(memory: Memory, matrices: Matrices, scaling: dict[str, float]) -> 
 def _pairs(model: PreTrainedModel, tensors: dict[str, Tensor], where: str) -> Matrices:
     """site -> (A, B), every name checked."""
     parts: dict[str, dict[str, Tensor]] = {}
-    known = {arch.linear_path(n, model): n for n in arch.ATTENTION_LINEARS + arch.MLP_LINEARS}
+    known = {arch.linear_path(n, model): n for n in arch.LINEARS}
     layers, path = len(arch.layers(model)), arch.layers_path(model)
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)

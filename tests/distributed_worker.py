@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from models import NAMES, tiny, tokens
 from safetensors.torch import save_file
-from test_train import DOMAINS, arguments
+from test_train import DOMAINS, LORA, arguments
 
 import koff
 
@@ -21,7 +21,7 @@ ROWS = 12
 
 
 def fresh(kv: koff.KVConfig):
-    config = koff.KoffConfig(NAMES, target_sparsity=0, lora=koff.LoRAConfig(r=4), kv=kv)
+    config = koff.KoffConfig(NAMES, target_sparsity=0, lora=LORA, kv=kv)
     return koff.attach(tiny("llama", initializer_range=0.3), config)
 
 

@@ -66,7 +66,7 @@ def attached(architecture: str, *, shift: bool = True, changes: dict | None = No
     """A tiny model with koff attached, in eval mode, its memories perturbed."""
     config = {
         "memories": NAMES,
-        "lora": koff.LoRAConfig(r=4, alpha=6),
+        "lora": koff.LoRAConfig(r=4, alpha=6, target_modules="all-linear"),
         "kv": koff.KVConfig(num_tokens=7, init="tokens"),
         **config,
     }

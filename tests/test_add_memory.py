@@ -123,7 +123,9 @@ def test_gates_only_backbones_take_memories_too(tmp_path):
     out = koff.save(small(memories=(), lora=None, kv=None), tmp_path / "out")
     with pytest.raises(ValueError, match="must have a LoRA or a KV part, got neither; give lora"):
         koff.add_memory(out, "de", documents(), args=arguments(tmp_path / "run"))
-    parts = dict(lora=koff.LoRAConfig(r=2), kv=koff.KVConfig(num_tokens=4))
+    parts = dict(
+        lora=koff.LoRAConfig(r=2, target_modules="all-linear"), kv=koff.KVConfig(num_tokens=4)
+    )
     koff.add_memory(out, "de", documents(), args=arguments(tmp_path / "run"), **parts)
     model = koff.load(out)
     assert model.koff.memory_names == ("de",) and model.koff.memories["de"].length == 4

@@ -11,9 +11,8 @@ import koff
 from koff import arch
 from koff.state import count_weights
 
-CONFIG = koff.KoffConfig(
-    memories=NAMES, lora=koff.LoRAConfig(r=4), kv=koff.KVConfig(num_tokens=5, init="tokens")
-)
+ALL = koff.LoRAConfig(r=4, target_modules="all-linear")
+CONFIG = koff.KoffConfig(memories=NAMES, lora=ALL, kv=koff.KVConfig(num_tokens=5, init="tokens"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -187,11 +186,22 @@ def test_illegal_parts_are_refused(make, message):
         make()
 
 
-def test_config_goes_through_json():
+@pytest.mark.parametrize("lora", [koff.LoRAConfig(), ALL], ids=["default", "all-linear"])
+def test_config_goes_through_json(lora):
     import json
 
-    config = koff.KoffConfig(memories=("en", "fr"), kv=None, target_sparsity=0.3)
+    config = koff.KoffConfig(memories=("en", "fr"), lora=lora, kv=None, target_sparsity=0.3)
     assert koff.KoffConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("lora", "names"), [(koff.LoRAConfig(), arch.MLP_LINEARS), (ALL, arch.LINEARS)]
+)
+def test_lora_is_on_the_mlp_by_default_and_on_all_linear_layers_when_asked(lora, names):
+    model = koff.attach(tiny("qwen3"), _config(lora=lora))
+    layers = len(arch.layers(model))
+    wanted = {f"{index}_{name}" for index in range(layers) for name in names}
+    assert set(model.koff.memories["a"].lora) == wanted
 
 
 def test_model_scope_turns_into_a_share_of_neurons():

@@ -30,7 +30,7 @@ def with_memories(**changes):
     """A koff model whose memories all differ from each other and from none."""
     config = koff.KoffConfig(
         memories=("en", "fr"),
-        lora=koff.LoRAConfig(r=2, alpha=4),
+        lora=koff.LoRAConfig(r=2, alpha=4, target_modules="all-linear"),
         kv=koff.KVConfig(num_tokens=4, init="normal"),
         **changes,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from koff.arch import LINEARS
 from koff.checkpoint import FACTS, STATE, WEIGHTS, seal
 from koff.pipeline import check_output, last_checkpoint
 from koff.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
@@ -36,6 +37,13 @@ def test_parse_without_both_parts_learns_gates_alone():
     assert recipe.koff.memories == () and recipe.koff.target_sparsity == 0.2
     assert minimal(koff={"lora": None}).koff.memories == ("en", "fr")
     assert minimal(koff={"target_sparsity": 0}).koff.target_sparsity == 0
+
+
+def test_parse_takes_pefts_word_for_all_linear_layers():
+    recipe = minimal(koff={"lora": {"target_modules": "all-linear"}})
+    assert recipe.koff.lora.target_modules == LINEARS
+    with pytest.raises(ValueError, match="must be a list or one of 'all-linear', got 'all'"):
+        minimal(koff={"lora": {"target_modules": "all"}})
 
 
 def test_parse_inverts_to_dict_through_json():

@@ -52,8 +52,11 @@ def arguments(folder, **changes):
     return koff.KoffTrainingArguments(**{**values, **changes})
 
 
+LORA = koff.LoRAConfig(r=4, target_modules="all-linear")
+
+
 def fresh(initializer_range=0.3, **config):
-    config = {"kv": koff.KVConfig(5, "text"), "lora": koff.LoRAConfig(r=4), **config}
+    config = {"kv": koff.KVConfig(5, "text"), "lora": LORA, **config}
     # Large initial weights: with the usual 0.02 the frozen head could not tell tokens apart.
     base = tiny("llama", initializer_range=initializer_range, max_position_embeddings=1024)
     return koff.attach(base, koff.KoffConfig(**{"memories": NAMES, **config}))
