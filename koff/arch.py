@@ -237,6 +237,9 @@ def _check_unpatched(layer: nn.Module, index: int, model: PreTrainedModel, where
     modules = [mlp(layer, model), attention(layer, model), *(m for _, m in linears(layer, model))]
     patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
     rule, step = "use their classes' own forward", "load the model without kernel patches"
+    if any(hasattr(m, "_hf_hook") for m in modules):
+        step = "load the model onto one device: a device_map that spreads or offloads it moves data"
+        step += " inside forward"
     require(not patched, where, f"the modules of layer {index}", rule, patched, step)
 
 

@@ -26,7 +26,7 @@ from .config import KoffConfig, KVConfig, LoRAConfig
 from .context import ForwardContext, LayerScope, MemoryArgument
 from .errors import require
 from .memories import Memory, MemoryBank
-from .packing import kept_part, unpack
+from .packing import after_load, before_load, in_original_order, kept_part, unpack
 from .prefill import fill_from_random_tokens
 from .state import KoffState, is_attached, require_attached
 
@@ -189,6 +189,9 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     state.hooks = [
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache),
+        model.register_state_dict_post_hook(in_original_order),
+        model.register_load_state_dict_pre_hook(before_load),
+        model.register_load_state_dict_post_hook(after_load),
     ]
     _swap(model, KoffModelMixin, None)
     use_koff_attention(model)

@@ -7,11 +7,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from .attention import NAME
 from .context import ACTIVE, MemoryArgument, resolve_ids
 from .errors import require
 from .state import KoffState
@@ -39,12 +41,19 @@ class Boundary:
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         context = self.state.context(memory, inputs.shape[0], inputs.device)
-        longest = max((self.state.memories[slot].length for slot in context.slots), default=0)
+        # A list: torch.compile cannot trace max over a generator.
+        longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
         if longest:
+            self._check_attention()
             self._plain_rows(kwargs, inputs)
             self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
             self._position_ids(kwargs, inputs.shape[1])
         return (), {**kwargs, "koff_context": context}
+
+    def _check_attention(self) -> None:
+        got, rule = self.config._attn_implementation, f"be {NAME!r} for memories with a KV part"
+        step = "undo set_attn_implementation: any other would leave the learned cache out"
+        require(got.startswith(NAME), _WHERE, "the attention implementation", rule, got, step)
 
     def _check_lengths(self, prefix: int, tokens: int, cache) -> None:
         if torch.compiler.is_compiling():
@@ -125,19 +134,23 @@ class KoffModelMixin:
 
     def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
         """As transformers' generate, with ``memory``: a name or None for all rows, or a list with
-        one entry per row."""
+        one entry per row. Calls from several threads take turns."""
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((t for t in given if t is not None), None)
         _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
-        memory = self.koff.active if memory is ACTIVE else memory
-        self.koff.check(memory, "generate")
-        if memory is None or isinstance(memory, str):
+        with self.koff.turn:
+            memory = self.koff.active if memory is ACTIVE else memory
+            self.koff.check(memory, "generate")
+            names = self.koff.memories.names
+            if memory is not None and not isinstance(memory, str):
+                ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
+                ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+                if (ids != ids[:1]).any():
+                    _refuse_second_forwards(args, kwargs, self.generation_config)
+                    return super().generate(inputs, *args, memory=ids, **kwargs)
+                memory = names[int(ids[0])] if len(ids) and ids[0] >= 0 else None
             with self.koff.using(memory):  # the same for every row, however beams multiply them
                 return super().generate(inputs, *args, **kwargs)
-        rows = 1 if prompt is None else prompt.shape[0]
-        ids = resolve_ids(memory, rows, self.koff.memories.names, "generate")
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-        return super().generate(inputs, *args, memory=ids, **kwargs)
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the
@@ -145,6 +158,14 @@ class KoffModelMixin:
         if state_dict is None:
             state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _refuse_second_forwards(args: tuple, kwargs: dict, own: Any) -> None:
+    """Classifier-free guidance runs forwards of its own, which get no ``memory`` argument."""
+    given = kwargs.get("generation_config") or (args[0] if args else None) or own
+    scale = kwargs.get("guidance_scale", getattr(given, "guidance_scale", None))
+    rule, step = "be 1 or None for rows of different memories", "generate each memory's rows apart"
+    require(scale in (None, 1, 1.0), "generate", "guidance_scale", rule, scale, step)
 
 
 def _refuse_right_padding(prompt: Tensor | None, mask: Tensor | None, config) -> None:

@@ -113,6 +113,8 @@ def read_checkpoint(state: KoffState, directory: str | Path) -> None:
         t.copy_(tensors[name])
     if facts["mask_fixed"]:
         state.gates.fix_([mask.clone() for mask in state.gates.masks])
+    elif state.gates is not None:
+        state.gates.unfix_()
     for name, filled in facts["kv_filled"].items():
         state.memories[name].kv_filled = filled
 

@@ -136,3 +136,9 @@ class Gates(nn.Module):
         for p in (*self.log_alpha, self.multiplier):
             p.requires_grad_(False)
             p.grad = None
+
+    def unfix_(self) -> None:
+        """Let the gates train again, in place: back to a moment before the mask was fixed."""
+        self.fixed = False
+        for p in (*self.log_alpha, self.multiplier):
+            p.requires_grad_(True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
+from .errors import require
 from .state import KoffState
 from .training_args import Settings
 
@@ -56,9 +58,10 @@ def _constant(step: int) -> float:
 
 
 def hold_constant_groups(scheduler: Any, groups: list[dict[str, Any]]) -> None:
-    """Let the groups marked "constant" keep their rate under a ``LambdaLR``, in place."""
-    if not hasattr(scheduler, "lr_lambdas"):
-        return
+    """Let the groups marked "constant" keep their rate under a ``LambdaLR``, in place; any other
+    scheduler is an error."""
+    good, got = isinstance(scheduler, LambdaLR), type(scheduler).__name__
+    require(good, "KoffTrainer", "the scheduler", "be a LambdaLR", got, "choose another", TypeError)
     scheduler.lr_lambdas = [
         _constant if group.get("constant") else fn
         for group, fn in zip(groups, scheduler.lr_lambdas, strict=True)

@@ -68,6 +68,32 @@ def unpack(model: PreTrainedModel) -> None:
     gates.drop_order_()
 
 
+@torch.no_grad()
+def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix: str, _) -> None:
+    """Hook of ``state_dict``: base weights as they were before ``pack``, in copies, since masks and
+    LoRA beside them are in the original order too."""
+    gates = model.koff.gates
+    if gates is None or not gates.packed:
+        return
+    for index in range(len(gates.masks)):
+        back = gates.order(index).argsort()
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            path = f"{arch.layers_path(model)}.{index}.{arch.linear_path(name, model)}"
+            key = f"{prefix}{path}.weight"
+            tensors[key] = tensors[key].index_select(dim, back.to(tensors[key].device))
+
+
+def before_load(model: PreTrainedModel, *_) -> None:
+    """Hook of ``load_state_dict``: what comes is in the original order."""
+    unpack(model)
+
+
+def after_load(model: PreTrainedModel, _) -> None:
+    """Hook of ``load_state_dict``: pack anew, by the mask that came."""
+    if model.koff.gates is not None and model.koff.gates.fixed:
+        pack(model)
+
+
 def positions(model: PreTrainedModel, index: int, neurons: Tensor) -> Tensor:
     """Where neurons of a layer (original numbers) are in its weights now."""
     gates = model.koff.gates

@@ -13,16 +13,31 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import checkpoint
-from .errors import require
+from .errors import refuse, require
+from .io import save
 from .packing import pack, unpack
 from .resume import check_resume
 from .state import KoffState
+
+
+def _take_bound(model: nn.Module) -> dict[str, Any]:
+    """Take off a model what accelerate bound to it for training: a forward under autocast, which
+    would stay on, also in copies, and the mark that keeps another trainer from preparing it."""
+    own = vars(model)
+    names = ["_is_accelerate_prepared"]
+    names += ["forward", "_original_forward"] if "_original_forward" in own else []
+    taken = {name: own.pop(name) for name in names if name in own}
+    original = taken.get("_original_forward")
+    if getattr(original, "__func__", None) is not type(model).forward and original is not None:
+        model.forward = original
+    return taken
 
 
 class SafeTrainer(Trainer):
     """Writes and reads the checkpoints of a run that trains ``model.koff``."""
 
     _staging = False  # while a checkpoint is being written
+    _bound: dict[str, Any] = {}  # what accelerate puts on the model, between two calls of train
 
     @property
     def koff(self) -> KoffState:
@@ -52,7 +67,39 @@ class SafeTrainer(Trainer):
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
         else:
             self.start()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        vars(model).update(self._bound)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._bound = _take_bound(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """``koff.save`` of a model that has no gates (any more), with the tokenizer.
+
+        Args:
+            output_dir: where; ``args.output_dir`` if None.
+
+        Raises:
+            ValueError: gates that are not compacted, or a taken folder; nothing is written.
+        """
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        step = "save what koff.compact(trainer.model) returns with koff.save"
+        what, got = "the model", "gates that are not compacted"
+        require(self.koff.gates is None, "save_model", what, "be without gates", got, step)
+        if self.args.should_save:
+            model, folder = self.accelerator.unwrap_model(self.model), output_dir
+            save(model, folder or self.args.output_dir, tokenizer=self.processing_class)
+
+    def predict(self, *args, **kwargs):
+        """Refused: there are no labels to predict.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        step = "use evaluate, or the model itself"
+        refuse("KoffTrainer", "predict", "not be called", "a call", step, NotImplementedError)
 
     def _checked_checkpoint(self, wanted: str | bool) -> str:
         path = checkpoint.last_complete(self.args.output_dir) if wanted is True else Path(wanted)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,22 @@ from .memories import MemoryBank
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
+class _Turn:
+    """A lock that one thread may take again, and that a copy of the model gets anew."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return _Turn, ()
+
+
 class KoffState(nn.Module):
     """Gates, memories and settings of an attached model.
 
@@ -33,6 +50,7 @@ class KoffState(nn.Module):
         gates: ``Gates`` or None (no sparsity, or already compacted).
         memories: ``MemoryBank``.
         active: the memory set by ``use_memory``.
+        turn: held while ``generate`` runs: a model does one forward at a time.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
     """
@@ -54,6 +72,7 @@ class KoffState(nn.Module):
             target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
             self.gates = Gates(self.dense_widths, target, model.device, generator)
         self.active: MemoryArgument = None
+        self.turn = _Turn()
         self.bypassed = False
         self.kept: list[Tensor] | None = None
         self.attention: str | None = None

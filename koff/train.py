@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -50,8 +51,9 @@ class KoffTrainer(SafeTrainer):
 
     Args:
         model: an attached model.
-        args: ``TrainingArguments`` or ``KoffTrainingArguments``. Without ``max_steps``,
-            ``num_train_epochs`` counts passes over all domains together.
+        args: ``TrainingArguments`` or ``KoffTrainingArguments``; a copy is used. Without
+            ``max_steps``, ``num_train_epochs`` counts passes over all domains together; general
+            steps come on top.
         train_datasets: domain -> documents (texts, records with "text" or "input_ids", a
             datasets.Dataset, or ``PackedBlocks``). Each memory needs the domain of its name; with
             no memories the rows use none.
@@ -80,7 +82,7 @@ class KoffTrainer(SafeTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        state = require_attached(model, "KoffTrainer")
+        state, args = require_attached(model, "KoffTrainer"), copy.copy(args)
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
@@ -120,13 +122,15 @@ class KoffTrainer(SafeTrainer):
 
     def _set_steps(self, args: TrainingArguments) -> None:
         if args.max_steps <= 0:
-            rows = sum(len(source.blocks) for source in self.mixture.domains)
+            mixture = self.mixture
+            rows = sum(len(source.blocks) for source in mixture.domains)
             per_step = (
                 args.per_device_train_batch_size
                 * args.gradient_accumulation_steps
                 * args.world_size
             )
-            args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / per_step))
+            steps, every = math.ceil(args.num_train_epochs * rows / per_step), mixture.general_every
+            args.max_steps = max(1, steps + ((steps - 1) // (every - 1) if every > 1 else 0))
 
     def get_train_dataloader(self) -> DataLoader:
         """The whole run's batches, in an order that depends on the seed and the step alone."""
@@ -205,9 +209,15 @@ class KoffTrainer(SafeTrainer):
             if self.state.global_step >= self._gate_steps():
                 self._fix_mask(model, inputs)
         if gates is not None and gates.fixed and not len(self.koff.memories):
-            self.control.should_training_stop = True  # gates alone: nothing is left to tune
+            self._stop()  # gates alone: nothing is left to tune
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _stop(self) -> None:
+        """End the run after this step, with a checkpoint and an evaluation if it makes any."""
+        self.control.should_training_stop = True
+        self.control.should_save |= self.args.save_strategy == "steps"
+        self.control.should_evaluate |= self.args.eval_strategy == "steps"
 
     @torch.no_grad()
     def _fix_mask(self, model, inputs) -> None:
@@ -328,15 +338,12 @@ class KoffTrainer(SafeTrainer):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Perplexity of every evaluation domain with its own memory (see ``koff.evaluate``)."""
-        data = eval_dataset if isinstance(eval_dataset, Mapping) else self.eval_datasets
-        require(
-            bool(data),
-            "KoffTrainer.evaluate",
-            "eval_datasets",
-            "be given",
-            "none",
-            "pass domain -> documents",
-        )
+        where, what, step = "KoffTrainer.evaluate", "eval_datasets", "pass domain -> documents"
+        data = self.eval_datasets if eval_dataset is None else eval_dataset
+        require(data is not None, where, what, "be given", "none", step)
+        good, got = isinstance(data, Mapping), type(data).__name__
+        require(good, where, what, "be a mapping", got, step, TypeError)
+        require(len(data) > 0, where, what, "name a domain", "none", step)
         model, names = self.accelerator.unwrap_model(self.model), self.koff.memories.names
         metrics, nats = {}, []
         for domain, documents in data.items():

@@ -170,6 +170,15 @@ def _check_foreign(args: TrainingArguments) -> None:
         True,
         "resume from a checkpoint instead",
     )
+    scheduler, minimum = args.lr_scheduler_type, (args.lr_scheduler_kwargs or {}).get("min_lr")
+    rule, step = "be a function of the step", "choose linear, cosine, constant, ..."
+    good = scheduler not in ("reduce_lr_on_plateau", "greedy")
+    require(good, where, "lr_scheduler_type", rule, str(scheduler), step)
+    rule, step = "not be set (rates differ by group)", "set min_lr_rate, a share of each rate"
+    require(minimum is None, where, "min_lr of lr_scheduler_kwargs", rule, minimum, step)
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        rule, got = "be 'steps' or 'no' (the run is one mixture without epochs)", "'epoch'"
+        require(getattr(args, name) != "epoch", where, name, rule, got, "count steps")
     refused = {
         "fp16": (args.fp16, "use bf16=True, or load the base in float16"),
         "deepspeed": (bool(args.deepspeed), "its checkpoints are pickles; use DDP or FSDP"),

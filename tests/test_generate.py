@@ -1,8 +1,11 @@
 """generate: mixed memories equal one at a time, in every decoding mode."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
-from models import ARCHITECTURES, attached, tokens
+from models import ARCHITECTURES, attached, tiny, tokens
 
 import koff
 
@@ -102,6 +105,56 @@ def test_assisted_and_plain_generation_agree_without_memory(model):
     ids = tokens()
     got = generate(model, ids, None)
     assert torch.equal(got, model.generate(ids, max_new_tokens=NEW, do_sample=False))
+
+
+def test_one_memory_in_a_list_is_that_memory(model):
+    """Also where transformers runs forwards of its own, or a second model."""
+    ids = tokens(1)
+    for kwargs in (dict(guidance_scale=2.0), dict(assistant_model=tiny("llama"))):
+        wanted = generate(model, ids, "en", **kwargs)
+        assert torch.equal(generate(model, ids, ["en"], **kwargs), wanted)
+        assert not torch.equal(generate(model, ids, None, **kwargs), wanted)
+
+
+def test_guidance_needs_one_memory(model):
+    with pytest.raises(ValueError, match="guidance_scale must be 1 or None.*got 2.0"):
+        generate(model, tokens(), MIX, guidance_scale=2.0)
+    config = copy.deepcopy(model.generation_config)
+    config.guidance_scale = 1.5
+    with pytest.raises(ValueError, match="guidance_scale must be 1 or None.*got 1.5"):
+        generate(model, tokens(), MIX, generation_config=config)
+
+
+def test_threads_take_turns():
+    model, ids = attached("llama"), tokens()
+    names = ["en", "es", MIX, None] * 3
+    wanted = [generate(model, ids, name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda name: generate(model, ids, name), names))
+    assert all(map(torch.equal, got, wanted))
+    assert model.koff.active is None
+    with koff.use_memory(copy.deepcopy(model), "en") as other:  # a copy has a lock of its own
+        assert other.koff.turn is not model.koff.turn
+
+
+def test_another_attention_that_would_drop_the_cache_is_refused(model):
+    wanted = model(tokens(), memory="en").logits
+    model.set_attn_implementation("sdpa")
+    assert model(tokens()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="attention implementation must be 'koff'.*got sdpa"):
+        model(tokens(), memory="en")
+    model.set_attn_implementation("koff")
+    assert torch.equal(model(tokens(), memory="en").logits, wanted)
+    without = attached("llama", kv=None)
+    without.set_attn_implementation("eager")
+    assert without(tokens(), memory="en").logits.isfinite().all()
+
+
+def test_models_made_in_inference_mode_generate(tmp_path):
+    folder = koff.save(koff.compact(attached("llama", target_sparsity=0.2)), tmp_path / "out")
+    wanted = generate(koff.load(folder), tokens(), MIX)
+    with torch.inference_mode():
+        assert torch.equal(generate(koff.load(folder), tokens(), MIX), wanted)
 
 
 def test_right_padding_is_refused(model):

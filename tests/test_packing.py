@@ -20,6 +20,15 @@ def binarised(architecture="llama", **config):
     return model
 
 
+def raw(model):
+    """Copies of the weights as they lie in memory."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def up_of(state):
+    return state["model.layers.0.mlp.up_proj.weight"]
+
+
 def gradients(model, memory):
     model.zero_grad()
     model(tokens(), memory=memory).logits.square().mean().backward()
@@ -71,14 +80,46 @@ def test_binarise_again_starts_from_the_original_order():
     koff.binarize(model, target=0.2, multiple_of=1)
     koff.binarize(other, target=0.2, multiple_of=1)
     assert torch.equal(model(ids, memory="en").logits, other(ids, memory="en").logits)
-    assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
+    wanted = raw(other)
+    assert all(torch.equal(t, wanted[name]) for name, t in raw(model).items())
 
 
 def test_packing_twice_changes_nothing():
     model = binarised()
-    before = copy.deepcopy(model.state_dict())
+    before = raw(model)
     packing.pack(model)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in raw(model).items())
+
+
+def test_a_state_dict_is_in_the_original_order_and_goes_into_any_model():
+    base, model, ids = tiny("qwen3").state_dict(), binarised("qwen3"), tokens()
+    state, wanted = model.state_dict(), model(ids, memory="en").logits
+    assert all(torch.equal(t, state[name]) for name, t in base.items())
+    assert not torch.equal(up_of(raw(model)), up_of(base))
+    fresh = attached("qwen3", target_sparsity=0.4)
+    fresh.load_state_dict(state)
+    koff.binarize(fresh, multiple_of=1)
+    assert torch.equal(fresh(ids, memory="en").logits, wanted)
+    other = spread(attached("qwen3", target_sparsity=0.4, seed=7))
+    with torch.no_grad():
+        for p in other.koff.gates.log_alpha:
+            p.neg_()  # another mask, so another order
+    koff.binarize(other, multiple_of=1)
+    assert not torch.equal(other(ids, memory="en").logits, wanted)
+    other.load_state_dict(state)
+    assert other.koff.gates.packed
+    assert torch.equal(other(ids, memory="en").logits, wanted)
+    nested = torch.nn.ModuleDict({"inner": model}).state_dict()
+    assert torch.equal(nested["inner.model.layers.0.mlp.up_proj.weight"], up_of(base))
+
+
+def test_save_pretrained_writes_the_base_in_its_own_order(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = binarised()
+    model.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    assert torch.equal(up_of(again), up_of(tiny("llama").state_dict()))
 
 
 def test_packed_teacher_and_copy():
