@@ -28,8 +28,8 @@ def pack_bounds(bounds: RowBounds) -> Tensor:
 
 
 def unpack_bounds(mask: Tensor | None) -> RowBounds | None:
-    """Inverse of ``pack_bounds``; None stays None."""
-    return None if mask is None else RowBounds(*mask[:, 0, 0, :].unbind(-1))
+    """Inverse of ``pack_bounds``, in contiguous tensors; None stays None."""
+    return None if mask is None else RowBounds(*mask[:, 0, 0, :].t().contiguous())
 
 
 def _padding_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,9 @@ def koff_attention(
         dropout,
         "set config.attention_dropout = 0",
     )
-    bounds, ids = unpack_bounds(attention_mask), context.ids
+    if "bounds" not in context.masks:
+        context.masks["bounds"] = unpack_bounds(attention_mask)  # the same in every layer
+    bounds, ids = context.masks["bounds"], context.ids
     out = prefix_attention(query, key, value, prefix, memory_ids=ids, bounds=bounds, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 

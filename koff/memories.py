@@ -172,6 +172,7 @@ class MemoryBank(nn.Module):
         super().__init__()
         self.names: list[str] = []
         self._kept = _Kept(limit=4096)
+        self._constants: dict[tuple, Tensor] = {}
         self.register_buffer(
             "inverse_frequencies", inverse_frequencies.detach().clone(), persistent=False
         )
@@ -215,6 +216,16 @@ class MemoryBank(nn.Module):
     def __len__(self) -> int:
         return len(self.names)
 
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """A small tensor, kept: making one on a GPU waits for everything the GPU still has to do,
+        and every layer of every training step would."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return torch.tensor(values, device=device)  # of a kind that must not be kept
+        key = (values, device)
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(values, device=device)
+        return self._constants[key]
+
     def lora(self, site: str, slots: tuple[int, ...]) -> LoRA | None:
         """The stacked LoRA of one linear layer for the given memories; None if none of them has one
         there."""
@@ -227,18 +238,18 @@ class MemoryBank(nn.Module):
             rank = max(w.a.shape[0] for w in present)
             a = [_padded(w and w.a, 0, rank, present[0].a) for w in weights]
             b = [_padded(w and w.b, 1, rank, present[0].b) for w in weights]
-            scaling = [
+            scaling = tuple(
                 0.0 if w is None else self[slot].scaling
                 for w, slot in zip(weights, slots, strict=True)
-            ]
-            return LoRA(_stack(a), _stack(b), torch.tensor(scaling, device=a[0].device))
+            )
+            return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
         return self._kept.get((site, slots), [t for w in present for t in (w.a, w.b)], make)
 
     def prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
         """The stacked learned cache of one layer, keys moved to positions -P..-1; None if no memory
         has one."""
-        lengths = [self[slot].length for slot in slots]
+        lengths = tuple(self[slot].length for slot in slots)
         if not any(lengths):
             return None
         weights = [
@@ -255,7 +266,7 @@ class MemoryBank(nn.Module):
                 like = present[0].k
                 k.append(_padded(key, 1, longest, like))
                 v.append(_padded(value, 1, longest, like))
-            return Prefix(_stack(k), _stack(v), torch.tensor(lengths, device=k[0].device))
+            return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
 
         tensors = [t for w in present for t in (w.k, w.v, w.k_frozen, w.v_frozen)]
         return self._kept.get((layer, slots), [*tensors, self.inverse_frequencies], make)

@@ -87,7 +87,7 @@ def test_bench_gpu_a_peer_that_fails_costs_no_other_row(bench, monkeypatch):
 
 def test_bench_gpu_decode_dry(tmp_path):
     rows = dry("decode", tmp_path)["rows"]
-    assert len(rows) == 2 * 3 * (2 + 3 + 3)  # width x batch x (paths with 0, 1, 8 memories)
+    assert len(rows) == 2 * 3 * (4 + 5 + 5)  # width x batch x (paths with 0, 1, 8 memories)
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * 1e6 / row["us"])
         assert row["bytes"] > 0 and row["times"]["count"] > 0 and row["share_of_copy_bandwidth"] > 0
@@ -149,6 +149,26 @@ def test_bench_gpu_rows_of_other_versions_are_not_kept(tmp_path):
     record["environment"]["torch"], record["rows"][0]["us"] = "1.0", -1.0
     path.write_text(json.dumps(record))
     assert all(row["us"] > 0 for row in dry("tables", tmp_path, "--resume")["rows"])
+
+
+def test_bench_gpu_rows_of_another_route_table_are_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "routes.json"
+    monkeypatch.setattr(results, "table_path", lambda gpu: path)
+
+    def kept():
+        return len(results.Results(tmp_path, "targets", True, resume=True).record["rows"])
+
+    first = results.Results(tmp_path, "targets", True)
+    first.add([{"case": "a", "name": "a", "us": 1.0}])
+    assert kept() == 1
+    path.write_text("{}")
+    assert kept() == 0
+
+
+def test_bench_gpu_a_fused_backward_has_the_candidates_it_runs():
+    forward = tables.configurations("gated_mlp", "forward", "fused", 90)
+    backward = tables.configurations("gated_mlp", "backward", "fused", 90)
+    assert backward == tables.configurations("lora_linear", "backward", "fused", 90) != forward
 
 
 def test_bench_gpu_an_error_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -223,7 +243,9 @@ def test_bench_gpu_results_go_into_the_repository_only_when_measured(tmp_path):
         return command._folders(command._parser().parse_args(arguments))
 
     assert folders() == (ROOT / "bench" / "results", ROOT / "koffkernels" / "configs")
-    assert folders("--output", str(tmp_path)) == (tmp_path, tmp_path / "configs")
+    assert folders("--output", str(tmp_path)) == (tmp_path, ROOT / "koffkernels" / "configs")
+    dry_run = folders("--output", str(tmp_path), "--dry-run")
+    assert dry_run == (tmp_path, tmp_path / "configs")
     assert ROOT not in folders("--dry-run")[0].parents
     assert device.slug("NVIDIA H200") == "h200"
     assert device.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"

@@ -1,6 +1,8 @@
 """Memories in forward: exact against the concatenated cache, and the same whatever they are batched
 with."""
 
+import copy
+
 import pytest
 import torch
 from models import ARCHITECTURES, attached, tiny, tokens
@@ -172,6 +174,21 @@ def test_kept_stacks_follow_every_kind_of_optimiser(kind):
         after = model(ids, memory="en").logits
     assert not torch.equal(before, after)
     assert torch.equal(model(ids, memory="en").logits, after)  # with autograd: never kept
+
+
+def test_constants_of_a_stack_are_made_once():
+    """Making one on a GPU waits for it."""
+    model = attached("llama")
+    bank = model.koff.memories
+    first, again = (bank.lora("0_q_proj", (0, 2)) for _ in range(2))
+    assert first.a is not again.a and first.scaling is again.scaling
+    assert bank.prefix(0, (0, 2)).lengths is bank.prefix(1, (0, 2)).lengths
+    assert bank.lora("0_q_proj", (0,)).scaling.shape == (1,)
+    with torch.inference_mode():
+        fresh = attached("llama").koff.memories.lora("0_q_proj", (0, 2))
+    assert fresh.scaling.is_inference()
+    copied = copy.deepcopy(model).koff.memories.lora("0_q_proj", (0, 2))
+    assert torch.equal(copied.scaling, first.scaling)
 
 
 def test_memories_of_different_lengths_and_ranks_mix():

@@ -1,6 +1,8 @@
 """How many variants of each kernel a decode compiles: what changes from step to step, and with the
 batch, must not be compiled in."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -94,3 +96,24 @@ def test_variants_of_attention_of_every_batch(mixed, bounds):
             attention(setting(mixed), rows, 500, bounds)
     found = compiling.variants(launches)
     assert found and max(found.values()) <= MOST, found
+
+
+def test_fp32_is_multiplied_as_torch_is_set_to(monkeypatch):
+    """By either of torch's two ways of setting it; reading the old after the new is an error."""
+    assert common.precision(torch.float32) == "ieee"
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    with pytest.raises(RuntimeError):
+        torch.backends.cuda.matmul.allow_tf32  # noqa: B018
+    assert common.precision(torch.float32) == "tf32"
+    assert common.precision(torch.bfloat16) == "ieee"
+
+
+def test_a_launch_makes_the_gpu_of_its_tensors_the_current_one(monkeypatch):
+    entered, ran = [], []
+    monkeypatch.setattr(common, "_several_gpus", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext()
+    )
+    kernel = {(3,): lambda **args: ran.append(set(args))}
+    common.launch(kernel, (3,), ids_ptr=None, M=4, x_ptr=torch.empty(2, device="meta"))
+    assert entered == [torch.device("meta")] and {"ids_ptr", "M", "x_ptr"} <= ran[0]

@@ -1,8 +1,8 @@
-"""Tests, target rows, decode and route tables on a GPU, as JSON files that grow row by row.
+"""Tests, route tables, target rows and decode on a GPU, as JSON files that grow row by row.
 
     python -m bench.gpu [--part PART] [--minutes 9] [--output DIR] [--resume] [--dry-run]
 
-Without --part the parts tests, targets, decode and tables run in that order, each in a process of
+Without --part the parts tests, tables, targets and decode run in that order, each in a process of
 its own.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import device
 
-PARTS = ("tests", "targets", "decode", "tables")
+PARTS = ("tests", "tables", "targets", "decode")  # what the tables choose is then measured
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 CONFIGS = ROOT / "koffkernels" / "configs"
@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--configs",
         type=Path,
-        help="folder of the route tables (koffkernels/configs, or configs inside --output)",
+        help="folder of the route tables (koffkernels/configs; of a dry run configs in --output)",
     )
     parser.add_argument("--only", action="append", default=[], help="cases that contain this")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
@@ -52,7 +52,7 @@ def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
         output = Path(tempfile.mkdtemp(prefix="koff-dry-")) if args.dry_run else RESULTS
     configs = args.configs
     if configs is None:
-        configs = CONFIGS if output == RESULTS else output / "configs"
+        configs = output / "configs" if args.dry_run else CONFIGS
     return output.resolve(), configs.resolve()
 
 
@@ -72,7 +72,9 @@ def run_part(args: argparse.Namespace, output: Path, configs: Path) -> dict:
     results.note(command=command, condition=device.condition())
     with context.bench(args.dry_run) as bench:
         if args.part == "tables":
-            tables.run(bench, results, deadline, only, configs)
+            # Where the routes are read, and beside the results.
+            folders = {configs, configs if output == RESULTS else output / "configs"}
+            tables.run(bench, results, deadline, only, folders)
         else:
             parts = {"tests": checks, "targets": targets, "decode": decode}
             parts[args.part].run(bench, results, deadline, only)

@@ -62,20 +62,24 @@ class Decode:
 
     @torch.no_grad()
     def measure(self, width: int, memories: int, rows: int) -> list[dict]:
-        """Rows of one setting, one per path."""
+        """Rows of one setting, one per path; torch's and ours also launched one by one ("eager"),
+        as generate without a CUDA graph does."""
         stack = self.at(width)
         paths = self.paths(stack, memories, rows)
 
-        def variant(path: Path, chosen: list[Layer]) -> Variant:
-            return Variant(lambda i: stack.step(path, rows, chosen), calls=1)
+        def variant(path: Path, chosen: list[Layer], graph: bool = True) -> Variant:
+            return Variant(lambda i: stack.step(path, rows, chosen), graph=graph, calls=1)
 
-        times = self.bench.measure(**{name: variant(*pair) for name, pair in paths.items()})
+        variants = {name: variant(*pair) for name, pair in paths.items()}
+        for name in ("torch", "koff"):
+            variants[f"{name}-eager"] = variant(*paths[name], graph=False)
+        times = self.bench.measure(**variants)
         return [self._row(name, values, stack, (memories, rows)) for name, values in times.items()]
 
     def _row(self, path: str, times: list[float], stack: Stack, setting: tuple[int, int]) -> dict:
         memories, rows = setting
         us = statistics.median(times)
-        used = 0 if path == "torch" else min(memories, rows)
+        used = 0 if path.startswith("torch") else min(memories, rows)
         size = stack.bytes(rows, used)
         return {
             "name": f"{name_of(self.width, memories, rows, self.bench)}-{path}",

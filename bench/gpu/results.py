@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import torch
 
+from koffkernels.routes import table_path
+
 from .. import timing
 from . import device
 
+ROUTED = ("targets", "decode")  # parts whose numbers depend on the route table
 Case = tuple[str, Callable[[], list[dict]]]
 
 
@@ -43,12 +47,15 @@ class Results:
         folder: where the file goes, as ``<gpu>-<part>.json``.
         part: name of the part.
         dry: the numbers mean nothing.
-        resume: keep the rows of a file that is there, if it is from the same GPU and versions.
+        resume: keep the rows of a file that is there, if it is from the same GPU and versions, and
+            was measured with the same route table.
     """
 
     def __init__(self, folder: Path, part: str, dry: bool, resume: bool = False):
         environment = device.environment(dry)
         name = device.slug(environment["gpu"]["name"])
+        if part in ROUTED:
+            environment["table"] = _digest(table_path(environment["gpu"]["name"]))
         self.path = folder / f"{name}-{part}.json"
         self.record: dict = {"part": part, "dry": dry, "complete": False}
         self.record |= {"environment": environment, "rows": [], "not_run": []}
@@ -61,7 +68,7 @@ class Results:
                 self.record["rows"] = kept
                 print(f"{self.path.name}: {len(kept)} rows kept", flush=True)
             else:
-                print(f"{self.path.name}: from another GPU or version, measured anew", flush=True)
+                print(f"{self.path.name}: other GPU, version or table, measured anew", flush=True)
 
     def note(self, **facts: object) -> None:
         """Set fields of the file beside its rows."""
@@ -134,10 +141,16 @@ def _free() -> str | None:
     return None
 
 
+def _digest(path: Path) -> str | None:
+    """sha256 of a file; None if it is not there."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
 def _same(before: dict, now: dict) -> bool:
-    """Are two environments of the same GPU and versions?"""
+    """Are two environments of the same GPU, versions and route table?"""
     gpus = [record.get("gpu", {}).get("name") for record in (before, now)]
-    return gpus[0] == gpus[1] and all(before.get(p) == now[p] for p in timing.PACKAGES)
+    names = (*timing.PACKAGES, "table")
+    return gpus[0] == gpus[1] and all(before.get(name) == now.get(name) for name in names)
 
 
 def judged(

@@ -31,12 +31,15 @@ MARGIN = 0.99
 ARCHS = (80, 90, 100)  # chips that configurations know; another counts as the next older one
 FORWARD_TOKENS = (1, 16, 64, 256, 1024, 8192, 4, 2048)  # in order of value
 BACKWARD_TOKENS = (8192, 1024)
-# The file in koffkernels/_triton whose CONFIGS an operation's route can use.
+# The file in koffkernels/_triton whose CONFIGS an operation's route can use; a fused backward
+# computes the gradient of its input by the GEMM of a linear layer.
 FILES = {
-    ("gated_mlp", "fused"): "gemm_mlp",
-    ("gated_mlp", "decode"): "decode_mlp",
-    ("lora_linear", "fused"): "gemm_linear",
-    ("lora_linear", "decode"): "decode_linear",
+    ("gated_mlp", "forward", "fused"): "gemm_mlp",
+    ("gated_mlp", "forward", "decode"): "decode_mlp",
+    ("gated_mlp", "backward", "fused"): "gemm_linear",
+    ("lora_linear", "forward", "fused"): "gemm_linear",
+    ("lora_linear", "forward", "decode"): "decode_linear",
+    ("lora_linear", "backward", "fused"): "gemm_linear",
 }
 # (op, k, n) of the models in recipes/, in order of value; n of gated_mlp is the number of neurons.
 LLAMA_8B = (
@@ -84,9 +87,9 @@ class Candidate(NamedTuple):
         return self.route if self.config is None else f"{self.route}:{self.config}"
 
 
-def configurations(op: str, route: str, arch: int) -> list[str]:
+def configurations(op: str, direction: str, route: str, arch: int) -> list[str]:
     """Configurations that a route may use on ``arch`` (90: sm_90); none without its file."""
-    module = f"koffkernels._triton.{FILES[op, route]}"
+    module = f"koffkernels._triton.{FILES[op, direction, route]}"
     if importlib.util.find_spec(module) is None:
         return []
     found = importlib.import_module(module).CONFIGS
@@ -100,7 +103,9 @@ def candidates(key: Key, arch: int) -> list[Candidate]:
     if key.direction == "forward" and key.m <= DECODE_TOKENS:
         routes.append("decode")
     found = [
-        Candidate(route, name) for route in routes for name in configurations(key.op, route, arch)
+        Candidate(route, name)
+        for route in routes
+        for name in configurations(key.op, key.direction, route, arch)
     ]
     return [Candidate("vendor", None), *found]
 
@@ -156,23 +161,24 @@ def _forward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
 
 
 def _backward(bench: Bench, key: Key) -> Callable[[Candidate], Variant]:
-    """candidate -> what to time: all gradients, from a graph that is kept."""
+    """candidate -> what to time: the vendor's forward, and all gradients. Both go into one CUDA
+    graph: launched one by one, the many small kernels would wait for the host."""
     layer = _layer(bench, key, True)
     width = key.k if key.op == "gated_mlp" else key.n
     x = bench.normal(key.m, width).requires_grad_()
     trained = [x, *(t for part in layer.lora.values() for t in part[:2])]
     call = _call(bench, key, layer, x)
 
+    dy = bench.normal(key.m, key.k)
+
     def variant(candidate: Candidate) -> Variant:
-        with routed(bench, candidate):
-            y = call()
-        dy = torch.randn_like(y)
-
         def gradients(i: int) -> object:
+            with routed(bench, Candidate("vendor", None)):
+                y = call()
             with routed(bench, candidate):
-                return torch.autograd.grad(y, trained, dy, retain_graph=True)
+                return torch.autograd.grad(y, trained, dy)
 
-        return Variant(gradients, 1, graph=False)
+        return Variant(gradients, 1, calls=2)
 
     return variant
 
@@ -258,17 +264,19 @@ def keys(bench: Bench) -> Iterator[Key]:
 
 
 def run(
-    bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...], configs: Path
+    bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...], folders: set[Path]
 ) -> None:
-    """Measure every shape, and rewrite the table after each."""
+    """Measure every shape, and rewrite the table in every folder after each."""
     environment = results.record["environment"]
     major, minor = environment["gpu"]["capability"]
     arch = 10 * major + minor
-    target = configs / table_path(environment["gpu"]["name"]).name
+    name = table_path(environment["gpu"]["name"]).name
 
     def case(key: Key) -> list[dict]:
         rows = measure(bench, key, arch)
-        timing.write(target, table(environment, results.record["rows"] + rows))
+        found = table(environment, results.record["rows"] + rows)
+        for folder in folders:
+            timing.write(folder / name, found)
         return rows
 
     cases: Iterator[Case] = ((key.name, lambda k=key: case(k)) for key in keys(bench))

@@ -104,6 +104,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 1
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **args: Any
 ) -> None:
@@ -122,18 +127,44 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return
-    kernel[grid](**args, **options)
+    if not _several_gpus():
+        kernel[grid](**args, **options)
+        return
+    # Triton launches on the current GPU, wherever the tensors are.
+    with torch.cuda.device(next(a.device for a in args.values() if isinstance(a, Tensor))):
+        kernel[grid](**args, **options)
 
 
 def precision(dtype: torch.dtype) -> str:
     """How ``dot`` multiplies fp32: as torch is set to; other dtypes have one way only."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up: triton's own takes a hundred times as long on the host."""
+    return -(-x // y)
+
+
+def power_of_2(x: int) -> int:
+    """The smallest power of two that is at least x; 1 for 0."""
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x, copied unless it is contiguous; for small tensors, whose strides kernels do not take."""
+    return x if x is None else x.contiguous()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, copied if its last dimension is not the dense one (kernels take the other strides)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rank_block(r: int, limit: int = 64) -> int:
     """Tile width for a rank r: a power of two in 16..limit; larger ranks go in several steps."""
-    return min(limit, max(SMALLEST_TILE, triton.next_power_of_2(r)))
+    return min(limit, max(SMALLEST_TILE, power_of_2(r)))
 
 
 @triton.jit

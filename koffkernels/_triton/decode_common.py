@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED, SMALLEST_TILE, dot, precision, rank_block
+from .common import INTERPRETED, SMALLEST_TILE, cdiv, dot, power_of_2, precision, rank_block
 
 MOST_TOKENS = 64
 MOST_SPLITS = 16
@@ -46,7 +46,7 @@ class Config(NamedTuple):
 def token_block(m: int) -> int:
     """The tile side for m tokens: 16, 32 or 64. Nothing else that is compiled in depends on m."""
     assert 0 < m <= MOST_TOKENS, m
-    return max(SMALLEST_TILE, triton.next_power_of_2(m))
+    return max(SMALLEST_TILE, power_of_2(m))
 
 
 def tile_args(x: Tensor, config: Config) -> dict[str, Any]:
@@ -80,16 +80,16 @@ def split_blocks(x: Tensor, tiles: int, config: Config) -> tuple[int, int]:
         config: what is launched.
     """
     k = x.shape[1]
-    blocks = triton.cdiv(k, tile_args(x, config)["BLOCK_K"])
+    blocks = cdiv(k, tile_args(x, config)["BLOCK_K"])
     most = max(1, min(MOST_SPLITS, k // _SHORTEST_SPLIT, blocks))
 
     def cost(splits: int) -> float:
         programs = max(1, tiles * splits)
-        waves = triton.cdiv(programs, config.programs)
+        waves = cdiv(programs, config.programs)
         return waves * config.programs / programs + config.split_cost * splits
 
-    each = triton.cdiv(blocks, min(range(1, most + 1), key=cost))
-    return max(1, triton.cdiv(blocks, max(1, each))), each
+    each = cdiv(blocks, min(range(1, most + 1), key=cost))
+    return max(1, cdiv(blocks, max(1, each))), each
 
 
 @triton.jit

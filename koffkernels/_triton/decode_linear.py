@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, token_memory
+from .common import Rows, cdiv, dot, launch, memory_range, precision, token_memory
 from .decode_common import (
     Config,
     expand_rows,
@@ -193,7 +193,7 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
     launch(
         _decode_linear_fwd_kernel,
-        (triton.cdiv(a_rows, config.block_n) + triton.cdiv(n, config.block_n), splits),
+        (cdiv(a_rows, config.block_n) + cdiv(n, config.block_n), splits),
         x_ptr=x,
         w_ptr=weight,
         bias_ptr=bias,
@@ -220,7 +220,7 @@ def _expand(part, bias, s, b, y, rows) -> None:
     (splits, m, n), r = part.shape, 0 if b is None else b.shape[2]
     launch(
         _decode_expand_fwd_kernel,
-        (triton.cdiv(n, _EXPAND_BLOCK),),
+        (cdiv(n, _EXPAND_BLOCK),),
         part_ptr=part,
         bias_ptr=bias,
         s_ptr=s,
@@ -267,7 +267,7 @@ def decode_linear(
     if m == 0:
         return y
     config = config or next(iter(CONFIGS.values()))
-    splits, blocks = split_blocks(x, triton.cdiv(n, config.block_n), config)
+    splits, blocks = split_blocks(x, cdiv(n, config.block_n), config)
     if lora is None:
         rows = Rows(None, 1)  # not read: no variant of its own
         if splits == 1:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, dot, launch, memory_range, token_memory
+from .common import Rows, activate, cdiv, dot, launch, memory_range, token_memory
 from .decode_common import (
     Config,
     expand_rows,
@@ -239,7 +239,7 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
     a1, _, scaling1 = loras[1] if len(loras) == 2 else (None, None, None)
     r0, r1 = a0.shape[1], 0 if a1 is None else a1.shape[1]
     rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
-    tiles = triton.cdiv(rows0, _SHRINK.block_n) + triton.cdiv(rows1, _SHRINK.block_n)
+    tiles = cdiv(rows0, _SHRINK.block_n) + cdiv(rows1, _SHRINK.block_n)
     splits, blocks = split_blocks(x, 1, _SHRINK)
     s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
     launch(
@@ -271,7 +271,7 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
     r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
     launch(
         _decode_mlp_up_fwd_kernel,
-        (triton.cdiv(h.shape[1], config.block_n),),
+        (cdiv(h.shape[1], config.block_n),),
         x_ptr=x,
         wg_ptr=w_gate,
         wu_ptr=w_up,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, cdiv, dot, launch, memory_range, precision, rank_block, token_memory
 
 EXPECTS = {"_expand_fwd_kernel": "dot16"}
 
@@ -165,7 +165,7 @@ def expand_(y: Tensor, deltas: tuple[Delta, ...], rows: Rows) -> Tensor:
     block_m, block_n = 32, 128
     launch(
         _expand_fwd_kernel,
-        (triton.cdiv(m, block_m), triton.cdiv(n, block_n)),
+        (cdiv(m, block_m), cdiv(n, block_n)),
         y_ptr=y,
         M=m,
         N=n,

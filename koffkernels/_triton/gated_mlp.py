@@ -10,10 +10,10 @@ from torch import Tensor
 from .. import dispatch
 from .._torch import gated_mlp as plain
 from ..types import GatedMLPLoRA, LoRA
-from .common import Rows
+from .common import Rows, dense, unit_stride
 from .lora_linear import flat, rows_of
 from .mlp import Kept, Layer, mlp_backward, mlp_forward, mlp_inference
-from .ops import needs_grad, operation, spread, wanted
+from .ops import inference, needs_grad, operation, spread, wanted
 
 
 def _lora(parts: Sequence[Tensor | None]) -> GatedMLPLoRA:
@@ -52,6 +52,36 @@ def _forward(
     layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
     y, kept = mlp_forward(x, layer, not recompute)
     return y, *_or_empty(x, kept)
+
+
+def _inference(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gates: Tensor | None,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+    gate_scaling: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    up_scaling: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    down_scaling: Tensor | None,
+    ids: Tensor | None,
+    tokens: int,
+    activation: str,
+) -> Tensor:
+    lora = _lora(
+        (gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling)
+    )
+    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
+    return mlp_inference(x, layer)
+
+
+def _fake_inference(x: Tensor, *_) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake(x, w_gate, w_up, w_down, gates, *rest):
@@ -123,6 +153,7 @@ def _gradients(run, ctx, dy):
 
 
 _OPERATION = operation("gated_mlp", _forward, _fake, _setup, _backward, _backward_fake, _gradients)
+_INFERENCE = inference("gated_mlp", _inference, _fake_inference)
 
 
 def run(
@@ -139,13 +170,12 @@ def run(
     if (gates is None and all(t is None for t in parts)) or dtype == torch.float64:
         return plain.run(x, weights, gates, lora, memory_ids, activation)
     ids, tokens = rows_of(x, memory_ids)
+    trains = needs_grad(x, gates, *parts)
+    parts = [dense(part) for part in (gates, *parts)]
     with torch.autocast(x.device.type, enabled=False):
-        inputs = flat(x.to(dtype)), *(w.to(dtype) for w in weights)
-        if torch.compiler.is_compiling() or needs_grad(x, gates, *parts):
-            recompute = dispatch.recomputes()
-            y = _OPERATION(*inputs, gates, *parts, ids, tokens, activation, recompute)[0]
+        inputs = flat(x.to(dtype)), *(unit_stride(w.to(dtype)) for w in weights), *parts, ids
+        if trains:
+            y = _OPERATION(*inputs, tokens, activation, dispatch.recomputes())[0]
         else:
-            x2, *weights = inputs
-            layer = Layer(tuple(weights), gates, _lora(parts), Rows(ids, tokens), activation)
-            y = mlp_inference(x2, layer)
+            y = _INFERENCE(*inputs, tokens, activation)
     return y.view(x.shape)

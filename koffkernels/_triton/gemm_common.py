@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import default_config, dot, rank_block
+from .common import cdiv, default_config, dot, rank_block
 from .delta import Delta
 
 
@@ -88,7 +88,7 @@ def grid_of(m: int, n: int, config: Config) -> tuple[int]:
     Programs that go through several tiles (``tl.range(..., flatten=True)``) were compiled and left
     out: with an update in the epilogue, ptxas waits after every wgmma of the main loop.
     """
-    return (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    return (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
 
 
 def parts_of(config: Config, part: int) -> int:

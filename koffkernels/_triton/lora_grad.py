@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, precision, rank_block, token_memory, token_span
+from .common import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
 from .reduce import sum_partials
 
 EXPECTS = {"_lora_grad_kernel": "dot16"}
@@ -77,14 +77,14 @@ def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
     """
     (m, k), r = q.shape, p.shape[1]
     block_m, block_k, block_r = 64, 128, rank_block(r)
-    tiles = triton.cdiv(k, block_k) * triton.cdiv(r, block_r) * memories
-    size = max(_SHORTEST_CHUNK, triton.cdiv(max(m, 1), triton.cdiv(_PROGRAMS, tiles)))
-    per_chunk = triton.cdiv(size, rows.tokens) * rows.tokens
-    chunks = max(1, triton.cdiv(m, per_chunk))
+    tiles = cdiv(k, block_k) * cdiv(r, block_r) * memories
+    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, tiles)))
+    per_chunk = cdiv(size, block_m) * block_m  # which may cut rows
+    chunks = max(1, cdiv(m, per_chunk))
     parts = q.new_empty(chunks, memories, r, k, dtype=torch.float32)
     launch(
         _lora_grad_kernel,
-        (triton.cdiv(k, block_k), chunks, triton.cdiv(r, block_r) * memories),
+        (cdiv(k, block_k), chunks, cdiv(r, block_r) * memories),
         p_ptr=p,
         q_ptr=q,
         out_ptr=parts,

@@ -8,9 +8,9 @@ from torch import Tensor
 from .._torch import lora_linear as plain
 from ..dispatch import compute_dtype
 from ..types import LoRA
-from .common import Rows
+from .common import Rows, dense, unit_stride
 from .linear import linear_backward, linear_forward, linear_inference
-from .ops import needs_grad, operation, spread, wanted
+from .ops import inference, needs_grad, operation, spread, wanted
 
 
 def rows_of(x: Tensor, ids: Tensor | None) -> Rows:
@@ -36,6 +36,19 @@ def _forward(
     tokens: int,
 ) -> tuple[Tensor, Tensor]:
     return linear_forward(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
+
+
+def _inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: Tensor,
+    ids: Tensor | None,
+    tokens: int,
+) -> Tensor:
+    return linear_inference(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
 
 
 def _fake(x, weight, bias, a, b, scaling, ids, tokens):
@@ -86,6 +99,7 @@ def _gradients(run, ctx, dy):
 _OPERATION = operation(
     "lora_linear", _forward, _fake, _setup, _backward, _backward_fake, _gradients
 )
+_INFERENCE = inference("lora_linear", _inference, lambda *args: _fake(*args)[0])
 
 
 def run(
@@ -96,10 +110,9 @@ def run(
     if lora is None or dtype == torch.float64:
         return plain.run(x, weight, bias, lora, memory_ids)
     ids, tokens = rows_of(x, memory_ids)
+    bias = None if bias is None else dense(bias.to(dtype))
+    parts = tuple(dense(part) for part in lora)
     with torch.autocast(x.device.type, enabled=False):
-        inputs = flat(x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if torch.compiler.is_compiling() or needs_grad(x, *lora):
-            y = _OPERATION(*inputs, *lora, ids, tokens)[0]
-        else:
-            y = linear_inference(*inputs, tuple(lora), Rows(ids, tokens))
+        inputs = flat(x.to(dtype)), unit_stride(weight.to(dtype)), bias, *parts, ids, tokens
+        y = _OPERATION(*inputs)[0] if needs_grad(x, *lora) else _INFERENCE(*inputs)
     return y.view(*x.shape[:-1], weight.shape[0])

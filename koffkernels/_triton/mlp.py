@@ -20,6 +20,7 @@ from .decode_linear import decode_linear
 from .decode_mlp import CONFIGS as DECODE_UP
 from .decode_mlp import decode_mlp_up
 from .delta import Delta, expand_
+from .gemm_linear import CONFIGS as FUSED_DOWN
 from .gemm_linear import gemm_linear
 from .gemm_mlp import CONFIGS as FUSED_UP
 from .gemm_mlp import gemm_mlp_up
@@ -160,8 +161,9 @@ def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> T
     )
     deltas = tuple(d for d in _deltas(t, turned) if d is not None)
     if route.name == "fused":
-        dx = gemm_linear(dg, w_gate.t(), None, (), rows)
-        return gemm_linear(du, w_up.t(), None, deltas, rows, onto=dx)
+        config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
+        dx = gemm_linear(dg, w_gate.t(), None, (), rows, config)
+        return gemm_linear(du, w_up.t(), None, deltas, rows, config, onto=dx)
     dx = torch.addmm(dg @ w_gate, du, w_up)
     return expand_(dx, deltas, rows) if deltas else dx
 

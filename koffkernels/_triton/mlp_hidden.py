@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate, launch, precision, rank_block, token_memory
+from .common import Rows, activate, cdiv, launch, precision, rank_block, token_memory
 from .delta import Delta, delta_args, delta_tile
 
 EXPECTS = {"_mlp_hidden_fwd_kernel": "dot16"}
@@ -102,7 +102,7 @@ def mlp_hidden(
     ranks = [d.b.shape[2] for d in (delta_gate, delta_up) if d is not None]
     launch(
         _mlp_hidden_fwd_kernel,
-        (triton.cdiv(m, block_m), triton.cdiv(i, block_i)),
+        (cdiv(m, block_m), cdiv(i, block_i)),
         g_ptr=g0,
         u_ptr=u0,
         h_ptr=h,

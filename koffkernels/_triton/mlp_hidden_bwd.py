@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, activate_grad, launch, precision, rank_block, token_memory
+from .common import Rows, activate_grad, cdiv, launch, precision, rank_block, token_memory
 from .delta import Delta, delta_args, delta_tile
 from .reduce import sum_partials
 
@@ -186,7 +186,7 @@ def mlp_hidden_bwd(
     """
     (m, i), block_m, block_i = dh.shape, 32, 64
     needs_gates, keep_h, overwrite = needs
-    tiles = triton.cdiv(m, block_m), triton.cdiv(i, block_i)
+    tiles = cdiv(m, block_m), cdiv(i, block_i)
     out = outputs(dh, gu, overwrite)
     h = dh.new_empty(m, i) if keep_h else None
     dz = dh.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None

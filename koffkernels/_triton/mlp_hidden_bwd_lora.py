@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_span, token_memory, token_span
+from .common import Rows, cdiv, dot, launch, memory_span, token_memory, token_span
 from .mlp_hidden_bwd import HiddenDeltas, hidden_args, hidden_grads, outputs
 from .reduce import sum_partials
 
@@ -22,6 +22,7 @@ EXPECTS = {"_mlp_hidden_bwd_lora_kernel": "dot16"}
 LARGEST_RANK = 32  # above it three accumulators of [rank, BLOCK_I] do not fit the registers
 _PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
 _SHORTEST_CHUNK = 256
+_BLOCK_M = 32
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "m_per_chunk", "memories"])
@@ -163,11 +164,10 @@ class HiddenGrads(NamedTuple):
     down: Tensor | None
 
 
-def _chunks(m: int, i: int, tokens: int, block_i: int) -> int:
-    """Tokens per chunk: whole rows, and chunks enough to fill the multiprocessors."""
-    wanted = triton.cdiv(_PROGRAMS, triton.cdiv(i, block_i))
-    size = max(_SHORTEST_CHUNK, triton.cdiv(max(m, 1), wanted))
-    return triton.cdiv(size, tokens) * tokens
+def _chunks(m: int, i: int, block_i: int) -> int:
+    """Tokens per chunk: chunks enough to fill the multiprocessors, which may cut rows."""
+    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, cdiv(i, block_i))))
+    return cdiv(size, _BLOCK_M) * _BLOCK_M
 
 
 def mlp_hidden_bwd_lora(
@@ -191,8 +191,8 @@ def mlp_hidden_bwd_lora(
     """
     (m, i), block_i, (needs_gates, overwrite) = dh.shape, 64, needs
     memories = max(d.b.shape[0] for d in deltas if d is not None)
-    per_chunk = _chunks(m, i, rows.tokens, block_i)
-    chunks = triton.cdiv(m, per_chunk)
+    per_chunk = _chunks(m, i, block_i)
+    chunks = cdiv(m, per_chunk)
     out = outputs(dh, gu, overwrite)
     dz = dh.new_empty(chunks, i, dtype=torch.float32) if needs_gates else None
     sums = [
@@ -201,12 +201,12 @@ def mlp_hidden_bwd_lora(
     ]
     launch(
         _mlp_hidden_bwd_lora_kernel,
-        (triton.cdiv(i, block_i), chunks),
+        (cdiv(i, block_i), chunks),
         dz_ptr=dz,
         m_per_chunk=per_chunk,
         memories=memories,
         NEEDS_GATES=needs_gates,
-        BLOCK_M=32,
+        BLOCK_M=_BLOCK_M,
         BLOCK_I=block_i,
         **{f"db{k}_ptr": dh if part is None else part for k, part in enumerate(sums)},
         **hidden_args(dh, gu, gates, out, deltas, rows, activation),

@@ -91,3 +91,25 @@ def operation(
             return gradients(backward, ctx, dy)
 
     return Operation(Eager.apply, op)
+
+
+def inference(
+    name: str, forward: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Register ``koffkernels::name_inference``, for calls that record no gradient.
+
+    Args:
+        name: of the operation.
+        forward: annotated for ``torch.library``.
+        fake: the same on tensors without data.
+
+    Returns:
+        A function that calls ``forward``, and inside torch.compile the operator.
+    """
+    op = torch.library.custom_op(f"koffkernels::{name}_inference", forward, mutates_args=())
+    op.register_fake(fake)
+
+    def call(*args: Any) -> Tensor:
+        return (op if torch.compiler.is_compiling() else forward)(*args)
+
+    return call

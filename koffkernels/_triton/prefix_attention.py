@@ -81,6 +81,11 @@ def _needed(grads: Grads, needs: tuple[bool, ...]) -> Grads:
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
+def _known(route: str, q: Tensor, k: Tensor) -> str:
+    """``route``, or what the table says for "auto"."""
+    return _route(q, k) if route == "auto" else route
+
+
 def _call(q, k, v, prefix_k, prefix_v, lengths, ids, start, end, first, scale) -> Call:
     prefix = None if prefix_k is None else Prefix(prefix_k, prefix_v, lengths)
     bounds = None if start is None else RowBounds(start, end, first)
@@ -122,7 +127,7 @@ _ARGUMENTS = (
     schema=f"({_ARGUMENTS}, str route) -> (Tensor, Tensor)",
 )
 def _forward_op(*args):
-    o, lse = forward(_call(*args[:-1]), args[-1])
+    o, lse = forward(_call(*args[:-1]), _known(args[-1], *args[:2]))
     return _laid_out(o, empty_output(args[0])[0]), lse
 
 
@@ -139,7 +144,7 @@ def _(*args):
 )
 def _backward_op(do, o, lse, *args):
     *args, route, needs = args
-    grads = backward(_call(*args), do, o, lse, tuple(needs), route)
+    grads = backward(_call(*args), do, o, lse, tuple(needs), _known(route, *args[:2]))
     fakes = _empty_grads(args, needs)
     return tuple(f if g is None else _laid_out(g, f) for g, f in zip(grads, fakes, strict=True))
 
@@ -204,11 +209,11 @@ def run(
     """
     if supports(q, scale) is not None:
         return plain.run(q, k, v, prefix, memory_ids, bounds, scale)
-    route = _route(q, k) if route is None else route
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     tensors = (q, k, v, *(prefix or (None, None, None)), memory_ids, *(bounds or (None,) * 3))
-    if torch.compiler.is_compiling():
-        return _forward_op(*tensors, scale, route)[0]
+    if torch.compiler.is_compiling():  # which cannot trace a look-up in a table
+        return _forward_op(*tensors, scale, route or "auto")[0]
+    route = route or _route(q, k)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _PrefixAttention.apply(*tensors, scale, route)[0]
     return forward(_call(*tensors, scale), route)[0]

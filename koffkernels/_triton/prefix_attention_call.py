@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Prefix, RowBounds
-from .common import default_config, dot, precision
+from .common import default_config, dot, precision, unit_stride
 
 HEAD_DIMS = (64, 128)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -54,11 +54,6 @@ def choose_config(
     if config is not None:
         return config
     return fp32 if q.dtype == torch.float32 else default_config(configs, q.device)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is not the dense one (kernels take the other strides)."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import SMALLEST_TILE, launch
+from .common import SMALLEST_TILE, cdiv, launch, power_of_2
 from .prefix_attention_call import (
     LN2,
     LOG2E,
@@ -313,12 +313,12 @@ def fits(q: Tensor, k: Tensor) -> bool:
 
 
 def _block(rows: int, limit: int) -> int:
-    return min(limit, max(SMALLEST_TILE, triton.next_power_of_2(rows)))
+    return min(limit, max(SMALLEST_TILE, power_of_2(rows)))
 
 
 def _splits(programs: int, keys: int) -> int:
     """In how many parts to cut ``keys`` keys, so that ``programs`` per part fill the GPU."""
-    return max(1, min(triton.cdiv(_PROGRAMS, max(1, programs)), triton.cdiv(keys, _SPLIT)))
+    return max(1, min(cdiv(_PROGRAMS, max(1, programs)), cdiv(keys, _SPLIT)))
 
 
 def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
@@ -327,7 +327,7 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
     n, kv_heads, length, _ = call.prefix.k.shape
     packed = max(1, call.group * queries)
     users = min(n, rows)  # memories that can be in use
-    block_m = _block(triton.cdiv(rows, max(1, users)) * packed, config.block_m)
+    block_m = _block(cdiv(rows, max(1, users)) * packed, config.block_m)
     block_m = max(block_m, _block(packed, MOST_PACKED))
     block_m = 64 if block_m == 32 else block_m  # three variants are enough
     slots = block_m // packed

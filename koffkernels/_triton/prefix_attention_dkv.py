@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, launch
+from .common import cdiv, dot, launch
 from .prefix_attention_call import LOG2E, Call, Config, choose_config, row_bounds, tile_offsets
 from .prefix_attention_dq import Upstream
 
@@ -179,7 +179,7 @@ def own_grads(
     rows, kv_heads, keys, _ = shape
     launch(
         _prefix_attention_dkv_kernel,
-        (triton.cdiv(keys, config.block_n) * kv_heads * rows,),
+        (cdiv(keys, config.block_n) * kv_heads * rows,),
         dk_ptr=dk,
         dv_ptr=dv,
         WANT_K=needs[0],

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, launch
+from .common import cdiv, dot, launch, unit_stride
 from .prefix_attention_call import (
     LOG2E,
     Call,
@@ -24,7 +24,6 @@ from .prefix_attention_call import (
     row_prefix,
     strides,
     tile_offsets,
-    unit_stride,
 )
 
 EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel": "dot"}
@@ -251,7 +250,7 @@ def upstream(do: Tensor, o: Tensor, lse: Tensor) -> Upstream:
     delta = torch.empty_like(lse)
     launch(
         _prefix_attention_delta_kernel,
-        (triton.cdiv(queries, _DELTA_BLOCK) * heads * rows,),
+        (cdiv(queries, _DELTA_BLOCK) * heads * rows,),
         o_ptr=o,
         do_ptr=do,
         delta_ptr=delta,
@@ -280,7 +279,7 @@ def query_grad(
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_dq_kernel,
-        (triton.cdiv(queries, config.block_m) * heads * rows,),
+        (cdiv(queries, config.block_m) * heads * rows,),
         dq_ptr=dq,
         RESUME=resume,
         **strides("dq", dq),

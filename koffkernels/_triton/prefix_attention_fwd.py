@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch
+from .common import cdiv, launch
 from .prefix_attention_call import (
     LN2,
     LOG2E,
@@ -180,7 +180,7 @@ def _launch(call: Call, o: Tensor, lse: Tensor, resume: bool, config: Config | N
     rows, heads, queries, _ = call.q.shape
     launch(
         _prefix_attention_fwd_kernel,
-        (triton.cdiv(queries, config.block_m) * heads * rows,),
+        (cdiv(queries, config.block_m) * heads * rows,),
         o_ptr=o,
         lse_ptr=lse,
         RESUME=resume,

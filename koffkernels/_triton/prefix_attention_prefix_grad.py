@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch
+from .common import cdiv, launch
 from .prefix_attention_call import LOG2E, Call, Config, choose_config, memory_length
 from .prefix_attention_dkv import FP32, key_tiles
 from .prefix_attention_dq import Upstream
@@ -113,10 +113,10 @@ def _splits(call: Call, config: Config) -> tuple[int, int]:
     the GPU."""
     rows, _, queries, _ = call.q.shape
     _, kv_heads, length, _ = call.prefix.k.shape
-    wanted = triton.cdiv(_PROGRAMS, max(1, kv_heads * triton.cdiv(length, config.block_n)))
+    wanted = cdiv(_PROGRAMS, max(1, kv_heads * cdiv(length, config.block_n)))
     row_splits = max(1, min(rows, wanted))
-    tiles = triton.cdiv(queries, config.block_m) * call.group // 4  # at least 4 tiles a program
-    return row_splits, max(1, min(triton.cdiv(wanted, row_splits), tiles))
+    tiles = cdiv(queries, config.block_m) * call.group // 4  # at least 4 tiles a program
+    return row_splits, max(1, min(cdiv(wanted, row_splits), tiles))
 
 
 def prefix_grads(
@@ -132,9 +132,9 @@ def prefix_grads(
     n, kv_heads, length, _ = k.shape
     rows, _, queries, _ = call.q.shape
     row_splits, query_splits = _splits(call, config)
-    rows_per_split = triton.cdiv(rows, row_splits)
-    row_splits = max(1, triton.cdiv(rows, max(1, rows_per_split)))
-    tiles = triton.cdiv(triton.cdiv(queries, config.block_m), query_splits)
+    rows_per_split = cdiv(rows, row_splits)
+    row_splits = max(1, cdiv(rows, max(1, rows_per_split)))
+    tiles = cdiv(cdiv(queries, config.block_m), query_splits)
     splits = row_splits * query_splits
     part = [
         k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else x.dtype)
@@ -144,7 +144,7 @@ def prefix_grads(
     ]
     launch(
         _prefix_attention_prefix_grad_kernel,
-        (triton.cdiv(length, config.block_n) * kv_heads * n, splits),
+        (cdiv(length, config.block_n) * kv_heads * n, splits),
         dk_ptr=part[0],
         dv_ptr=part[1],
         rows=rows,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.prefix_attention import flash, flash_backward
+from .common import unit_stride
 from .prefix_attention_call import Call
 
 _aten = torch.ops.aten
@@ -37,6 +38,7 @@ def own_forward(call: Call) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         o, lse = flash(q, k, v, True, None, call.scale)
         return o, lse.contiguous()  # it lies as [B, T, Hq] there
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     o, lse, *_ = _aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, True, False, scale=call.scale
     )
@@ -48,7 +50,7 @@ def own_backward(call: Call, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor
     q, k, v = call[:3]
     if q.device.type == "cpu":
         return flash_backward(do, q, k, v, o, lse, True, None, call.scale)
-    t = q.shape[2]
+    q, k, v, t = *(unit_stride(x) for x in (q, k, v)), q.shape[2]
     # The random state serves dropout, of which there is none: it is not read.
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     empty = torch.empty(0, dtype=torch.uint64, device=q.device)

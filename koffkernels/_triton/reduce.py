@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch
+from .common import cdiv, launch
 
 EXPECTS = {"_sum_partials_kernel": None}
 
@@ -35,7 +35,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     out = partials.new_empty(partials.shape[1:], dtype=dtype)
     launch(
         _sum_partials_kernel,
-        (triton.cdiv(out.numel(), 1024),),
+        (cdiv(out.numel(), 1024),),
         part_ptr=partials,
         out_ptr=out,
         splits=partials.shape[0],

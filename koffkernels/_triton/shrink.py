@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Rows, dot, launch, memory_range, precision, rank_block, token_memory
+from .common import Rows, cdiv, dot, launch, memory_range, precision, rank_block, token_memory
 from .reduce import sum_partials
 
 EXPECTS = {"_shrink_fwd_kernel": "dot"}
@@ -89,7 +89,7 @@ def _shrink_fwd_kernel(
 
 def _splits(programs: int, blocks: int) -> int:
     """In how many parts to cut K (``blocks`` tiles), so that every multiprocessor has work."""
-    return max(1, min(blocks // 4, triton.cdiv(_PROGRAMS, max(programs, 1))))
+    return max(1, min(blocks // 4, cdiv(_PROGRAMS, max(programs, 1))))
 
 
 def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
@@ -106,10 +106,10 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
     (m, k), r0, r1 = x.shape, a0.shape[1], 0 if a1 is None else a1.shape[1]
     block_m, block_k = 64, 64
     block_r = rank_block(max(r0, r1), 64 if a1 is None else 32)  # two of 64 spill on sm_80
-    tiles = triton.cdiv(m, block_m), triton.cdiv(max(r0, r1), block_r)
-    splits = _splits(tiles[0] * tiles[1], triton.cdiv(k, block_k))
-    blocks = triton.cdiv(triton.cdiv(k, block_k), splits)
-    splits = triton.cdiv(k, blocks * block_k)
+    tiles = cdiv(m, block_m), cdiv(max(r0, r1), block_r)
+    splits = _splits(tiles[0] * tiles[1], cdiv(k, block_k))
+    blocks = cdiv(cdiv(k, block_k), splits)
+    splits = cdiv(k, blocks * block_k)
     dtype = x.dtype if splits == 1 else torch.float32
     second = a0 if a1 is None else a1
     s = x.new_empty(splits, m, r0 + r1, dtype=dtype)

@@ -9,6 +9,7 @@ from oracle import assert_same, check, run
 
 import koffkernels
 from koffkernels import dispatch
+from koffkernels._triton import linear, mlp
 
 # fp16 needs sizes at which errors average out.
 DTYPES = (torch.float32, torch.float16)
@@ -162,6 +163,49 @@ def test_compiled(case):
     call, tensors = case(((3, 5), 12, 20, 2, 3), "mixed", torch.float32)
     want = run(call, tensors)
     assert_same(run(torch.compile(call, fullgraph=True, backend="aot_eager"), tensors), want)
+
+
+def strided(call):
+    """The same with every other tensor a column of a wider one."""
+
+    def with_columns(tensors):
+        return call({name: torch.stack([t, t + 1], -1)[..., 0] for name, t in tensors.items()})
+
+    return with_columns
+
+
+def transposed(weights):
+    return [w.t().contiguous().t() for w in weights]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("train", [False, True])
+def test_any_strides(route, train):
+    """Also of the weights, and a gate for all neurons that is one number in memory."""
+    shape, ids = ((3, 5), 12, 20, 2, 3), ids_of("mixed", 3, 2)
+    tensors, weights = mlp_inputs.make(shape, torch.float32)
+    frozen = () if train else tensors
+    with koffkernels.force_route(route):
+        check(strided(mlp_inputs.caller(transposed(weights), ids)), tensors, torch.float32, frozen)
+        call = mlp_inputs.caller(weights, ids)
+        one = {**tensors, "gates": torch.full((1,), 0.7)}
+        check(lambda t: call({**t, "gates": t["gates"].expand(20)}), one, torch.float32, frozen)
+        tensors, weights = linear_inputs.make(shape, torch.float32)
+        weights = {"w": transposed(weights.values())[0]}
+        call = linear_inputs.caller(weights, ids, torch.randn(40)[::2])
+        check(strided(call), tensors, torch.float32, () if train else tensors)
+
+
+@pytest.mark.parametrize("case", [mlp_case, linear_case])
+def test_compiled_inference_takes_the_decode_kernels_too(case, monkeypatch):
+    call, tensors = case(((5, 3), 64, 96, 3, 8), "mixed", torch.float32)
+    where, name = (mlp, "decode_mlp_up") if case is mlp_case else (linear, "decode_linear")
+    real, seen = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *args: seen.append(1) or real(*args))
+    with koffkernels.force_route("decode"), torch.no_grad():
+        want = call(tensors)
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(tensors)
+    assert torch.equal(got, want) and len(seen) == 2
 
 
 @pytest.mark.parametrize("op", ["gated_mlp_backward", "lora_linear_backward"])

@@ -1,5 +1,7 @@
 """Prefix attention on Triton as a whole: routes, autograd, operators, torch.compile."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_inputs import prefix_from
@@ -10,7 +12,7 @@ from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils.checkpoint import checkpoint
 
-from koffkernels import Prefix, RowBounds
+from koffkernels import Prefix, RowBounds, routes
 from koffkernels._triton import prefix_attention as ops
 from koffkernels._triton import prefix_attention_vendor as vendor
 
@@ -160,6 +162,21 @@ def test_compiled(frozen, bounds, route):
     case = Case((2, 2, 1, 17, 17, 64, 2, 9), torch.float32, bounds=bounds and BOUNDS[bounds])
     want = run(caller(case, route), case.tensors, frozen)
     assert_same(run(compiled(case, route), case.tensors, frozen), want)
+
+
+def test_compiled_looks_its_route_up_when_it_runs(monkeypatch):
+    torch._dynamo.reset()
+    case, seen = Case((2, 2, 1, 17, 17, 64, 2, 9), torch.float32), []
+
+    def choose(shape, device):
+        assert Path(__file__).is_file()  # as reading a table does, it cannot be traced
+        seen.append(shape.op)
+        return routes.Route("vendor", None, "test", forced=True)
+
+    monkeypatch.setattr(routes, "choose", choose)
+    want = run(caller(case, "vendor"), case.tensors)
+    assert_same(run(compiled(case, None), case.tensors), want)
+    assert seen == ["prefix_attention"] * 2  # forward and backward
 
 
 def test_compiled_once_for_every_batch():
