@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -343,3 +345,12 @@ def test_bench_gpu_results_are_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         timing.write(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_bench_gpu_a_stopped_process_leaves_nothing_behind():
+    child = "import time; print('child', flush=True); time.sleep(60)"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    code, output = checks._process([sys.executable, "-c", script], 2.0)
+    assert code is None and "child" in output
+    assert time.monotonic() - start < 30  # the pipe is closed: the child is gone too

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,18 +66,15 @@ def _process(
     """(exit code, None if stopped; what it printed)."""
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | (extra or {})
     env.pop("KOFF_BACKEND", None)
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=max(seconds, 1.0),
-        )
-    except subprocess.TimeoutExpired as stopped:
-        return None, (stopped.stdout or b"").decode(errors="replace")
-    return done.returncode, done.stdout.decode(errors="replace")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipe) as process:
+        try:
+            output, code = process.communicate(timeout=max(seconds, 1.0))[0], process.returncode
+        except subprocess.TimeoutExpired:
+            # All that it started too: a worker left on the GPU would disturb the next part.
+            os.killpg(process.pid, signal.SIGKILL)
+            output, code = process.communicate()[0], None
+    return code, output.decode(errors="replace")
 
 
 def _counts(report: Path) -> dict[str, object]:
