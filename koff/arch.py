@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -241,6 +242,12 @@ def _check_unpatched(layer: nn.Module, index: int, model: PreTrainedModel, where
         step = "load the model onto one device: a device_map that spreads or offloads it moves data"
         step += " inside forward"
     require(not patched, where, f"the modules of layer {index}", rule, patched, step)
+
+
+def stock_classes(model_type: str) -> tuple[type, type]:
+    """transformers' own (config class, model class) of an architecture."""
+    entry = ARCHITECTURES[model_type]
+    return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
 
 
 def check_prefix(model: PreTrainedModel, where: str) -> None:

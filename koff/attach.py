@@ -139,6 +139,8 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         "an attached one",
         "detach it",
     )
+    good, got, step = isinstance(config, KoffConfig), type(config).__name__, "pass one"
+    require(good, "attach", "config", "be a koff.KoffConfig", got, step, TypeError)
     arch.check_supported(model, config.kv is not None and bool(config.memories))
     generator = torch.Generator().manual_seed(config.seed)
     state = KoffState(model, config, generator)

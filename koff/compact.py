@@ -93,11 +93,16 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
 def _set_config(model: PreTrainedModel, widths: list[int]) -> None:
     """Make class and config say what the widths are."""
     config = model.config
-    if len(set(widths)) == 1:
-        config.intermediate_size = widths[0]
-        return
     stock = config.model_type.removeprefix(arch.NARROW_PREFIX)
-    config_class, model_class = narrow_classes(stock)
-    config.__class__ = config_class
-    config.intermediate_sizes = widths
-    restyle(model, model_class)
+    if len(set(widths)) > 1:
+        config_class, model_class = narrow_classes(stock)
+        config.intermediate_sizes = widths
+    else:
+        config_class, model_class = arch.stock_classes(stock)
+        config.intermediate_size = widths[0]
+        for name in ("intermediate_sizes", "auto_map"):  # of a backbone that was narrow before
+            vars(config).pop(name, None)
+    vars(config).pop("model_type", None)  # the class says it
+    if type(config) is not config_class:
+        config.__class__ = config_class
+        restyle(model, model_class)

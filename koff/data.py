@@ -165,10 +165,12 @@ def _read_local(source: DataSource) -> Iterator[str]:
 def _parse_line(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        why = getattr(error, "msg", None) or str(error)
         raise ValueError(
-            f"load_documents: {where} must be valid JSON, got {line.strip()[:40]!r} ({error.msg} "
-            f"at column {error.colno}); correct or remove the line"
+            f"load_documents: {where} must be valid JSON, got {line.strip()[:40]!r} "
+            f"({why}{column}); correct or remove the line"
         ) from None
     if not isinstance(record, dict):
         raise ValueError(
@@ -318,7 +320,7 @@ def _tokenize(documents: Iterable[Any], tokenizer: Any, name: str) -> tuple[arra
         if not isinstance(content, str):
             if texts:
                 flush()
-            content = [int(token) for token in content]
+            content = _ids(content, index, name)
             stream.extend(content)
             num_documents += bool(content)
             if tokenizer is not None:
@@ -334,7 +336,7 @@ def _tokenize(documents: Iterable[Any], tokenizer: Any, name: str) -> tuple[arra
         if text.strip():
             texts.append(text)
         num_documents += bool(text.strip())
-        num_bytes += len(text.encode("utf-8", errors="replace")) if text.strip() else 0
+        num_bytes += _bytes(text, index, name) if text.strip() else 0
         if len(texts) == _TOKENIZE_BATCH:
             flush()
     if texts:
@@ -348,12 +350,34 @@ def _content(document: Any, index: int, name: str) -> Any:
         return document
     if isinstance(document, Mapping):
         for key in ("input_ids", "text"):
-            if document.get(key) is not None:
-                return document[key]
-        got = f"a record with {sorted(document)}"
+            found = document.get(key)
+            if found is not None and (key == "input_ids" or isinstance(found, str)):
+                return found
+        got = f"a record with {sorted(map(str, document))}"
     else:
         got = type(document).__name__
     raise TypeError(
         f"pack: document {index} of {name} must be a text or a record with 'text' or 'input_ids', "
         f"got {got}; rename the column or render it to a text first"
     )
+
+
+def _bytes(text: str, index: int, name: str) -> int:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"pack: document {index} of {name} must be valid Unicode, got {error.reason} at "
+            f"character {error.start}; correct or remove it"
+        ) from None
+
+
+def _ids(values: Any, index: int, name: str) -> array:
+    """Token ids of one document."""
+    try:
+        return array("q", [int(token) for token in values])
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(
+            f"pack: input_ids of document {index} of {name} must be a list of whole numbers, got "
+            f"{str(values)[:40]}; tokenize it again"
+        ) from None

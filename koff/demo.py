@@ -96,7 +96,8 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
         better = _compare(console, recipe, gates, koff_folder)
     console.print(f"took {time.perf_counter() - started:.0f} s")
     if output is not None:
-        console.print(f"kept in {output}; next: koff generate {output} --memory math 'Question:'")
+        step = f"next: koff generate {output} --memory math 'Question:'"
+        console.print(f"kept in {output}; {step}", markup=False)
     return better
 
 

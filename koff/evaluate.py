@@ -78,10 +78,10 @@ def evaluate(
     """
     names = _memory_names(model)
     chosen = _check_memories(names, memories)
-    require(bool(datasets), "evaluate", "datasets", "not be empty", "{}", "pass documents")
+    _check_datasets(datasets)
     check_sizes(model, block_size, batch_size, "evaluate")
     packed = {
-        domain: pack(documents, tokenizer, block_size, name=f"dataset {domain!r}")
+        domain: _packed(model, tokenizer, documents, block_size, f"dataset {domain!r}")
         for domain, documents in datasets.items()
     }
     rows = []
@@ -92,6 +92,19 @@ def evaluate(
                 nll = _mean_nll(model, data.blocks, batch_size, options)
                 rows.append(_row(names is not None, memory, domain, split, nll, data))
     return rows
+
+
+def _check_datasets(datasets: Any) -> None:
+    step, got = "pass {domain: documents}", type(datasets).__name__
+    good = isinstance(datasets, Mapping)
+    require(good, "evaluate", "datasets", "be a mapping", got, step, TypeError)
+    require(bool(datasets), "evaluate", "datasets", "not be empty", "{}", "pass documents")
+
+
+def _packed(model: Any, tokenizer: Any, documents: Any, size: int, name: str) -> PackedBlocks:
+    data = pack(documents, tokenizer, size, name=name)
+    check_vocabulary(model, data.blocks, "evaluate", name)
+    return data
 
 
 def _row(
@@ -164,6 +177,21 @@ def check_sizes(model: Any, block_size: int, batch_size: int, where: str) -> Non
             f"{where}: block_size must be at most the model's {limit} positions, got "
             f"{block_size}; choose a smaller block_size"
         )
+
+
+def check_vocabulary(model: Any, blocks: torch.Tensor, where: str, what: str) -> None:
+    """Raises ValueError for token ids that the model has no embedding of.
+
+    Args:
+        model: a causal LM.
+        blocks: token ids.
+        where, what: for errors.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    low, high = (int(x) for x in blocks.aminmax())
+    rule, got = f"have token ids in 0..{size - 1}", f"{low}..{high}"
+    good, step = 0 <= low and high < size, "use the model's own tokenizer"
+    require(good, where, what, rule, got, step)
 
 
 @contextlib.contextmanager

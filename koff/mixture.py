@@ -34,6 +34,9 @@ def build_mixture(
             long.
     """
     train, general, weights = datasets
+    for name, given in (("train_datasets", train), ("general_datasets", general or {})):
+        good, got, step = isinstance(given, Mapping), type(given).__name__, "pass name -> documents"
+        require(good, _WHERE, name, "be a mapping", got, step, TypeError)
     names = state.memories.names
     _check_domains(names, train)
     size = settings.block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 from .checkpoint import last_complete
 from .data import PackedBlocks, load_documents, pack
 from .disk import read_json
-from .errors import require
+from .errors import refuse, require
 from .folder import MARKER, current
 from .progress import TrainProgress
 from .recipe import Recipe, first_difference
 from .report import write_json
 from .training_args import OWN_FIELDS
+
+logger = logging.getLogger("koff")
 
 RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoints"
 
@@ -62,6 +65,9 @@ def run(
     trainer = make_trainer(model, prepared, arguments, label)
     writes = trainer.is_world_process_zero()
     if writes:
+        if prepared.checkpoint is None and (output / RECIPE_FILE).exists():
+            step = "it starts from the beginning; train.save_every writes checkpoints"
+            logger.warning("koff train: the run in %s left no checkpoint: %s", output, step)
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {"root": str(recipe.root), "recipe": recipe.to_dict()})
     started = time.perf_counter()
@@ -267,9 +273,7 @@ def check_model(recipe: Recipe) -> Any:
 
     from . import arch
 
-    config = AutoConfig.from_pretrained(
-        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
-    )
+    config = _load(recipe, AutoConfig)
     arch.architecture(config.model_type, "koff train")
     return config
 
@@ -278,21 +282,28 @@ def load_tokenizer(recipe: Recipe) -> Any:
     """Returns the tokenizer of the recipe's model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(
-        recipe.model_path(), revision=recipe.revision, trust_remote_code=False
-    )
+    return _load(recipe, AutoTokenizer)
 
 
 def load_base(recipe: Recipe) -> Any:
     """Returns the dense base model of a recipe, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        recipe.model_path(),
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        trust_remote_code=False,
-    )
+    return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype)
+
+
+def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
+    """What one of transformers' Auto classes makes of the recipe's model; an OSError where there is
+    none."""
+    path = recipe.model_path()
+    try:
+        return cls.from_pretrained(
+            path, revision=recipe.revision, trust_remote_code=False, **options
+        )
+    except OSError as error:
+        rule = f"be a folder (below {recipe.root}) or a model of the hub"
+        got = f"{path!r} ({str(error).splitlines()[0]})"
+        refuse("koff", "the base model", rule, got, "correct it, or set KOFF_DATA", OSError)
 
 
 def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = None) -> Any:
@@ -302,9 +313,14 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         recipe: the recipe.
         folder: where checkpoints go.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+
+    Raises:
+        ValueError: another device.
     """
     import koff
 
+    rule, step = "be cpu (or left out)", "CUDA_VISIBLE_DEVICES chooses among GPUs"
+    require(device in (None, "cpu"), "koff train", "device", rule, repr(device), step)
     train = recipe.train
     own = {name: getattr(train, name) for name in OWN_FIELDS}
     own["general_every"] = train.general_every if recipe.general else 0

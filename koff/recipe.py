@@ -51,6 +51,9 @@ class GeneralData(DomainData):
             raise ValueError(f"weight must be positive, got {self.weight}; 1.0 is neutral")
 
 
+_MOST_STEPS = 10**9
+
+
 @dataclass
 class TrainSettings(Settings):
     """How long and how fast; what is not named here keeps the default of KoffTrainingArguments."""
@@ -73,6 +76,10 @@ class TrainSettings(Settings):
         for name in (*at_least_1, "logging_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.steps > _MOST_STEPS:
+            raise ValueError(f"steps must be at most {_MOST_STEPS}, got {self.steps}; lower it")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in 0..1, got {self.warmup_ratio}; correct it")
         if self.save_every < 0 or self.general_every < 0:
             raise ValueError(
                 "save_every and general_every must be 0 (never) or positive, got "
@@ -185,7 +192,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise FileNotFoundError(f"recipe: {path} must be an existing file, got nothing there")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bad dates, bad UTF-8
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
         raise ValueError(
@@ -239,7 +246,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             place = inner
         try:
             place[keys[-1]] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(
                 f"recipe: the value of {key_path} must be valid YAML, got {value!r}; quote it"
             ) from None
@@ -267,6 +274,8 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
             "recipe: data must name at least one domain, got none; add data.<name>.train"
         )
     seed = convert(int, values.get("seed", 0), "seed")
+    if not 0 <= seed < 1 << 32:  # numpy's range, the narrowest
+        raise ValueError(f"recipe: seed must lie in 0..{(1 << 32) - 1}, got {seed}; correct it")
     values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
     for name in ("general", "train"):
         values[name] = values.get(name) or {}

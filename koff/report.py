@@ -75,15 +75,17 @@ def eval_table(
     title: str | None = None,
 ) -> Any:
     """Returns the rows as a `rich` table, own memory in bold; arguments as `pivot`."""
+    from rich.markup import escape
     from rich.table import Table
 
     header, lines = pivot(rows, gates_only=gates_only, metric=metric)
-    table = Table(title=title or f"{metric.replace('_', ' ')} (lower is better)")
+    table = Table(title=escape(title or f"{metric.replace('_', ' ')} (lower is better)"))
     for name in header:
         style = "bold green" if name == OWN else None
-        table.add_column(name, style=style, justify="left" if name == "domain" else "right")
+        justify = "left" if name == "domain" else "right"
+        table.add_column(escape(name), style=style, justify=justify)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     return table
 
 
@@ -94,10 +96,11 @@ def prefix_table(found: PrefixMass, *, title: str) -> Any:
         found: what `koff.prefix_attention_mass` measured.
         title: heading.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     first = "frozen tokens" if found.frozen > 1 else "first token"
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for name in ("layer", "mass on the prefix", f"of it on the {first}", "largest head"):
         table.add_column(name, justify="right")
     layers = zip(found.heads, found.share_of_first().tolist(), strict=True)
@@ -137,13 +140,14 @@ def facts_table(facts: Mapping[str, str], *, title: str) -> Any:
         facts: {name: value}, both ready to print.
         title: heading.
     """
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     table.add_column(style="cyan")
     table.add_column(justify="right")
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     return table
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from . import arch
 from .errors import require
+from .evaluate import check_vocabulary
 from .evaluate import evaluate as evaluate_domains
 from .losses import token_losses
 from .masking import UNDECIDED_WARNING, binarize, sparsity
@@ -64,7 +65,8 @@ class KoffTrainer(SafeTrainer):
         callbacks: transformers callbacks.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit each other; nothing was written.
+        KeyError, TypeError, ValueError: domains or arguments that do not fit each other; nothing
+            was written.
 
     Source: KOFF (arXiv 2605.29075); constraint after LLM-Shearing (arXiv 2310.06694).
     """
@@ -82,14 +84,18 @@ class KoffTrainer(SafeTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        state, args = require_attached(model, "KoffTrainer"), copy.copy(args)
+        state, where = require_attached(model, "KoffTrainer"), "KoffTrainer"
+        good, got = isinstance(args, TrainingArguments), type(args).__name__
+        step = "make KoffTrainingArguments"
+        require(good, where, "args", "be TrainingArguments", got, step, TypeError)
+        args = copy.copy(args)
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
         open_gates = state.gates is not None and not state.gates.fixed
         step = "attach gates or memories"
         something = open_gates or len(state.memories) > 0
-        require(something, "KoffTrainer", "the model", "have something to train", "nothing", step)
+        require(something, where, "the model", "have something to train", "nothing", step)
         self.mixture = build_mixture(
             state,
             self.settings,
@@ -97,13 +103,13 @@ class KoffTrainer(SafeTrainer):
             processing_class,
             _seed(args),
         )
+        for source in self.mixture.sources:
+            check_vocabulary(model, source.blocks, where, f"the text of {source.name!r}")
         self.eval_datasets = eval_datasets
         rows = MixtureDataset(self.mixture, state.memories.names)
         self._set_steps(args)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = (
-                True  # a memory without a row in a batch has no gradient
-            )
+            args.ddp_find_unused_parameters = True  # an unused memory has no gradient
         super().__init__(
             model=model,
             args=args,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,8 +218,6 @@ def test_train_parts_can_be_left_out(root, tmp_path, options, memories, gates):
 
 def test_train_resumes_the_same_recipe_and_ends_in_the_same_model(root, trained, tmp_path):
     """Cut a run after its first checkpoint, start it again: the same weights, bit for bit."""
-    import shutil
-
     output = tmp_path / "out"
     output.mkdir()
     shutil.copy(trained / "recipe.json", output)
@@ -234,6 +233,14 @@ def test_train_resumes_the_same_recipe_and_ends_in_the_same_model(root, trained,
     assert log["resumed_from"].endswith("checkpoint-2")
 
 
+def test_train_says_that_it_starts_from_the_beginning(root, trained, tmp_path, caplog):
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(trained / "recipe.json", output)
+    succeed("train", root / "recipe.yaml", "--output", output, "--device", "cpu")
+    assert "left no checkpoint: it starts from the beginning" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,6 +254,8 @@ def test_train_resumes_the_same_recipe_and_ends_in_the_same_model(root, trained,
         (("--set", "data.en.test=none.jsonl"), "none.jsonl must be an existing file"),
         (("--set", "data.en.field=body"), "line 1 must have the field 'body', got ['text']"),
         (("--set", "model=./none"), "model must be an existing folder or a hub id"),
+        (("--set", "model=no/such"), "koff: the base model must be a folder (below"),
+        (("--device", "cdu"), "device must be cpu (or left out), got 'cdu'"),
         (("--set", "train.block_size=5000"), "positions, got 5000 + 4"),
         (("--set", "koff.kv.num_tokens=100", "--set", "train.block_size=60"), "got 60 + 100"),
         (("--set", "general.math.train=short.txt"), "at least one block of 16 tokens, got 3"),
@@ -310,6 +319,11 @@ def test_other_commands_errors_are_one_line(trained, tmp_path):
     assert "split must be 'train', 'validation' or 'test'" in fail(
         "eval", trained, "--split", "dev"
     )
+    for command in (("eval",), ("generate", "abc"), ("analyse", "--domain", "en")):
+        line = fail(command[0], trained, *command[1:], "--device", "foo")
+        assert "--device must be cpu, cuda, cuda:1, ..., got 'foo'" in line
+        line = fail(command[0], trained, *command[1:], "--device", "xpu")
+        assert "--device must be there, got 'xpu' with no accelerator" in line
     assert "must name a validation split" in fail("eval", trained, "--split", "validation")
     assert "must lie in an existing folder" in fail(
         "eval", trained, "--json", tmp_path / "none" / "rows.json"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, attached, tokens
+from models import ARCHITECTURES, attached, perturb, tokens
+from transformers import AutoModelForCausalLM
 
 import koff
 from koff import arch
@@ -93,6 +94,32 @@ def test_uneven_widths_give_the_narrow_class():
     assert small.config.model_type == "koff_llama"
     assert small.config.intermediate_sizes == arch.widths(small)
     assert type(small).__name__ == "KoffLlamaForCausalLM"
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["to equal widths", "to others"])
+def test_a_narrow_backbone_can_be_pruned_again(stock, tmp_path):
+    model = spread(attached("llama", target_sparsity=0.4))
+    koff.binarize(model, multiple_of=1)
+    koff.save(koff.compact(model), tmp_path / "narrow")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    config = koff.KoffConfig(("en",), target_sparsity=0.3, kv=None)
+    again, ids = spread(perturb(koff.attach(base, config)).eval()), tokens()
+    if stock:
+        with torch.no_grad():
+            for p in again.koff.gates.log_alpha:
+                p.copy_(torch.arange(len(p)) < 30)
+    widths, kept = arch.widths(again), 90 if stock else 120
+    koff.binarize(again, target=1 - kept / sum(widths), multiple_of=1)
+    wanted = again(ids, memory="en").logits
+    small = koff.compact(again)
+    assert sum(arch.widths(small)) == kept
+    assert small.config.model_type == ("llama" if stock else "koff_llama")
+    out = koff.save(small, tmp_path / "out")
+    assert (koff.load(out)(ids, memory="en").logits - wanted).abs().max() < FP32
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert (plain(ids).logits - again(ids).logits).abs().max() < FP32
+    text = (out / "config.json").read_text("utf-8")
+    assert ("intermediate_sizes" in text or "auto_map" in text) != stock
 
 
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.25, 0.5, 0.9])

@@ -84,6 +84,8 @@ def test_load_field_that_is_not_text_is_refused(tmp_path):
     [
         ('{"text": ', r"line 2 must be valid JSON, got '\{\"text\":'"),
         ("[1]", "line 2 must be a JSON object, got list"),
+        ("[" * 100_000, "line 2 must be valid JSON"),
+        ('{"text": ' + "1" * 5000 + "}", "line 2 must be valid JSON"),
     ],
 )
 def test_load_malformed_line_is_named(tmp_path, line, message):
@@ -206,3 +208,10 @@ def test_pack_refuses_empty_short_and_foreign_documents(tokenizer):
         pack(["abcd", {"body": "x"}], tokenizer, 2)
     with pytest.raises(TypeError, match="document 0 of documents .* got int"):
         pack([3], tokenizer, 2)
+    with pytest.raises(TypeError, match=r"document 0 of documents .* got a record with \['text'\]"):
+        pack([{"text": 5}], tokenizer, 2)
+    for ids in (5, [[1]], [2**70], ["a"]):
+        with pytest.raises(TypeError, match="input_ids of document 1 of documents must be a list"):
+            pack(["abcd", {"input_ids": ids}], tokenizer, 2)
+    with pytest.raises(ValueError, match="document 1 of x must be valid Unicode, got surrogates"):
+        pack(["abcd", "a\ud800"], tokenizer, 2, name="x")

@@ -116,6 +116,12 @@ def test_evaluate_refuses_before_it_runs(tokenizer):
         evaluate(model, tokenizer, DOCUMENTS, block_size=65)
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         evaluate(model, tokenizer, DOCUMENTS, block_size=8, batch_size=0)
+    with pytest.raises(TypeError, match="datasets must be a mapping, got list"):
+        evaluate(model, tokenizer, DOCUMENTS["en"], block_size=8)
+    size = model.config.vocab_size
+    for wrong in (-1, size):
+        with pytest.raises(ValueError, match=rf"dataset 'x' must have token ids in 0..{size - 1}"):
+            evaluate(model, None, {"x": [{"input_ids": [1, wrong, 1]}]}, block_size=2)
     with pytest.raises(ValueError, match="datasets must not be empty"):
         evaluate(model, tokenizer, {}, block_size=8)
     with pytest.raises(ValueError, match="dataset 'fr' must hold at least one block of 60 tokens"):

@@ -87,6 +87,11 @@ def test_parse_inverts_to_dict_through_json():
         ("general.m={train: x, weight: 0}", r"in general\.m: weight must be positive, got 0"),
         ("dtype=int8", r"dtype must be one of 'auto', 'float32'.*got 'int8'"),
         ("nothing", "an override must read KEY=VALUE, got 'nothing'"),
+        ("train.steps=1" + "0" * 30, r"in train: steps must be at most 1000000000, got 10+;"),
+        ("train.warmup_ratio=.nan", r"in train: warmup_ratio must lie in 0\.\.1, got nan"),
+        ("seed=-1", r"seed must lie in 0\.\.4294967295, got -1"),
+        ("seed=2001-13-45", r"the value of seed must be valid YAML, got '2001-13-45'"),
+        ("train.steps=" + "[" * 5000, r"the value of train\.steps must be valid YAML"),
         ("train.steps=[1", r"the value of train\.steps must be valid YAML, got '\[1'"),
     ],
 )

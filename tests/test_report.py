@@ -53,7 +53,9 @@ def test_rich_tables_show_the_same_cells():
     console = Console(width=120, record=True, file=open(os.devnull, "w"))
     console.print(report.eval_table(ROWS, gates_only=GATES))
     console.print(report.facts_table({"speed-up": "1.2x"}, title="facts"))
+    console.print(report.facts_table({"[red]base[/b]": "[/x] b"}, title="out[v2] [/]"))
     text = console.export_text()
+    assert "[red]base[/b]" in text and "[/x] b" in text and "out[v2] [/]" in text
     for cell in ("gates only", "own memory", "13.00", "speed-up", "1.2x", "lower is better"):
         assert cell in text
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import NAMES, tokens
+from models import NAMES, VOCAB, tiny, tokens
 from test_train import DOMAINS, GENERAL, arguments, fresh, learned, trainer
 from transformers import TrainingArguments
 
@@ -138,3 +138,16 @@ def test_users_arguments_stay_as_they_are(tmp_path):
     before = copy.deepcopy(args.to_dict())
     koff.KoffTrainer(fresh(kv=None), args, {n: d * 40 for n, d in DOMAINS.items()})
     assert args.to_dict() == before
+
+
+def test_arguments_of_other_kinds_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="args must be TrainingArguments, got NoneType"):
+        koff.KoffTrainer(fresh(), None, DOMAINS)
+    with pytest.raises(TypeError, match="general_datasets must be a mapping, got list"):
+        koff.KoffTrainer(fresh(), arguments(tmp_path), DOMAINS, [["a"]])
+    with pytest.raises(TypeError, match=r"config must be a koff\.KoffConfig, got dict"):
+        koff.attach(tiny("llama"), {"memories": ["en"]})
+    foreign = {**DOMAINS, "en": [{"input_ids": [VOCAB] * 40}]}
+    with pytest.raises(ValueError, match=rf"text of 'en' must have token ids in 0..{VOCAB - 1}"):
+        koff.KoffTrainer(fresh(), arguments(tmp_path / "run"), foreign)
+    assert not (tmp_path / "run").exists()
