@@ -80,18 +80,26 @@ def _results(rows: list[dict[str, Any]] | None) -> str:
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         memory = row["memory"] or "none"
-        numbers = f"{row['perplexity']:.3f} | {row['bits_per_byte']:.4f}"
+        numbers = f"{_number(row['perplexity'], 3)} | {_number(row['bits_per_byte'], 4)}"
         lines.append(
             f"| {row['variant']} | {memory} | {row['domain']} | {row['split']} | {numbers} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _data(metadata: dict[str, Any]) -> str:
-    """Table lines that name what the memories and the general mixture were trained on."""
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _data(facts: dict[str, Any]) -> str:
+    """Table lines that name what the memories that are there, or the gates of a backbone that was
+    pruned without any, and the general mixture were trained on."""
+    metadata, there = facts["metadata"], facts["memories"]
     own = dict(metadata.get("data") or {})
     for name, record in (metadata.get("added") or {}).items():
         own[name] = record["source"]
+    if facts["config"].get("memories"):
+        own = {name: source for name, source in own.items() if name in there}
     lines = (("trained on", own), ("general mixture", metadata.get("general")))
     return "".join(
         f"| {title} | {', '.join(f'{k}: {v}' for k, v in named.items())} |\n"
@@ -160,6 +168,8 @@ def model_card(facts: dict[str, Any], folder: Path) -> str:
         The text of README.md.
     """
     base, names = facts["base"] or "unknown", facts["memories"]
+    shares = {scope: facts["sparsity"][scope] for scope in ("mlp", "model", "non_embedding")}
+    packages = ("torch", "transformers", "peft")  # may be edited, and so may lack
     tokenizer = (folder / "tokenizer_config.json").is_file()
     first = f"memories/{names[0]}" if names else ""
     lora, kv = (
@@ -175,14 +185,14 @@ def model_card(facts: dict[str, Any], folder: Path) -> str:
         memories=", ".join(names) or "none",
         widths=_range(facts["widths"]),
         dense=_range(facts["dense_widths"]),
-        data=_data(facts["metadata"]),
+        data=_data(facts),
         created=facts["created"],
         koff=_with_koff(tokenizer, names[0] if names else None),
         remark=_remark(narrow, "transformers") + (_PEFT if names else ""),
         stock=_without_koff(narrow, tokenizer, lora, kv),
         results=_results(facts["metadata"].get("results")),
-        **facts["sparsity"],
-        **{name: facts["versions"][name] for name in ("torch", "transformers", "peft")},
+        **shares,
+        **{name: facts["versions"].get(name, "unknown") for name in packages},
     )
 
 

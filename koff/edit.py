@@ -65,7 +65,7 @@ def add_memory(
     folder = check_new_name(target, name, "koff.add_memory")
     model = target if folder is None else load(folder)
     if tokenizer is None and folder is not None:
-        tokenizer = saved_tokenizer(folder)
+        tokenizer = saved_tokenizer(folder, "koff.add_memory")
     config, data = model.koff.config, {name: documents}
     parts = (config.lora if lora == "same" else lora, config.kv if kv == "same" else kv)
     with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
@@ -158,6 +158,7 @@ def import_memory(
     if kv is not None:
         arch.check_prefix(model, where)
         cache = disk.kv_config(Path(kv), where)
+        disk.check_kv(model, cache, Path(kv), where)  # before what it claims is allocated
     memory: Memory = new_memory(model, name, settings, cache, torch.Generator())
     if lora is not None:
         fill_lora(memory, matrices, scaling)

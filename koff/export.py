@@ -100,7 +100,7 @@ def _opened(source: Any, tokenizer: Any, revision: str | None, where: str):
         return source, tokenizer
     folder = resolve(source, revision, where)
     saved_facts(folder, where)
-    return load(folder), tokenizer or saved_tokenizer(folder)
+    return load(folder), tokenizer or saved_tokenizer(folder, where)
 
 
 @torch.no_grad()

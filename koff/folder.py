@@ -16,6 +16,7 @@ from typing import Any
 from . import atomic, disk
 from .config import KoffConfig, check_memory_name
 from .errors import require
+from .metadata import check_shapes
 
 MARKER, MEMORIES = "koff.json", "memories"
 FORMAT = 1
@@ -37,6 +38,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}"
 _NAME = re.compile(rf"{_PART}(/{_PART}){{0,4}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FEW_BYTES = 1 << 24
+_WIDEST = 1 << 31
 _AGAIN = "copy the folder again"
 
 
@@ -116,7 +118,7 @@ def check_seal(facts: dict[str, Any], where: str) -> None:
 
 
 def _is_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 1 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 1 <= v < _WIDEST for v in values)
 
 
 def _is_share(value: Any) -> bool:
@@ -139,6 +141,7 @@ def _is_kept(value: Any) -> bool:
     return all(isinstance(row, list) and all(type(i) is int for i in row) for row in rows)
 
 
+_SIZES = f"be a list of whole numbers of at least 1 and below {_WIDEST}"
 _TYPES = {
     "koff": ("be a text", lambda v: isinstance(v, str)),
     "created": ("be a text", lambda v: isinstance(v, str)),
@@ -148,8 +151,8 @@ _TYPES = {
     "metadata": ("be an object", lambda v: isinstance(v, dict)),
     "config": ("be an object", lambda v: isinstance(v, dict)),
     "memories": ("be a list", lambda v: isinstance(v, list)),
-    "dense_widths": ("be a list of whole numbers of at least 1", _is_sizes),
-    "widths": ("be a list of whole numbers of at least 1", _is_sizes),
+    "dense_widths": (_SIZES, _is_sizes),
+    "widths": (_SIZES, _is_sizes),
     "kept": ("be null or one list of whole numbers per layer", _is_kept),
     "sparsity": ("hold the shares mlp, model and non_embedding", _is_sparsity),
     "backbone_sha256": ("be a sha256", lambda v: _is_sha256(v)),
@@ -181,6 +184,10 @@ def _check_types(facts: dict[str, Any], where: str) -> None:
     good = len(widths) == len(dense) and facts["kept"] is not None or widths == dense
     rule = f"be {dense} without kept neurons, and one per layer with them"
     require(good, where, "the backbone's widths", rule, widths, _AGAIN)
+    rows = None if facts["kept"] is None else len(facts["kept"])
+    rule = f"have one list of kept neurons for each of {len(dense)} layers"
+    require(rows in (None, len(dense)), where, f"'kept' in {MARKER}", rule, rows, _AGAIN)
+    check_shapes(facts["metadata"], where, f"the metadata of {MARKER}", "correct or remove it")
     for name in facts["files"]:
         good = is_plain(name)
         require(good, where, "a file name", "lie in the folder", repr(name), _AGAIN)

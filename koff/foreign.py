@@ -3,8 +3,8 @@ the dense base is cut to the neurons that were kept."""
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,15 @@ _HONOURED = frozenset(
 )
 # The other initialisations of PEFT move a part of the base weights into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_KEY = re.compile(r"base_model\.model\.(.+)\.(\d+)\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(.+)\.([0-9]{1,6})\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.weight")
 _DENSE_AXIS = {"gate_proj": "B", "up_proj": "B", "down_proj": "A"}
+# PEFT takes the keys of its patterns as regular expressions, and one of an unknown file may be made
+# to run for ever. Without repetition, and with two groups at most, none can.
+_PLAIN = r"(?:[\w.|-]|\\\.)*"
+_MODULES = re.compile(rf"\^?{_PLAIN}(?:\({_PLAIN}\){_PLAIN}){{0,2}}\$?")
+_LONGEST_KEY = 128
+_FP32 = torch.finfo(torch.float32)
+Pattern = list[tuple[re.Pattern[str], Any]]
 
 
 def read_lora(
@@ -57,7 +64,7 @@ def read_lora(
     tensors = disk.read_finite(directory / disk.WEIGHTS, where)
     matrices = _cut(model, _pairs(model, tensors, where), where)
     ranks = {site: a.shape[0] for site, (a, _) in matrices.items()}
-    scaling = {site: _scaling(values, model, site, rank, where) for site, rank in ranks.items()}
+    scaling = _scalings(values, model, ranks, where)
     rank, largest = max(ranks.values()), max(scaling.values())
     names = {site.split("_", 1)[1] for site in matrices}
     targets = tuple(name for name in arch.LINEARS if name in names)
@@ -127,19 +134,47 @@ def _slice(site: str, pair: tuple[Tensor, Tensor], kept: list[Tensor]) -> tuple[
     return (a[:, rows] if axis == "A" else a), (b[rows] if axis == "B" else b)
 
 
-def _scaling(values: dict[str, Any], model: PreTrainedModel, site: str, rank: int, where: str):
-    """alpha / r of one site, or alpha / sqrt(r) of an rsLoRA, with PEFT's patterns by module."""
-    from peft.utils.other import get_pattern_key
+def _scalings(
+    values: dict[str, Any], model: PreTrainedModel, ranks: dict[str, int], where: str
+) -> dict[str, float]:
+    """alpha / r of each site, or alpha / sqrt(r) of an rsLoRA, with PEFT's patterns by module."""
+    most, step = len(arch.LINEARS) * len(arch.layers(model)), "copy the folder again"
+    own = [_pattern(values, name, most, where) for name in ("rank_pattern", "alpha_pattern")]
+    found = {}
+    for site, rank in ranks.items():
+        index, name = site.split("_", 1)
+        path = f"{arch.layers_path(model)}.{index}.{arch.linear_path(name, model)}"
+        wanted = next(_matching(own[0], path), values.get("r"))
+        require(wanted == rank, where, f"the LoRA of {site}", f"have rank {wanted}", rank, step)
+        alpha = next(_matching(own[1], path), values.get("lora_alpha"))
+        good = _is_number(alpha) and 0 < alpha <= _FP32.max
+        rule = f"be a positive number of at most {_FP32.max:.2g}"
+        require(good, where, f"lora_alpha of {site}", rule, repr(alpha)[:80], step)
+        found[site] = alpha / (rank**0.5 if values.get("use_rslora") else rank)
+        rule = f"be at least {_FP32.tiny:.2g}, as fp32 holds it"
+        require(found[site] >= _FP32.tiny, where, f"alpha / r of {site}", rule, found[site], step)
+    return found
 
-    index, name = site.split("_", 1)
-    path = f"{arch.layers_path(model)}.{index}.{arch.linear_path(name, model)}"
-    own = {}
-    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        found = values.get(pattern) or {}
-        own[key] = found.get(get_pattern_key(found.keys(), path), values.get(key))
-    same, step = own["r"] == rank, "copy the folder again"
-    require(same, where, f"the LoRA of {site}", f"have rank {own['r']}", rank, step)
-    alpha = own["lora_alpha"]
-    good = isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0
-    require(good, where, f"lora_alpha of {site}", "be a positive number", repr(alpha), step)
-    return alpha / (rank**0.5 if values.get("use_rslora") else rank)
+
+def _pattern(values: dict[str, Any], name: str, most: int, where: str) -> Pattern:
+    """What PEFT compares a module's path with, in order, and the value for it."""
+    given = values.get(name) or {}
+    good = isinstance(given, dict) and len(given) <= most and all(map(_is_number, given.values()))
+    rule = f"be an object of at most {most} modules, as the model has, and numbers"
+    require(good, where, name, rule, repr(given)[:80], "copy the folder again")
+    rule = (
+        f"have at most {_LONGEST_KEY} letters, digits, '.', '-', '|', two groups, and '^' and '$'"
+    )
+    for key in given:
+        good = len(key) <= _LONGEST_KEY and _MODULES.fullmatch(key) is not None
+        step = "write the modules' names out"
+        require(good, where, f"a module's name in {name}", rule, repr(key)[:80], step)
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in given.items()]
+
+
+def _matching(pattern: Pattern, path: str) -> Iterator[Any]:
+    return (value for expression, value in pattern if expression.match(path))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -24,6 +24,7 @@ from .folder import FORMAT, MARKER, MEMORIES
 from .hub import resolve
 from .masking import sparsity
 from .memories import Memory
+from .metadata import plain_metadata
 from .state import KoffState, require_attached
 from .version import __version__
 
@@ -72,20 +73,21 @@ def save(
         model: an attached model without gates (compacted, or attached with target_sparsity=0).
         directory: where; created if needed.
         tokenizer: saved beside the model if given.
-        metadata: JSON values to keep: "base" (id of the dense model), "revision", "results" (rows
-            of ``koff.evaluate``), and whatever else.
+        metadata: JSON values to keep: "base" (id of the dense model) and "revision", texts; "data"
+            and "general" ({name: what it was trained on}) and "results" (rows of
+            ``koff.evaluate``), which the card shows; "added", koff's own; and whatever else.
         overwrite: replace a model saved there before.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: gates that are not compacted, a KV memory that was never filled, or a taken
-            directory; nothing is written then.
+        ValueError: gates that are not compacted, a KV memory that was never filled, a taken
+            directory, or metadata that cannot be kept; nothing is written then.
     """
-    directory, metadata = Path(directory), dict(metadata or {})
-    state = require_attached(model, "koff.save")
+    directory, state = Path(directory), require_attached(model, "koff.save")
     _check_savable(state, directory, overwrite)
+    metadata = plain_metadata(metadata, "koff.save")
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
     staging = _new_staging(directory)
     try:
@@ -152,8 +154,8 @@ def _facts(
 
 
 def _write_facts(facts: dict[str, Any], staging: Path) -> None:
-    """Write koff.json into a folder that is complete otherwise, with the sha256 of every file and
-    a checksum of its own."""
+    """Write koff.json into a folder that is complete otherwise, with the sha256 of every file in it
+    and a checksum of its own."""
     new = [n for n in atomic.files_of(staging) if folder.is_plain(n) and n not in facts["files"]]
     facts["files"] |= folder.digests(staging, new)
     facts["checksum"] = folder.seal_of(facts)

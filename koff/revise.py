@@ -17,12 +17,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from . import atomic
+from . import atomic, backbone
 from .card import model_card
-from .errors import require
+from .errors import refuse, require
 from .folder import (
     MARKER,
     MEMORIES,
+    check_files,
+    check_inside,
     check_place,
     current,
     digests,
@@ -32,8 +34,9 @@ from .folder import (
     settle,
 )
 from .io import _write_memory, check_memory
+from .metadata import plain_rows
 
-_CARD = "README.md"
+CARD, _INDEX = "README.md", "model.safetensors.index.json"
 
 
 def saved_facts(directory: Path, where: str) -> dict[str, Any]:
@@ -50,22 +53,62 @@ def saved_facts(directory: Path, where: str) -> dict[str, Any]:
     return read_facts(place, where)
 
 
-def load_saved_tokenizer(directory: str | Path) -> Any:
-    """Returns the tokenizer that was saved with a model; runs no code from the folder."""
-    return AutoTokenizer.from_pretrained(current(directory), trust_remote_code=False)
+def load_saved_tokenizer(directory: str | Path, where: str = "koff") -> Any:
+    """Returns the tokenizer that was saved with a model; runs no code from the folder.
+
+    Args:
+        directory: of the saved model.
+        where: for errors.
+
+    Raises:
+        FileNotFoundError, ValueError: none there, one of its files is not as it was saved, or
+            transformers cannot load it.
+    """
+    place, facts = current(directory), saved_facts(Path(directory), where)
+    step = "save the model again with tokenizer=..."
+    there, got = _has_tokenizer(place), "a folder without one"
+    rule = "hold a tokenizer"
+    require(there, where, str(directory), rule, got, step, FileNotFoundError)
+    names = tokenizer_names(facts["files"])
+    for name in names:
+        check_inside(place, name, where)
+    check_files(place, facts, names, where)  # another tokenizer would read other text, silently
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers' and tokenizers' own, of many types
+        first = str(error).strip().partition("\n")[0]
+        got = f"{type(error).__name__}: {first}"
+        refuse(where, f"the tokenizer in {directory}", "be one that transformers loads", got, step)
 
 
-def saved_tokenizer(directory: Path) -> Any:
-    """The tokenizer that was saved with a model, None if there is none."""
-    there = (current(directory) / "tokenizer_config.json").is_file()
-    return load_saved_tokenizer(directory) if there else None
+def saved_tokenizer(directory: Path, where: str = "koff") -> Any:
+    """The tokenizer that was saved with a model, None if there is none; errors as
+    ``load_saved_tokenizer``."""
+    there = _has_tokenizer(current(directory))
+    return load_saved_tokenizer(directory, where) if there else None
+
+
+def _has_tokenizer(place: Path) -> bool:
+    return any((place / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
+def tokenizer_names(files: dict[str, str]) -> list[str]:
+    """Which of the saved files make the tokenizer: those that nothing else accounts for. Code is
+    none of them: it is never run, and does not travel over the hub.
+
+    Args:
+        files: "files" of koff.json.
+    """
+    others = {*backbone.names(files), CARD, _INDEX}
+    own = [name for name in files if name not in others and not name.endswith(".py")]
+    return [name for name in own if not name.startswith(f"{MEMORIES}/")]
 
 
 def write_results(directory: Path, rows: list[dict[str, Any]]) -> None:
     """Replace what koff.json and the model card say was measured: rows of ``koff.evaluate``."""
     with _staging(directory) as staging:
         facts = saved_facts(directory, "koff")
-        facts["metadata"]["results"] = rows
+        facts["metadata"]["results"] = plain_rows(rows)
         _replace_facts(directory, facts, staging)
 
 
@@ -91,8 +134,9 @@ def put_memory(
         _write_memory(model, memory, new, facts["backbone_sha256"], facts["base"])
         facts["files"] |= digests(staging, filter(is_plain, atomic.files_of(staging)))
         facts["memories"] = [*facts["memories"], name]
+        _forget(facts["metadata"], name)
         if record is not None:
-            facts["metadata"].setdefault("added", {})[name] = record
+            facts["metadata"]["added"] = (facts["metadata"].get("added") or {}) | {name: record}
         atomic.sync_tree(staging)
         target.parent.mkdir(exist_ok=True)
         atomic.rename(new, target)
@@ -107,12 +151,17 @@ def drop_memory(directory: Path, name: str) -> None:
         facts["memories"] = [other for other in facts["memories"] if other != name]
         gone = f"{MEMORIES}/{name}/"
         facts["files"] = {n: d for n, d in facts["files"].items() if not n.startswith(gone)}
-        metadata = facts["metadata"]
-        metadata.get("added", {}).pop(name, None)
-        if metadata.get("results"):
-            metadata["results"] = [row for row in metadata["results"] if row["memory"] != name]
+        _forget(facts["metadata"], name)
         _replace_facts(directory, facts, staging)
         shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
+
+
+def _forget(metadata: dict[str, Any], name: str) -> None:
+    """Drop what metadata says of a memory that goes, or went before another takes its name."""
+    for kind in ("data", "added"):
+        (metadata.get(kind) or {}).pop(name, None)
+    if metadata.get("results"):
+        metadata["results"] = [row for row in metadata["results"] if row["memory"] != name]
 
 
 @contextlib.contextmanager
@@ -131,9 +180,9 @@ def _staging(directory: Path) -> Iterator[Path]:
 def _replace_facts(directory: Path, facts: dict[str, Any], staging: Path) -> None:
     """Replace koff.json, then the model card made from it; each is whole at any time."""
     card = model_card(facts, directory)
-    facts["files"][_CARD] = hashlib.sha256(card.encode()).hexdigest()
+    facts["files"][CARD] = hashlib.sha256(card.encode()).hexdigest()
     facts["checksum"] = seal_of(facts)
-    for name, text in ((MARKER, json.dumps(facts, indent=1)), (_CARD, card)):
+    for name, text in ((MARKER, json.dumps(facts, indent=1)), (CARD, card)):
         (staging / name).write_text(text, encoding="utf-8", newline="\n")
         atomic.sync(staging / name)
         atomic.rename(staging / name, directory / name)

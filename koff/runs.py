@@ -40,7 +40,8 @@ def read_run(directory: str | Path) -> Recipe:
         )
     values, root = stored_recipe(directory, "koff")
     recipe = parse(values, data_root(Path(root)))
-    for name, record in read_facts(current(directory), "koff")["metadata"].get("added", {}).items():
+    added = read_facts(current(directory), "koff")["metadata"].get("added")
+    for name, record in (added or {}).items():
         recipe.data[name] = added_data(record, name)
     return recipe
 

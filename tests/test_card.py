@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import bare
 import pytest
@@ -103,3 +104,31 @@ def test_a_base_that_is_no_hub_id_stays_out_of_the_cards_header(base, tmp_path):
     folder = koff.save(model, tmp_path / "out", metadata={"base": base})
     header = (folder / "README.md").read_text().split("---")[1]
     assert "base_model" not in header
+
+
+def test_a_card_names_the_data_of_the_memories_that_are_there(tmp_path):
+    model = attached("llama", target_sparsity=0)
+    data = {"en": "en.train.jsonl", "keys": "keys.jsonl", "gone": "gone.jsonl"}
+    folder = koff.save(model, tmp_path / "out", metadata={"data": data})
+    lora = tmp_path / "lora"
+    shutil.copytree(folder / "memories/en/lora", lora)
+
+    def trained():
+        return re.findall(r"\| trained on \| (.*) \|", (folder / "README.md").read_text())
+
+    assert trained() == ["en: en.train.jsonl, keys: keys.jsonl"]
+    koff.remove_memory(folder, "en")
+    assert trained() == ["keys: keys.jsonl"]
+    assert "en" not in json.loads((folder / "koff.json").read_text())["metadata"]["data"]
+    koff.import_memory(folder, "en", lora=lora)  # trained elsewhere, on nobody knows what
+    assert trained() == ["keys: keys.jsonl"]
+    koff.import_memory(folder, "gone", lora=lora)
+    assert trained() == ["keys: keys.jsonl"]
+
+
+def test_a_card_of_gates_alone_names_their_data(tmp_path):
+    model = spread(attached("llama", target_sparsity=0.4, memories=(), lora=None, kv=None))
+    koff.binarize(model, multiple_of=8)
+    metadata = {"data": {"en": "en.train.jsonl"}}
+    folder = koff.save(koff.compact(model), tmp_path / "out", metadata=metadata)
+    assert "| trained on | en: en.train.jsonl |" in (folder / "README.md").read_text()

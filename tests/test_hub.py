@@ -12,6 +12,8 @@ from test_compact import spread
 from test_data import make_tokenizer
 
 import koff
+from koff import push, revise
+from koff.folder import check_files, read_facts, seal_of, sha256
 from koff.hub import resolve
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
@@ -74,12 +76,13 @@ def hub():
     server.close()
 
 
-def build(folder):
+def build(folder, metadata=None):
     changes = {"vocab_size": len(make_tokenizer()), "eos_token_id": None}
     model = spread(attached("llama", changes=changes, target_sparsity=0.4))
     koff.binarize(model, multiple_of=8)
     tokenizer = make_tokenizer(bos_token="<s>")
-    return koff.save(koff.compact(model, inplace=True), folder, tokenizer=tokenizer)
+    small = koff.compact(model, inplace=True)
+    return koff.save(small, folder, tokenizer=tokenizer, metadata=metadata)
 
 
 def test_upload_and_download(hub, tmp_path):
@@ -160,3 +163,78 @@ def test_a_changed_download_is_refused(tmp_path):
     save_file({n: t + 1 for n, t in tensors.items()}, weights.resolve(), {"format": "pt"})
     with pytest.raises(ValueError, match="must have the sha256"):
         koff.load(snapshot)
+
+
+def test_local_paths_stay_here(tmp_path):
+    """In everything that is uploaded the last part of a path is left, hashes and seal agree with
+    that, and the folder itself is as before."""
+    folder = build(tmp_path / "saved", metadata={"base": f"{tmp_path}/models/base", "note": "a/b"})
+    record = {
+        "source": "de.jsonl",
+        "root": str(tmp_path),
+        "data": {"train": f"{tmp_path}/de.jsonl"},
+    }
+    model = koff.import_memory(koff.load(folder), "de", **parts(folder))
+    revise.put_memory(folder, model, "de", record)
+    splits = {"train": f"{tmp_path}/en/train.jsonl", "test": "en/test.jsonl", "field": "text"}
+    recipe = {"model": f"{tmp_path}/models/base", "data": {"en": splits}, "revision": None}
+    recipe["general"] = {"math": {"train": f"{tmp_path}/fr/train.jsonl", "weight": 1.0}}
+    stored = {"root": str(tmp_path), "recipe": recipe}
+    (folder / "recipe.json").write_text(json.dumps(stored))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert any(b"models/base" in data for path, data in before.items() if path.name == "README.md")
+
+    staging = push._portable(folder, tmp_path / "staging")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    files = {p: p.read_bytes() for p in staging.rglob("*") if p.is_file()}
+    assert not [path for path, data in files.items() if str(tmp_path).encode() in data]
+    pushed = json.loads((staging / "recipe.json").read_text())
+    assert pushed["root"] == "." and pushed["recipe"]["model"] == "base"
+    assert pushed["recipe"]["data"]["en"] == splits | {"train": "en/train.jsonl"}
+    assert pushed["recipe"]["general"]["math"]["train"] == "fr/train.jsonl"
+    facts = read_facts(staging, "test")
+    assert facts["base"] == "base" and facts["metadata"]["note"] == "a/b"
+    assert facts["metadata"]["added"]["de"] == record | {"root": ".", "data": {"train": "de.jsonl"}}
+    check_files(staging, facts, facts["files"], "test")
+    adapter = json.loads((staging / "memories/en/lora/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "base"
+    assert "from `base`" in (staging / "README.md").read_text()
+    ids = torch.arange(3, 12)[None]
+    want = koff.load(folder)(ids, memory="de").logits
+    assert torch.equal(koff.load(staging)(ids, memory="de").logits, want)
+    assert revise.saved_tokenizer(staging) is not None
+
+
+def parts(folder):
+    return {part: folder / "memories/en" / part for part in ("lora", "kv")}
+
+
+def test_a_card_of_ones_own_and_hub_ids_are_pushed_as_they_are(tmp_path):
+    folder = build(tmp_path / "saved", metadata={"base": "someone/base"})
+    (folder / "README.md").write_text("see /home/me")
+    (folder / "extra.bin").write_text("x")
+    facts = json.loads((folder / "koff.json").read_text())
+    facts["files"]["extra.bin"] = sha256(folder / "extra.bin")
+    facts["checksum"] = seal_of(facts)
+    (folder / "koff.json").write_text(json.dumps(facts))
+    staging = push._portable(folder, tmp_path / "staging")
+    assert (staging / "README.md").read_text() == "see /home/me"
+    facts = read_facts(staging, "test")
+    assert facts["base"] == "someone/base"
+    assert "extra.bin" not in facts["files"]  # nothing that is not uploaded is listed
+
+
+def test_short_names_tell_paths_apart():
+    paths = ["/a/en/x", "/a/fr/x", "~/y", r"C:\data\z", "/b/w/", "/q", "/p/q", "/c/d/e.jsonl"]
+    texts = ["a/b", "../x", "~ 5 %", "~5 and/or 6", "/", "//", "two\n/lines", "C: d", "y", ""]
+    near = {"train": {"train": "d/e.jsonl"}, "/key": 5}
+    assert push._short_names([paths, texts, near, None]) == {
+        "/a/en/x": "en/x",
+        "/a/fr/x": "fr/x",
+        "~/y": "y",
+        r"C:\data\z": "z",
+        "/b/w/": "w",
+        "/q": "q",
+        "/p/q": "p/q",
+        "/c/d/e.jsonl": "c/d/e.jsonl",  # another file than the one named from the data's folder
+    }

@@ -25,6 +25,11 @@ VARIANTS = {
         rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7},
         alpha_pattern={"layers.0.mlp.gate_proj": 1, "v_proj": 20},
     ),
+    "patterns with alternatives": dict(
+        target_modules=ALL,
+        rank_pattern={r"layers\.(0|2)\.self_attn\.(q|k)_proj": 2, "up_proj|down_proj": 3},
+        alpha_pattern={r"^model\.layers\.1\.mlp.gate_proj$": 1, "layers.0.mlp.(up|gate)_proj": 9},
+    ),
     "regex": dict(target_modules=r".*\.(up|down)_proj"),
 }
 
@@ -145,7 +150,42 @@ HARMS = {
     "from the future": (lambda d: edited(d, use_new=1), "use_new must be unset"),
     "kind": (lambda d: edited(d, peft_type="LOHA"), "peft_type must be 'LORA', got 'LOHA'"),
     "rank": (lambda d: edited(d, r=5), "must have rank 5, got 4"),
-    "alpha": (lambda d: edited(d, lora_alpha="6"), "must be a positive number, got '6'"),
+    "alpha": (lambda d: edited(d, lora_alpha="6"), "a positive number of at most .*, got '6'"),
+    "alpha true": (lambda d: edited(d, lora_alpha=True), "must be a positive number"),
+    "alpha 0": (lambda d: edited(d, lora_alpha=0), "must be a positive number"),
+    "alpha infinite": (lambda d: edited(d, lora_alpha=float("inf")), "must be a positive number"),
+    "alpha no number": (lambda d: edited(d, lora_alpha=float("nan")), "must be a positive number"),
+    "alpha beyond floats": (lambda d: edited(d, lora_alpha=10**400), "must be a positive number"),
+    "alpha beyond fp32": (lambda d: edited(d, lora_alpha=1e308), "must be a positive number of at"),
+    "alpha below fp32": (lambda d: edited(d, lora_alpha=5e-324), "must be at least 1.2e-38"),
+    "alpha by module": (
+        lambda d: edited(d, alpha_pattern={"q_proj": 1e308}),
+        "lora_alpha of 0_q_proj must be a positive number",
+    ),
+    "ranks as a list": (lambda d: edited(d, rank_pattern=[1]), "rank_pattern must be an object"),
+    "alphas as a text": (lambda d: edited(d, alpha_pattern="x"), "alpha_pattern must be an obj"),
+    "ranks as texts": (lambda d: edited(d, rank_pattern={"q_proj": "4"}), "modules, as the model"),
+    "many ranks": (
+        lambda d: edited(d, rank_pattern={f"x{i}": 1 for i in range(22)}),
+        "rank_pattern must be an object of at most 21 modules",
+    ),
+    "no expression": (
+        lambda d: edited(d, rank_pattern={"(": 2}),
+        "a module's name in rank_pattern",
+    ),
+    "an endless expression": (
+        lambda d: edited(d, rank_pattern={"(.*)*(.*)*(.*)*x$y": 2}),
+        "a module's name in rank_pattern must have at most 128",
+    ),
+    "many groups": (
+        lambda d: edited(d, alpha_pattern={"(.|.)" * 20 + "x": 2}),
+        "a module's name in alpha_pattern must have at most 128",
+    ),
+    "a long name": (lambda d: edited(d, alpha_pattern={"x" * 129: 2}), "must have at most 128"),
+    "a long number": (
+        lambda d: renamed(d, "layers.0.", f"layers.{'0' * 5000}."),
+        "a tensor must be a",
+    ),
     "head": (lambda d: renamed(d, "model.layers.0.mlp.up_proj", "lm_head"), "a tensor must be a"),
     "layer": (lambda d: renamed(d, "layers.0.", "layers.3."), "linear modules"),
     "half": (lambda d: renamed(d, "layers.0.mlp.up_proj.lora_B", "layers.0.x_b.y.lora_B"), "be a"),
@@ -167,6 +207,26 @@ def test_what_a_memory_cannot_hold_is_refused(harm, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         koff.import_memory(out, "de", lora=folder)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_virtual_tokens=10**12), "the learned cache must be"),
+        (dict(num_virtual_tokens="7"), "num_tokens must be a whole number"),
+        (dict(num_frozen_tokens=9), "num_frozen_tokens must lie in"),
+    ],
+)
+def test_a_cartridge_is_compared_with_its_file_before_anything_is_allocated(
+    changes, message, tmp_path, monkeypatch
+):
+    folder, _ = foreign_kv("llama", tmp_path / "kv")
+    edited(folder, **changes)
+    small = koff.compact(masked("llama"))
+    monkeypatch.setattr(koff.edit, "new_memory", lambda *_: pytest.fail("allocated first"))
+    with pytest.raises(ValueError, match=message):
+        koff.import_memory(small, "de", kv=folder)
+    assert small.koff.memory_names == ("en", "keys", "es")
 
 
 def test_wrong_arguments_are_refused_and_the_model_stays(tmp_path):
