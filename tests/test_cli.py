@@ -27,7 +27,7 @@ RECIPE = {
     "general": {"math": {"train": "math.train.jsonl", "test": "math.test.jsonl"}},
     "koff": {
         "target_sparsity": 0.5,
-        "lora": {"r": 2, "alpha": 4},
+        "lora": {"r": 2, "alpha": 4, "target_modules": "all-linear"},
         "kv": {"num_tokens": 4, "init": "text"},
     },
     "train": {

@@ -8,6 +8,7 @@ import torch
 from models import ARCHITECTURES, attached, tokens
 from test_compact import spread
 from test_data import make_tokenizer
+from test_hostile import reseal
 from test_layering import ROOT, imports_of, top
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,10 +71,15 @@ def test_code_in_a_folder_never_runs(saved, tmp_path):
     generate_text(saved, "abc", memory="en", max_new_tokens=2, device="cpu")
     planted = {"AutoTokenizer": [None, "modeling_koff.KoffTokenizer"]}
     edit(saved / "tokenizer_config.json", auto_map=planted, tokenizer_class="KoffTokenizer")
-    for use in (
+    uses = (
         lambda: generate_text(saved, "abc", memory="en", max_new_tokens=2, device="cpu"),
         lambda: koff.export_merged(saved, "en", tmp_path / "exported"),
-    ):
+    )
+    for use in uses:
+        with pytest.raises(ValueError, match="tokenizer_config.json must have the sha256"):
+            use()
+    reseal(saved)  # by someone who knows how
+    for use in uses:
         with pytest.raises(ValueError, match="contains custom code"):
             use()
     assert not marker.exists()
