@@ -143,12 +143,13 @@ class KoffModelMixin:
             self.koff.check(memory, "generate")
             names = self.koff.memories.names
             if memory is not None and not isinstance(memory, str):
+                memory = memory.cpu() if isinstance(memory, Tensor) else memory  # to look at it
                 ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
-                ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-                if (ids != ids[:1]).any():
+                if len(set(ids)) > 1:
                     _refuse_second_forwards(args, kwargs, self.generation_config)
+                    ids = torch.tensor(ids, device=self.device)
                     return super().generate(inputs, *args, memory=ids, **kwargs)
-                memory = names[int(ids[0])] if len(ids) and ids[0] >= 0 else None
+                memory = names[ids[0]] if ids and ids[0] >= 0 else None
             with self.koff.using(memory):  # the same for every row, however beams multiply them
                 return super().generate(inputs, *args, **kwargs)
 

@@ -91,7 +91,7 @@ class LoRAConfig:
     """The LoRA part of every memory: delta W = alpha / r * B A on each target layer.
 
     Args:
-        r: rank. The higher, the more is won back: docs/experiments.md, 3.
+        r: rank. The higher, the more is won back: docs/experiments.md, 3 and 6.
         alpha: scaling numerator, as in PEFT; alpha / r = 2 in all experiments.
         target_modules: names of the linear layers that carry it, or "all-linear" for all seven, as
             in the paper. The default is the MLP's three: where neurons are removed, and at equal
@@ -181,7 +181,7 @@ class KoffConfig:
     Args:
         memories: their names; () learns gates alone.
         target_sparsity: share to remove, 0 to 0.953; 0 attaches no gates. What 0.2 and 0.4 cost and
-            what memories win back: docs/experiments.md, 3.
+            what memories win back: docs/experiments.md, 6.
         sparsity_scope: of what it is the share: "mlp" (of the MLP neurons, the paper's s*) or
             "model" (of all weights).
         lora: LoRA part of each memory, or None.
