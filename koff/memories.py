@@ -135,8 +135,8 @@ register_optimizer_step_post_hook(_count_step)
 
 def _versions(tensors: list[Tensor]) -> tuple:
     # Inference tensors have no version; they cannot be changed in place outside of inference mode.
-    changed = (-1 if t.is_inference() else t._version for t in tensors)
-    return (_optimizer_steps, *zip((t.data_ptr() for t in tensors), changed, strict=True))
+    versions = ((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+    return (_optimizer_steps, *versions)
 
 
 class _Kept:

@@ -90,7 +90,7 @@ def evaluate_run(
     """
     import koff
 
-    directory = check_saved(directory)
+    directory, device = check_saved(directory), pick_device(device)
     recipe = read_run(directory)
     size = recipe.train.block_size
     sources = eval_sources(recipe, split)
@@ -100,7 +100,6 @@ def evaluate_run(
         name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
         for name, texts in documents.items()
     }
-    device = pick_device(device)
     options: Mapping[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
     rows = []
     if base:
@@ -261,10 +260,24 @@ def saved_memories(directory: Path) -> tuple[str, ...]:
 
 
 def pick_device(device: str | None) -> str:
-    """Returns `device`, or what there is: "cuda", else "cpu"."""
+    """Returns `device`, or what there is: "cuda", else "cpu".
+
+    Raises:
+        ValueError: a device that torch does not know or that this machine lacks.
+    """
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"koff: --device must be cpu, cuda, cuda:1, ..., got {device!r}") from None
+    there = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    if kind not in ("cpu", there):
+        got = f"{device!r} with {there or 'no accelerator'}"
+        raise ValueError(f"koff: --device must be there, got {got}; use cpu")
+    return device
 
 
 def count_saved(folder: Path, *, deep: bool = True) -> int:

@@ -28,7 +28,7 @@ def _take_bound(model: nn.Module) -> dict[str, Any]:
     names += ["forward", "_original_forward"] if "_original_forward" in own else []
     taken = {name: own.pop(name) for name in names if name in own}
     original = taken.get("_original_forward")
-    if getattr(original, "__func__", None) is not type(model).forward and original is not None:
+    if original is not None and getattr(original, "__func__", None) is not type(model).forward:
         model.forward = original
     return taken
 

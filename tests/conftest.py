@@ -1,6 +1,7 @@
 """What every test runs under: a fixed seed, one thread, and NaN in memory that nobody wrote."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,22 @@ def seeded_and_poisoned():
 def bare_python(tmp_path_factory):
     """A Python with transformers and peft, but no koff."""
     return bare.make_python(tmp_path_factory.mktemp("bare") / "venv")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The folder of a saved model that no test changes."""
+    from test_io import compacted
+
+    import koff
+
+    return koff.save(compacted("llama"), tmp_path_factory.mktemp("original") / "out")
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    """A copy of ``original`` of a test's own."""
+    return shutil.copytree(original, tmp_path / "out")
 
 
 @pytest.fixture

@@ -8,23 +8,13 @@ import pytest
 import torch
 from models import tokens
 from safetensors.torch import load_file, save_file
-from test_io import DAMAGES, compacted, edit
+from test_io import DAMAGES, edit
 
 import koff
 from koff import folder, runs
 
 LORA, KV = "memories/es/lora", "memories/es/kv"
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return koff.save(compacted("llama"), tmp_path_factory.mktemp("original") / "out")
-
-
-@pytest.fixture
-def saved(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "out")
 
 
 def reseal(directory):

@@ -2,14 +2,13 @@
 is read, as it may be edited."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from models import attached
 from test_hostile import HOUSE, reseal
-from test_io import compacted, edit
+from test_io import edit
 from typer.testing import CliRunner
 
 import koff
@@ -25,16 +24,6 @@ RECORD = {"source": "de.jsonl", "root": "/x", "data": {"train": "de.jsonl"}}
 @dataclass
 class Note:
     text: str
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return koff.save(compacted("llama"), tmp_path_factory.mktemp("original") / "out")
-
-
-@pytest.fixture
-def saved(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "out")
 
 
 def written(folder):

@@ -24,11 +24,6 @@ def original(tmp_path_factory):
     return koff.save(model, folder, tokenizer=make_tokenizer(bos_token="<s>"))
 
 
-@pytest.fixture
-def saved(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "out")
-
-
 def vocabulary_turned(folder):
     """Another tokenizer that loads as well: it would give other text without a word."""
     values = json.loads((folder / "tokenizer.json").read_text())

@@ -21,6 +21,13 @@ def _lora(parts: Sequence[Tensor | None]) -> GatedMLPLoRA:
     return GatedMLPLoRA(*(None if parts[k] is None else LoRA(*parts[k : k + 3]) for k in (0, 3, 6)))
 
 
+def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
+    """From an operator's arguments after x: weights, gates, nine of LoRA, ids, tokens, activation,
+    and whether to recompute."""
+    ids, tokens, activation, _ = rest[9:]
+    return Layer((w_gate, w_up, w_down), gates, _lora(rest[:9]), Rows(ids, tokens), activation)
+
+
 def _or_empty(x: Tensor, kept: Kept) -> tuple[Tensor, ...]:
     """An operator's results cannot be None."""
     return tuple(x.new_empty(0) if part is None else part for part in kept)
@@ -46,38 +53,14 @@ def _forward(
     activation: str,
     recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lora = _lora(
-        (gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling)
-    )
-    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
+    parts = gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling
+    layer = _layer(w_gate, w_up, w_down, gates, *parts, ids, tokens, activation, recompute)
     y, kept = mlp_forward(x, layer, not recompute)
     return y, *_or_empty(x, kept)
 
 
-def _inference(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    gates: Tensor | None,
-    gate_a: Tensor | None,
-    gate_b: Tensor | None,
-    gate_scaling: Tensor | None,
-    up_a: Tensor | None,
-    up_b: Tensor | None,
-    up_scaling: Tensor | None,
-    down_a: Tensor | None,
-    down_b: Tensor | None,
-    down_scaling: Tensor | None,
-    ids: Tensor | None,
-    tokens: int,
-    activation: str,
-) -> Tensor:
-    lora = _lora(
-        (gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling)
-    )
-    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
-    return mlp_inference(x, layer)
+def _inference(x, *args):
+    return mlp_inference(x, _layer(*args))
 
 
 def _fake_inference(x: Tensor, *_) -> Tensor:
@@ -153,7 +136,7 @@ def _gradients(run, ctx, dy):
 
 
 _OPERATION = operation("gated_mlp", _forward, _fake, _setup, _backward, _backward_fake, _gradients)
-_INFERENCE = inference("gated_mlp", _inference, _fake_inference)
+_INFERENCE = inference("gated_mlp", _inference, _forward, _fake_inference)
 
 
 def run(
@@ -173,9 +156,7 @@ def run(
     trains = needs_grad(x, gates, *parts)
     parts = [dense(part) for part in (gates, *parts)]
     with torch.autocast(x.device.type, enabled=False):
-        inputs = flat(x.to(dtype)), *(unit_stride(w.to(dtype)) for w in weights), *parts, ids
-        if trains:
-            y = _OPERATION(*inputs, tokens, activation, dispatch.recomputes())[0]
-        else:
-            y = _INFERENCE(*inputs, tokens, activation)
+        inputs = flat(x.to(dtype)), *(unit_stride(w.to(dtype)) for w in weights), *parts
+        inputs = *inputs, ids, tokens, activation, dispatch.recomputes()
+        y = _OPERATION(*inputs)[0] if trains else _INFERENCE(*inputs)
     return y.view(x.shape)

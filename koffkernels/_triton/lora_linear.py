@@ -38,16 +38,7 @@ def _forward(
     return linear_forward(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
 
 
-def _inference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: Tensor,
-    ids: Tensor | None,
-    tokens: int,
-) -> Tensor:
+def _inference(x, weight, bias, a, b, scaling, ids, tokens):
     return linear_inference(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
 
 
@@ -99,7 +90,7 @@ def _gradients(run, ctx, dy):
 _OPERATION = operation(
     "lora_linear", _forward, _fake, _setup, _backward, _backward_fake, _gradients
 )
-_INFERENCE = inference("lora_linear", _inference, lambda *args: _fake(*args)[0])
+_INFERENCE = inference("lora_linear", _inference, _forward, lambda *args: _fake(*args)[0])
 
 
 def run(

@@ -94,19 +94,23 @@ def operation(
 
 
 def inference(
-    name: str, forward: Callable[..., Tensor], fake: Callable[..., Tensor]
+    name: str, forward: Callable[..., Tensor], like: Callable, fake: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     """Register ``koffkernels::name_inference``, for calls that record no gradient.
 
     Args:
         name: of the operation.
-        forward: annotated for ``torch.library``.
-        fake: the same on tensors without data.
+        forward: what it computes.
+        like: the operation's annotated forward, which takes the same arguments.
+        fake: ``forward`` on tensors without data.
 
     Returns:
         A function that calls ``forward``, and inside torch.compile the operator.
     """
-    op = torch.library.custom_op(f"koffkernels::{name}_inference", forward, mutates_args=())
+    arguments = torch.library.infer_schema(like, mutates_args=()).partition("->")[0]
+    op = torch.library.custom_op(
+        f"koffkernels::{name}_inference", forward, mutates_args=(), schema=f"{arguments}-> Tensor"
+    )
     op.register_fake(fake)
 
     def call(*args: Any) -> Tensor:
