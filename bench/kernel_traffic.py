@@ -68,7 +68,7 @@ class _Memories:
 
     def delta(self, m: int):
         """The update of m tokens by a given s."""
-        from koffkernels._triton.delta import Delta
+        from koffkernels._triton.lora.expand import Delta
 
         return Delta(_normal(m, RANK), self.b, self.scaling)
 
@@ -77,13 +77,13 @@ class _Memories:
 
 
 def _rows(m: int, mixed: bool = False):
-    from koffkernels._triton.common import Rows
+    from koffkernels._triton.shared.launch import Rows
 
     return Rows(torch.tensor(IDS), m // len(IDS)) if mixed else Rows(None, m)
 
 
 def _shrink() -> Iterator[Op]:
-    from koffkernels._triton.shrink import shrink
+    from koffkernels._triton.lora.shrink import shrink
 
     for m, k, mixed in ((256, 256, False), (256, 256, True), (4, 1024, False)):
         x, lora, rows = _normal(m, k), _Memories(k, 16, mixed), _rows(m, mixed)
@@ -96,8 +96,8 @@ def _shrink() -> Iterator[Op]:
 
 
 def _decode() -> Iterator[Op]:
-    from koffkernels._triton.decode_linear import decode_linear
-    from koffkernels._triton.decode_mlp import decode_mlp_up
+    from koffkernels._triton.lora.decode import decode_linear
+    from koffkernels._triton.mlp.decode import decode_mlp_up
 
     m, k, n = 4, 512, 768
     x, weight, up = _normal(m, k), _normal(n, k), _normal(n, k)
@@ -121,11 +121,11 @@ def _decode() -> Iterator[Op]:
 
 
 def _training() -> Iterator[Op]:
-    from koffkernels._triton.delta import expand_
-    from koffkernels._triton.lora_grad import lora_grad
-    from koffkernels._triton.mlp_hidden import mlp_hidden
-    from koffkernels._triton.mlp_hidden_bwd import HiddenDeltas, mlp_hidden_bwd
-    from koffkernels._triton.mlp_hidden_bwd_lora import mlp_hidden_bwd_lora
+    from koffkernels._triton.lora.expand import expand_
+    from koffkernels._triton.lora.grad import lora_grad
+    from koffkernels._triton.mlp.hidden import mlp_hidden
+    from koffkernels._triton.mlp.hidden_bwd import HiddenDeltas, mlp_hidden_bwd
+    from koffkernels._triton.mlp.hidden_bwd_lora import mlp_hidden_bwd_lora
 
     m, i = 256, 384
     lora, rows, gates = _Memories(256, i), _rows(m), torch.rand(i) + 0.1
@@ -147,8 +147,8 @@ def _training() -> Iterator[Op]:
 
 
 def _gemm() -> Iterator[Op]:
-    from koffkernels._triton.gemm_linear import gemm_linear
-    from koffkernels._triton.gemm_mlp import gemm_mlp_up
+    from koffkernels._triton.lora.gemm import gemm_linear
+    from koffkernels._triton.mlp.gemm import gemm_mlp_up
 
     m, k, n = 256, 256, 512
     x, weight, up, rows, lora = *(_normal(s, k) for s in (m, n, n)), _rows(m), _Memories(k, n)
@@ -164,9 +164,9 @@ def _gemm() -> Iterator[Op]:
 
 
 def _attention() -> Iterator[Op]:
-    from koffkernels._triton.prefix_attention_call import Call
-    from koffkernels._triton.prefix_attention_decode import decode
-    from koffkernels._triton.prefix_attention_fwd import one_pass
+    from koffkernels._triton.attention.call import Call
+    from koffkernels._triton.attention.decode import decode
+    from koffkernels._triton.attention.fwd import one_pass
     from koffkernels.types import Prefix
 
     rows, heads, kv_heads, width, learned = 4, 8, 2, 64, 128
@@ -184,11 +184,11 @@ def _attention() -> Iterator[Op]:
 
 
 def _attention_backward() -> Iterator[Op]:
-    from koffkernels._triton.prefix_attention_call import Call
-    from koffkernels._triton.prefix_attention_dkv import own_grads
-    from koffkernels._triton.prefix_attention_dq import query_grad, upstream
-    from koffkernels._triton.prefix_attention_fwd import one_pass
-    from koffkernels._triton.prefix_attention_prefix_grad import prefix_grads
+    from koffkernels._triton.attention.call import Call
+    from koffkernels._triton.attention.dkv import own_grads
+    from koffkernels._triton.attention.dq import query_grad, upstream
+    from koffkernels._triton.attention.fwd import one_pass
+    from koffkernels._triton.attention.prefix_grad import prefix_grads
     from koffkernels.types import Prefix
 
     rows, heads, kv_heads, width, learned, tokens = 4, 8, 2, 64, 64, 128
@@ -235,7 +235,7 @@ def _tensors(result: object) -> tuple[Tensor, ...]:
 
 def measure(op: Op) -> dict[str, object]:
     """One row: bytes issued and moved, the least, and how often a weight element is asked for."""
-    from koffkernels._triton.traffic import count_traffic
+    from .gate.traffic import count_traffic
 
     with count_traffic() as traffic:
         result = _tensors(op.call())

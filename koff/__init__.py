@@ -3,18 +3,18 @@ adapters and learned KV caches)."""
 
 import koffkernels as _koffkernels  # noqa: F401, I001  reads KOFF_BACKEND before triton comes
 
-from .analysis import PrefixMass, prefix_attention_mass
-from .attach import attach, detach, use_memory
-from .compact import compact
-from .config import KoffConfig, KVConfig, LoRAConfig
-from .edit import add_memory, import_memory, remove_memory
-from .evaluate import EvalRow, evaluate
-from .export import export_merged
-from .io import load, save
-from .masking import BinarizeReport, SparsityReport, binarize, sparsity
-from .push import push_to_hub
-from .train import KoffTrainer
-from .training_args import KoffTrainingArguments
+from .evaluation.attention_mass import PrefixMass, prefix_attention_mass
+from .model.attach import attach, detach, use_memory
+from .pruning.compact import compact
+from .model.config import KoffConfig, KVConfig, LoRAConfig
+from .manage import add_memory, import_memory, remove_memory
+from .evaluation.perplexity import EvalRow, evaluate
+from .storage.export import export_merged
+from .storage.save_load import load, save
+from .pruning.binarize import BinarizeReport, SparsityReport, binarize, sparsity
+from .storage.push import push_to_hub
+from .training.trainer import KoffTrainer
+from .training.arguments import KoffTrainingArguments
 from .version import __version__
 
 __all__ = [

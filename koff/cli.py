@@ -73,14 +73,14 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
 ) -> None:
     """Train what a recipe describes, prune, and save the small model with its memories."""
-    from .recipe import load_recipe
+    from .commands.recipe import load_recipe
 
     overrides = [*(set_ or []), *_without(without or [])]
     named = {"koff.target_sparsity": sparsity, "train.steps": steps, "seed": seed}
     overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
     checked = load_recipe(recipe, overrides)
 
-    from .pipeline import run
+    from .commands.train import run
 
     folder = run(checked, output, device=device)
     Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
@@ -101,13 +101,13 @@ def eval_(
     ] = False,
 ) -> None:
     """Measure perplexity and bits per byte with every memory and none, on every domain."""
-    from .report import check_writable, eval_table, write_json
+    from .commands.tables import check_writable, eval_table, write_json
 
     if json is not None:
         check_writable(json)
 
-    from .revise import saved_facts, write_results
-    from .runs import evaluate_run
+    from .commands.saved import evaluate_run
+    from .storage.change import saved_facts, write_results
 
     if card:
         saved_facts(directory, "koff eval --card")  # a folder of one's own, not a download
@@ -136,12 +136,12 @@ def analyse(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Show how much attention each layer gives to the learned keys of a memory."""
-    from .report import check_writable, prefix_table, write_json
+    from .commands.tables import check_writable, prefix_table, write_json
 
     if json is not None:
         check_writable(json)
 
-    from .runs import analyse_run
+    from .commands.saved import analyse_run
 
     options = {"split": split, "batch_size": batch_size, "device": device}
     found = analyse_run(directory, domain, memory=memory, **options)
@@ -164,7 +164,7 @@ def generate(
     """Continue a prompt with one memory, or none."""
     from transformers.utils import logging
 
-    from .runs import generate_text
+    from .commands.saved import generate_text
 
     logging.disable_progress_bar()
     text = generate_text(
@@ -184,8 +184,8 @@ def info(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
 ) -> None:
     """Show what a saved model is: base, widths, sparsities, memories and sizes."""
-    from .report import facts_table
-    from .runs import describe
+    from .commands.saved import describe
+    from .commands.tables import facts_table
 
     Console().print(facts_table(describe(directory), title=str(directory)))
 
@@ -197,7 +197,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
 ) -> None:
     """Write a checkpoint that needs no koff: one memory's LoRA in the weights, its KV beside."""
-    from .export import export_merged
+    from .storage.export import export_merged
 
     folder = export_merged(directory, merged, output)
     Console().print(f"exported to {folder}; how to load it: {folder / 'README.md'}", markup=False)
@@ -224,7 +224,7 @@ def add_memory(
     device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
 ) -> None:
     """Train the memory of one more domain; the backbone and the other memories stay as they are."""
-    from .extend import addition, extend
+    from .commands.add_memory import addition, extend
 
     named = {"train.steps": steps, "train.batch_size": batch_size}
     overrides = [*(set_ or [])]
@@ -245,7 +245,7 @@ def import_memory(
     kv: Annotated[Path | None, typer.Option(help="PEFT CARTRIDGE folder.")] = None,
 ) -> None:
     """Make a memory of adapters that PEFT trained elsewhere."""
-    from . import edit
+    from . import manage as edit
 
     edit.import_memory(directory, name, lora=lora, kv=kv)
     Console().print(f"memory {name} added to {directory}", markup=False)
@@ -257,7 +257,7 @@ def remove_memory(
     name: Annotated[str, typer.Argument(help="Name of the memory.")],
 ) -> None:
     """Delete a memory; the backbone and the other memories stay as they are."""
-    from . import edit
+    from . import manage as edit
 
     edit.remove_memory(directory, name)
     Console().print(f"memory {name} removed from {directory}", markup=False)
@@ -271,7 +271,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch; default main.")] = None,
 ) -> None:
     """Upload a saved model to the Hugging Face hub."""
-    from .push import push_to_hub
+    from .storage.push import push_to_hub
 
     url = push_to_hub(directory, repo, private=private or None, revision=revision)
     Console().print(f"pushed: {url}", markup=False, soft_wrap=True)
@@ -286,7 +286,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the koff training.")] = 0,
 ) -> None:
     """Run the whole path on a small model of its own: pretrain, learn, prune, save, compare."""
-    from .demo import run_demo
+    from .demo.run import run_demo
 
     if not run_demo(output=output, cache=cache, seed=seed):
         raise typer.Exit(1)

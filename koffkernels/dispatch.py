@@ -28,20 +28,20 @@ BACKENDS = ("torch", "triton", "interpret", "reference")
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gated_mlp": {
         "torch": "koffkernels._torch.gated_mlp:run",
-        "triton": "koffkernels._triton.gated_mlp:run",
-        "interpret": "koffkernels._triton.gated_mlp:run",
+        "triton": "koffkernels._triton.mlp.op:run",
+        "interpret": "koffkernels._triton.mlp.op:run",
         "reference": "koffkernels.reference:gated_mlp",
     },
     "lora_linear": {
         "torch": "koffkernels._torch.lora_linear:run",
-        "triton": "koffkernels._triton.lora_linear:run",
-        "interpret": "koffkernels._triton.lora_linear:run",
+        "triton": "koffkernels._triton.lora.op:run",
+        "interpret": "koffkernels._triton.lora.op:run",
         "reference": "koffkernels.reference:lora_linear",
     },
     "prefix_attention": {
         "torch": "koffkernels._torch.prefix_attention:run",
-        "triton": "koffkernels._triton.prefix_attention:run",
-        "interpret": "koffkernels._triton.prefix_attention:run",
+        "triton": "koffkernels._triton.attention.op:run",
+        "interpret": "koffkernels._triton.attention.op:run",
         "reference": "koffkernels.reference:prefix_attention",
     },
     "hard_concrete": {

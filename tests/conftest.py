@@ -5,14 +5,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import bare
 import pytest
 import torch
+from support import bare
 
 torch.set_num_threads(1)
 
 # Triton's interpreter needs a process of its own: test_interpreter.py starts it.
-collect_ignore = [] if os.environ.get("KOFF_BACKEND") == "interpret" else ["interpreter"]
+collect_ignore = [] if os.environ.get("KOFF_BACKEND") == "interpret" else ["kernels/interpreter"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def bare_python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """The folder of a saved model that no test changes."""
-    from test_io import compacted
+    from storage.test_save_load import compacted
 
     import koff
 

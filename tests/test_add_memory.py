@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
-from kills import report, run_child
-from models import ARCHITECTURES, attached, tokens
-from test_compact import spread
+from pruning.test_compact import spread
+from support.kills import report, run_child
+from support.models import ARCHITECTURES, attached, tokens
+from transformers import TrainerCallback
 
 import koff
-from koff import revise
+from koff.storage import change as revise
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -80,7 +81,7 @@ def test_add_memory_trains_the_new_memory_alone(tmp_path):
     others = [p for name in NAMES for p in model.koff.memories[name].parameters()]
     addresses = [p.data_ptr() for p in others]
 
-    class Look(koff.train.TrainerCallback):
+    class Look(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model, **kwargs):
             named = dict(model.named_parameters())
             seen.append({n for n, p in named.items() if p.grad is not None})

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from models import ARCHITECTURES, attached, tiny, tokens
 from peft import CartridgeConfig, LoraConfig, PeftModel, get_peft_model
+from pruning.test_compact import spread
 from safetensors.torch import load_file, save_file
-from test_compact import spread
+from support.models import ARCHITECTURES, attached, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import koff
@@ -223,7 +223,7 @@ def test_a_cartridge_is_compared_with_its_file_before_anything_is_allocated(
     folder, _ = foreign_kv("llama", tmp_path / "kv")
     edited(folder, **changes)
     small = koff.compact(masked("llama"))
-    monkeypatch.setattr(koff.edit, "new_memory", lambda *_: pytest.fail("allocated first"))
+    monkeypatch.setattr(koff.manage, "new_memory", lambda *_: pytest.fail("allocated first"))
     with pytest.raises(ValueError, match=message):
         koff.import_memory(small, "de", kv=folder)
     assert small.koff.memory_names == ("en", "keys", "es")

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import torch
-from models import tiny
-from test_data import make_tokenizer
+from data.test_blocks import make_tokenizer
+from support.models import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from .context import Bench
 from .results import Case, Deadline, Results
 
 ROOT = Path(__file__).parents[2]
-KERNEL_TESTS = "tests/test_gpu_kernels.py"
+KERNEL_TESTS = "tests/kernels/test_gpu_kernels.py"
 MARK = "mark." + "gpu"
 DTYPES = ("bf16", "fp16", "fp32")
 MEMCHECK_SECONDS = 150.0
@@ -32,8 +32,8 @@ REFUSALS = ("device not supported", "unable to", "failed to initialize")
 
 def other_tests() -> list[str]:
     """Files with tests marked ``gpu``, other than the one of the kernels."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    marked = [f"tests/{path.name}" for path in files if MARK in path.read_text(encoding="utf-8")]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    marked = [p.relative_to(ROOT).as_posix() for p in files if MARK in p.read_text("utf-8")]
     return [name for name in marked if name != KERNEL_TESTS]
 
 

@@ -34,12 +34,12 @@ BACKWARD_TOKENS = (8192, 1024)
 # The file in koffkernels/_triton whose CONFIGS an operation's route can use; a fused backward
 # computes the gradient of its input by the GEMM of a linear layer.
 FILES = {
-    ("gated_mlp", "forward", "fused"): "gemm_mlp",
-    ("gated_mlp", "forward", "decode"): "decode_mlp",
-    ("gated_mlp", "backward", "fused"): "gemm_linear",
-    ("lora_linear", "forward", "fused"): "gemm_linear",
-    ("lora_linear", "forward", "decode"): "decode_linear",
-    ("lora_linear", "backward", "fused"): "gemm_linear",
+    ("gated_mlp", "forward", "fused"): "mlp.gemm",
+    ("gated_mlp", "forward", "decode"): "mlp.decode",
+    ("gated_mlp", "backward", "fused"): "lora.gemm",
+    ("lora_linear", "forward", "fused"): "lora.gemm",
+    ("lora_linear", "forward", "decode"): "lora.decode",
+    ("lora_linear", "backward", "fused"): "lora.gemm",
 }
 # (op, k, n) of the models in recipes/, in order of value; n of gated_mlp is the number of neurons.
 LLAMA_8B = (

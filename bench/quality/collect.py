@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from koff import arch
-from koff.disk import read_json
+from koff.commands.saved import count_saved, eval_sources
+from koff.commands.train import LOG_FILE
 from koff.errors import require
-from koff.folder import MEMORIES, current, read_facts
-from koff.pipeline import LOG_FILE
-from koff.runs import count_saved, eval_sources
+from koff.model import arch
+from koff.storage.adapters import read_json
+from koff.storage.layout import MEMORIES, current, read_facts
 
 from .. import timing
 from .measures import (

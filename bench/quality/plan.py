@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from koff.commands.recipe import Recipe, first_difference, load_recipe
+from koff.commands.saved import eval_sources
+from koff.commands.train import RECIPE_FILE, check_model, stored_recipe
 from koff.errors import require
-from koff.folder import MARKER, current
-from koff.pipeline import RECIPE_FILE, check_model, stored_recipe
-from koff.recipe import Recipe, first_difference, load_recipe
-from koff.runs import eval_sources
+from koff.storage.layout import MARKER, current
 
 WHERE = "bench.quality"
 DENSE, KOFF, GATES = "dense", "koff", "gates"

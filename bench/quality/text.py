@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from koff.report import markdown
+from koff.commands.tables import markdown
 
 from .collect import Table
 from .measures import Spread

@@ -1,0 +1,7 @@
+"""``python -m bench.gate``: the compile gate."""
+
+import sys
+
+from .compile import main
+
+sys.exit(main())

@@ -1,0 +1,175 @@
+"""Every kernel at the shapes of real models: the one list of what the gate compiles.
+
+``FILES`` has an entry for each file whose functions are called: one that yields a ``Case`` for each
+of the file's configurations and each way of calling that changes the code. Kernels without
+configurations are reached through the operations that launch them, so that strides and dtypes are
+those of real calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+from torch import Tensor
+
+from koffkernels import routes
+from koffkernels.types import GatedMLPLoRA, LoRA
+
+from . import cases_attention
+from .settings import Case, Setting, configs, defaults
+
+KERNELS = "koffkernels._triton"
+
+
+def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Forward and backward on the vendor's GEMMs: the narrow kernels as they are really called."""
+    k, n = at.model.hidden, at.inner
+    lora, weight = at.lora(k, n), at.empty(n, k)
+    for m in (1, 8192):  # the shrink in several splits, and in one
+        x, dy, s, rows = at.empty(m, k), at.empty(m, n), at.empty(m, at.r), at.rows(m)
+        run = functools.partial(module.linear_forward, x, weight, None, lora, rows)
+        yield Case(f"forward M={m}", _vendor(run))
+    run = functools.partial(module.linear_backward, dy, x, s, weight, lora, rows, (True,) * 4)
+    yield Case(f"backward M={m}", _vendor(run))
+
+
+def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Training with and without gates, LoRA on all three layers or on the last one only."""
+    h, i, m = at.model.hidden, at.inner, 8192
+    weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
+    up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
+    x, rows, gates = at.empty(m, h), at.rows(m), at.master(i)
+    calls = [(gates, GatedMLPLoRA(up, up, down))]
+    if at.plain:
+        calls += [(None, GatedMLPLoRA(up, up, down)), (gates, GatedMLPLoRA(up, None, None))]
+        calls += [(gates, GatedMLPLoRA(None, None, down)), (gates, GatedMLPLoRA())]
+
+    def train(gates: Tensor | None, lora: GatedMLPLoRA) -> None:
+        layer = module.Layer(weights, gates, lora, rows, "silu")
+        y, kept = module.mlp_forward(x, layer, True)
+        trains = [[part is not None] * 3 for part in lora]
+        needs = True, gates is not None, trains
+        module.mlp_backward(y, x, kept, layer, needs)
+
+    for gates, lora in calls:
+        parts = " ".join(name for name, part in zip(lora._fields, lora, strict=True) if part)
+        with_gates = "no gates" if gates is None else "gates"
+        run = functools.partial(train, gates, lora)
+        yield Case(f"training M={m} {with_gates}, LoRA: {parts or 'none'}", _vendor(run))
+
+
+def _vendor(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, on the route that takes the vendor's GEMMs."""
+
+    def run() -> object:
+        with routes.force_route("vendor"):
+            return call()
+
+    return run
+
+
+def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    hidden, inner = at.model.hidden, at.inner
+    weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
+    first = next(iter(module.CONFIGS.values()))
+    for (config, labels), (name, (k, n)) in itertools.product(
+        configs(module.CONFIGS), weights.items()
+    ):
+        calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
+        if at.plain and config is first:
+            calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
+        for m, bias, lora in calls:
+            args = at.empty(m, k), at.empty(n, k), bias, lora, at.rows(m), config
+            yield Case(f"{name} M={m}", functools.partial(module.decode_linear, *args), **labels)
+
+
+def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    k, n = at.model.hidden, at.inner
+    gates, lora, first = at.master(n), at.lora(k, n), next(iter(module.CONFIGS.values()))
+    for config, labels in configs(module.CONFIGS):
+        calls = [(m, gates, lora, lora) for m in (1, 32, 64)]
+        if at.plain and config is first:
+            calls += [(1, None, lora, lora), (1, gates, None, None), (1, None, None, None)]
+            calls += [(1, None, lora, None), (1, None, None, lora)]
+        for m, *rest in calls:
+            args = at.empty(m, k), at.empty(n, k), at.empty(n, k), *rest, at.rows(m), "silu", config
+            yield Case(f"M={m}", functools.partial(module.decode_mlp_up, *args), **labels)
+
+
+def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Forward, and the input gradient: of a slice, with W read across, onto what is there."""
+    k, n, m, usual = at.model.hidden, at.inner, 8192, defaults(module.CONFIGS)
+    rows, weight, bias = at.rows(m), at.empty(n, k), at.empty(n)
+    a, b, scaling = at.lora(k, n)
+    s = at.empty(m, 2 * at.r)[:, : at.r]
+    update, back = module.Delta(s, b, scaling), module.Delta(s, a.transpose(1, 2), scaling)
+    x, dy, dx = at.empty(m, k), at.empty(m, 2 * n)[:, :n], at.empty(m, k)
+    for config, labels in configs(module.CONFIGS):
+        calls = [("forward", x, weight, None, (update,), None)]
+        calls += [("backward onto", dy, weight.t(), None, (back, back), dx)]
+        if config in usual:
+            calls += [("backward", dy, weight.t(), None, (), None)]
+            calls += [("backward", dy, weight.t(), None, (back,), None)]
+        if at.plain and config in usual:
+            calls += [("forward, bias", x, weight, bias, (update,), None)]
+            calls += [("forward, no LoRA", x, weight, None, (), None)]
+        for name, *call, onto in calls:
+            run = functools.partial(module.gemm_linear, *call, rows, config, onto)
+            yield Case(f"{name} M={m}", run, **labels)
+
+
+def _gemm_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
+    k, n, m, usual = at.model.hidden, at.inner, 8192, defaults(module.CONFIGS)
+    x, weights, rows, gates = at.empty(m, k), (at.empty(n, k),) * 2, at.rows(m), at.master(n)
+    s, (_, b, scaling) = at.empty(m, 2 * at.r), at.lora(k, n)
+    deltas = [module.Delta(part, b, scaling) for part in (s[:, : at.r], s[:, at.r :])]
+    for config, labels in configs(module.CONFIGS):
+        calls = [(gates, *deltas, True), (gates, *deltas, False)]
+        if at.plain and config in usual:
+            calls += [(None, *deltas, True), (gates, None, None, True), (None, None, None, False)]
+        for *call, keep in calls:
+            args = x, *weights, *call, rows, "silu", config, keep
+            yield Case(f"M={m} keep={keep}", functools.partial(module.gemm_mlp_up, *args), **labels)
+
+
+FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
+    "lora.linear": _linear,
+    "mlp.mlp": _mlp,
+    "lora.decode": _decode_linear,
+    "mlp.decode": _decode_mlp,
+    "lora.gemm": _gemm_linear,
+    "mlp.gemm": _gemm_mlp,
+    **cases_attention.FILES,
+}
+
+
+def module_named(name: str) -> ModuleType:
+    """The kernel file of this name, folder and file: "lora.shrink"."""
+    return importlib.import_module(f"{KERNELS}.{name}")
+
+
+def cases(at: Setting) -> Iterator[tuple[str, Case]]:
+    """(file, case) for every file in ``FILES``."""
+    for name, generate in FILES.items():
+        for case in generate(module_named(name), at):
+            yield name, case
+
+
+def all_kernels() -> set[tuple[str, str]]:
+    """(file, kernel) of every jitted function of koffkernels whose name ends in ``_kernel``."""
+    import triton
+
+    found = set()
+    folder = importlib.import_module(KERNELS)
+    for info in pkgutil.walk_packages(folder.__path__, f"{KERNELS}."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            mine = getattr(value, "__module__", None) == module.__name__
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction) and mine:
+                found.add((info.name.removeprefix(f"{KERNELS}."), name))
+    return found

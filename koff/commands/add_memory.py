@@ -1,0 +1,109 @@
+"""`koff add-memory`: one more domain for a saved model, described by the keys of a recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..manage import check_new_name, learn
+from ..storage.change import put_memory, saved_facts
+from ..storage.layout import current
+from ..storage.save_load import load
+from .recipe import DomainData, Recipe, apply_overrides, data_root, parse
+from .schema import build
+from .train import make_trainer, prepare, training_arguments
+
+_WHERE = "koff add-memory"
+_SETTABLE = ("data", "general", "train", "koff.lora", "koff.kv", "seed", "dtype")
+
+
+def addition(
+    directory: Path, name: str, data: dict[str, Any], overrides: Iterable[str] = ()
+) -> Recipe:
+    """The recipe of one more memory: its parts as the folder's model was attached with, the rest at
+    the defaults of a recipe.
+
+    Args:
+        directory: of a saved model.
+        name: of the new memory.
+        data: its section of a recipe, {"train": file, ...}; relative paths start from the working
+            directory.
+        overrides: "key.path=value" texts, as for `koff train`.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no saved model, a taken name, or values that no
+            recipe may have.
+    """
+    check_new_name(directory, name, _WHERE)
+    overrides = list(overrides)
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not any(key == known or key.startswith(f"{known}.") for known in _SETTABLE):
+            raise KeyError(
+                f"{_WHERE}: --set must name a key under {', '.join(_SETTABLE)}, got {key!r}; the "
+                "backbone is fixed"
+            )
+    config = saved_facts(directory, _WHERE)["config"]
+    parts = {part: config[part] for part in ("lora", "kv")}
+    values = {
+        "model": str(current(directory).resolve()),
+        "data": {name: data},
+        "koff": {"target_sparsity": 0} | (parts if any(parts.values()) else {}),
+    }
+    recipe = parse(apply_overrides(values, overrides), Path.cwd())
+    if set(recipe.data) != {name}:
+        raise KeyError(
+            f"{_WHERE}: data must name {name!r} alone, got {sorted(recipe.data)}; correct --set"
+        )
+    return recipe
+
+
+def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Path:
+    """Trains the memory that a recipe describes and writes it into the saved folder.
+
+    Args:
+        directory: of the saved model; nothing but its list of memories and its card changes.
+        recipe: what `addition` returned.
+        device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: data or settings that cannot be used; the folder is
+            then as before.
+    """
+    (name,) = recipe.koff.memories
+    prepared = prepare(recipe)
+    model = load(directory, dtype=recipe.dtype)
+    with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
+        arguments = training_arguments(recipe, place, device)
+        writes = learn(
+            model,
+            name,
+            (recipe.koff.lora, recipe.koff.kv),
+            lambda model: make_trainer(model, prepared, arguments, f"memory {name}"),
+            recipe.seed,
+        )
+    if writes:
+        values = recipe.to_dict()
+        record = {key: values[key] for key in ("train", "general", "seed")}
+        record |= {"source": recipe.data_names()[name], "data": values["data"][name]}
+        put_memory(directory, model, name, record | {"root": str(recipe.root)})
+    return directory
+
+
+def added_data(record: dict[str, Any], name: str) -> DomainData:
+    """The splits of a domain that was added later, local paths made absolute.
+
+    Args:
+        record: what `extend` stored.
+        name: of the memory, for errors.
+    """
+    root, values = data_root(Path(record["root"])), dict(record["data"])
+    for split in ("train", "validation", "test"):
+        if isinstance(values.get(split), str):
+            values[split] = str(root / values[split])
+    return build(DomainData, values, f"data.{name}")

@@ -1,0 +1,319 @@
+"""Recipes: one YAML file that says which model is trained on which data, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data.blocks import DataSource, check_source
+from ..model.config import KoffConfig
+from ..training.arguments import Settings
+from .schema import build, convert, join, unknown_key
+
+Columns = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a dataset of the Hugging Face hub; the fields are those of `DataSource`."""
+
+    hub: str
+    name: str | None = None
+    split: str = "train"
+    field: Columns | None = None
+    skip: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """The splits of one domain: local paths or hub datasets, and the column that holds the text."""
+
+    train: str | HubSource
+    validation: str | HubSource | None = None
+    test: str | HubSource | None = None
+    field: Columns = "text"
+
+
+@dataclass(frozen=True)
+class GeneralData(DomainData):
+    """A part of the general mixture; `weight` is its share in the draws, relative to the others."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight must be positive, got {self.weight}; 1.0 is neutral")
+
+
+_MOST_STEPS = 10**9
+
+
+@dataclass
+class TrainSettings(Settings):
+    """How long and how fast; what is not named here keeps the default of KoffTrainingArguments."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    lr_scheduler: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    logging_every: int = 10
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("steps", "batch_size", "gradient_accumulation", "width_multiple_of")
+        for name in (*at_least_1, "logging_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if self.steps > _MOST_STEPS:
+            raise ValueError(f"steps must be at most {_MOST_STEPS}, got {self.steps}; lower it")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in 0..1, got {self.warmup_ratio}; correct it")
+        if self.save_every < 0 or self.general_every < 0:
+            raise ValueError(
+                "save_every and general_every must be 0 (never) or positive, got "
+                f"{self.save_every} and {self.general_every}; correct them"
+            )
+
+
+@dataclass
+class Recipe:
+    """A checked recipe: every key known, every type right, paths not yet looked at.
+
+    Args:
+        model: hub id, or folder of a pretrained model.
+        data: {domain: its splits}; the domains are the memories.
+        general: {name: its splits and weight}, the mixture of the general steps; may be empty.
+        koff: what is attached to the model.
+        train: steps, rates and batches.
+        seed: seed of the initialisation and of the data order.
+        revision: revision of a hub model.
+        dtype: dtype the model is loaded in; "auto" takes that of its checkpoint.
+        root: folder that relative paths start from; not part of the file.
+    """
+
+    model: str
+    data: dict[str, DomainData]
+    koff: KoffConfig
+    general: dict[str, GeneralData] = field(default_factory=dict)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    seed: int = 0
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    root: Path = field(default=Path(), init=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the recipe as plain values, paths as written, ready for JSON and for `parse`."""
+        values = dataclasses.asdict(self)
+        del values["root"]
+        return json.loads(json.dumps(values))
+
+    def model_path(self) -> str:
+        """Returns the folder of the model, or its hub id.
+
+        Raises:
+            FileNotFoundError: the value can only be a folder, and there is none.
+        """
+        folder = self.root / Path(self.model).expanduser()
+        if folder.exists():
+            return str(folder)
+        if self.model.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"recipe: model must be an existing folder or a hub id, got {self.model!r} "
+                f"(nothing at {folder}); correct the path, or set KOFF_DATA"
+            )
+        return self.model
+
+    def sources(self, split: str, *, general: bool = False) -> dict[str, DataSource]:
+        """Returns {name: source} of one split, of the domains or of the general mixture.
+
+        Args:
+            split: "train", "validation" or "test"; what has no such split is left out.
+            general: the general mixture instead of the domains.
+        """
+        parts: Mapping[str, DomainData] = self.general if general else self.data
+        found = {}
+        for name, part in parts.items():
+            value = getattr(part, split)
+            if isinstance(value, HubSource):
+                columns = part.field if value.field is None else value.field
+                settings = dataclasses.asdict(value) | {"field": columns}
+                found[name] = DataSource(**settings)
+            elif value is not None:
+                found[name] = DataSource(path=self.root / value, field=part.field)
+        return found
+
+    def data_names(self, *, general: bool = False) -> dict[str, str]:
+        """Returns {name: what it was trained on}: hub ids, and file names without their folders.
+
+        Args:
+            general: the general mixture instead of the domains.
+        """
+        sources = self.sources("train", general=general)
+        return {name: s.path.name if s.path else str(s) for name, s in sources.items()}
+
+    def check_files(self) -> None:
+        """Raises FileNotFoundError or ValueError if a local file is missing or of unknown kind."""
+        for split in ("train", "validation", "test"):
+            for general in (False, True):
+                for source in self.sources(split, general=general).values():
+                    check_source(source)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe file, applies overrides and checks it.
+
+    Args:
+        path: the YAML file.
+        overrides: "key.path=value" texts, values in YAML; they may add keys.
+
+    Returns:
+        The recipe; relative paths in it start from $KOFF_DATA if set, else from the file's folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        KeyError, ValueError: malformed YAML, unknown keys, wrong types or values.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe: {path} must be an existing file, got nothing there")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bad dates, bad UTF-8
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where is not None else ""
+        raise ValueError(
+            f"recipe: {path}{line} must be valid YAML, got {getattr(error, 'problem', error)}; "
+            "correct the file"
+        ) from None
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"recipe: {path} must hold a mapping of keys to values, got {type(values).__name__}; "
+            "start from a file in recipes/"
+        )
+    return parse(apply_overrides(values, overrides), data_root(path.parent))
+
+
+def data_root(default: Path) -> Path:
+    """Returns the folder relative paths start from: $KOFF_DATA if set, else `default`."""
+    folder = os.environ.get("KOFF_DATA")
+    return (Path(folder) if folder else default).resolve()
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of nested values with "key.path=value" texts applied, values read as YAML.
+
+    Args:
+        values: what the recipe file holds.
+        overrides: texts such as "train.steps=10" or "koff.kv=null".
+
+    Raises:
+        ValueError: a text without "=", malformed YAML, or a path through something without keys.
+    """
+    import yaml
+
+    result = json.loads(json.dumps(values, default=str))
+    for text in overrides:
+        key_path, equals, value = text.partition("=")
+        keys = key_path.strip().split(".")
+        if not equals or not all(keys):
+            raise ValueError(
+                f"recipe: an override must read KEY=VALUE, got {text!r}; add the value"
+            )
+        place = result
+        for depth, key in enumerate(keys[:-1]):
+            inner = place.get(key)
+            if inner is None:
+                inner = place[key] = {}
+            if not isinstance(inner, dict):
+                raise ValueError(
+                    f"recipe: {'.'.join(keys[: depth + 1])} must have keys to be set by {text!r}, "
+                    f"got {inner!r}; correct the key"
+                )
+            place = inner
+        try:
+            place[keys[-1]] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ValueError(
+                f"recipe: the value of {key_path} must be valid YAML, got {value!r}; quote it"
+            ) from None
+    return result
+
+
+def parse(values: Mapping[str, Any], root: Path) -> Recipe:
+    """Builds and checks a recipe from plain values.
+
+    Args:
+        values: nested mappings as in the YAML file.
+        root: folder that relative paths start from.
+
+    Raises:
+        KeyError, ValueError: unknown keys, wrong types or values, memories other than the domains.
+    """
+    values = dict(values)
+    known = [item.name for item in dataclasses.fields(Recipe) if item.init]
+    for key in values:
+        if key not in known:
+            raise unknown_key(str(key), key, known)
+    data = convert(dict[str, DomainData], values.get("data") or {}, "data")
+    if not data:
+        raise KeyError(
+            "recipe: data must name at least one domain, got none; add data.<name>.train"
+        )
+    seed = convert(int, values.get("seed", 0), "seed")
+    if not 0 <= seed < 1 << 32:  # numpy's range, the narrowest
+        raise ValueError(f"recipe: seed must lie in 0..{(1 << 32) - 1}, got {seed}; correct it")
+    values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
+    for name in ("general", "train"):
+        values[name] = values.get(name) or {}
+    recipe = build(Recipe, values, "")
+    recipe.root = root
+    memories = recipe.koff.memories
+    if memories and set(memories) != set(data):
+        raise ValueError(
+            f"recipe: koff.memories must be the domains of data {sorted(data)}, got "
+            f"{sorted(memories)}; leave koff.memories out, or add or remove data"
+        )
+    return recipe
+
+
+def _koff_values(values: Any, domains: list[str], seed: int) -> Any:
+    """The koff section with its defaults that depend on the rest: domains as memories, the seed."""
+    if not isinstance(values, Mapping):
+        return values  # build() says what is wrong with it
+    values = {"memories": domains, "seed": seed} | dict(values)
+    if "lora" in values and "kv" in values and values["lora"] is None and values["kv"] is None:
+        # Memories that hold nothing are no memories: this is how a gates-only run is asked for.
+        values["memories"] = []
+    return values
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> str | None:
+    """Returns the key path of the first difference between nested plain values, None if equal.
+
+    Args:
+        a, b: nested mappings, lists and scalars.
+        path: key path of both.
+    """
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in sorted({*a, *b}):
+            if key not in a or key not in b:
+                return join(path, key)
+            found = first_difference(a[key], b[key], join(path, key))
+            if found is not None:
+                return found
+        return None
+    return None if a == b else path

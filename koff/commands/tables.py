@@ -1,0 +1,240 @@
+"""Tables of measured rows: for the terminal (rich) and for Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage.publish import rename, sync
+
+if TYPE_CHECKING:
+    from ..evaluation.attention_mass import PrefixMass
+    from ..evaluation.perplexity import EvalRow
+
+OWN, NONE, DENSE, GATES = "own memory", "no memory", "dense", "gates only"
+
+
+def pivot(
+    rows: Iterable[EvalRow],
+    *,
+    gates_only: Iterable[EvalRow] = (),
+    metric: str = "perplexity",
+) -> tuple[list[str], list[list[str]]]:
+    """Arranges rows as one line per domain and one column per variant and memory.
+
+    Args:
+        rows: rows of the koff model and, if measured, of the dense base.
+        gates_only: rows of a model that was pruned the same way without memories.
+        metric: "perplexity" or "bits_per_byte".
+
+    Returns:
+        The header, and lines of formatted cells. A column is left out when no row fills it; a
+        domain's own memory has its own column and a dot in the memories' columns.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    if metric not in ("perplexity", "bits_per_byte"):
+        raise ValueError(
+            f"report: metric must be 'perplexity' or 'bits_per_byte', got {metric!r}; choose one"
+        )
+    rows = list(rows)
+    cells: dict[str, dict[str, float]] = {}
+    memories = list(dict.fromkeys(row.memory for row in rows if row.memory is not None))
+    for row in rows:
+        column = DENSE if row.variant == "base" else _column(row)
+        cells.setdefault(row.domain, {})[column] = getattr(row, metric)
+    for row in gates_only:
+        if row.memory is None:
+            cells.setdefault(row.domain, {})[GATES] = getattr(row, metric)
+    wanted = [DENSE, GATES, OWN, *(_memory_column(name) for name in memories), NONE]
+    header = [name for name in wanted if any(name in line for line in cells.values())]
+    digits = 2 if metric == "perplexity" else 3
+    lines = []
+    for domain, values in cells.items():
+        own = _memory_column(domain) if OWN in values else None
+        lines.append(
+            [
+                domain,
+                *("·" if name == own else _number(values.get(name), digits) for name in header),
+            ]
+        )
+    return ["domain", *header], lines
+
+
+def eval_table(
+    rows: Iterable[EvalRow],
+    *,
+    gates_only: Iterable[EvalRow] = (),
+    metric: str = "perplexity",
+    title: str | None = None,
+) -> Any:
+    """Returns the rows as a `rich` table, own memory in bold; arguments as `pivot`."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    header, lines = pivot(rows, gates_only=gates_only, metric=metric)
+    table = Table(title=escape(title or f"{metric.replace('_', ' ')} (lower is better)"))
+    for name in header:
+        style = "bold green" if name == OWN else None
+        justify = "left" if name == "domain" else "right"
+        table.add_column(escape(name), style=style, justify=justify)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def prefix_table(found: PrefixMass, *, title: str) -> Any:
+    """Returns per layer what a memory's learned keys get of the attention, as a `rich` table.
+
+    Args:
+        found: what `koff.prefix_attention_mass` measured.
+        title: heading.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = "frozen tokens" if found.frozen > 1 else "first token"
+    table = Table(title=escape(title))
+    for name in ("layer", "mass on the prefix", f"of it on the {first}", "largest head"):
+        table.add_column(name, justify="right")
+    layers = zip(found.heads, found.share_of_first().tolist(), strict=True)
+    for index, (heads, share) in enumerate(layers):
+        largest, head = heads.max(0)
+        shown = "–" if math.isnan(share) else f"{share:.1%}"
+        table.add_row(str(index), f"{heads.mean():.4f}", shown, f"{largest:.4f} (head {int(head)})")
+    return table
+
+
+def eval_markdown(
+    rows: Iterable[EvalRow],
+    *,
+    gates_only: Iterable[EvalRow] = (),
+    metric: str = "perplexity",
+) -> str:
+    """Returns the rows as a Markdown table; arguments as `pivot`."""
+    header, lines = pivot(rows, gates_only=gates_only, metric=metric)
+    return markdown(header, lines)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table, first column left-aligned, the others right-aligned.
+
+    Args:
+        header: names of the columns.
+        lines: cells, as many per line as there are columns.
+    """
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
+
+
+def facts_table(facts: Mapping[str, str], *, title: str) -> Any:
+    """Returns a two-column `rich` table of named values.
+
+    Args:
+        facts: {name: value}, both ready to print.
+        title: heading.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), show_header=False)
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def facts_markdown(facts: Mapping[str, str]) -> str:
+    """Returns named values as a two-column Markdown table."""
+    return markdown(["", "value"], facts.items())
+
+
+def sparsity_facts(report: Any) -> dict[str, str]:
+    """Returns the lines of a sparsity report: shares removed, decidedness and widths.
+
+    Args:
+        report: what `koff.sparsity` returns.
+    """
+    widths = list(report.widths)
+    span = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+    return {
+        "sparsity, of the MLP neurons": f"{report.mlp:.1%}",
+        "sparsity, of all weights": f"{report.model:.1%}",
+        "sparsity, of all but embeddings": f"{report.non_embedding:.1%}",
+        "gates": "hard" if report.hard else f"soft, {report.undecided:.0%} undecided",
+        "kept MLP widths": f"{span} in {len(widths)} layers",
+    }
+
+
+def millions(count: int) -> str:
+    """Returns a number of parameters in millions or thousands, such as "5.77 M"."""
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON so that the file is either whole or not there.
+
+    Args:
+        path: file to write; its folder must exist.
+        value: plain values; numbers that JSON lacks (NaN, infinity) become null.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    path = Path(path)
+    check_writable(path)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes it private, which a result is not
+        sync(Path(temporary))
+        rename(Path(temporary), path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises FileNotFoundError if the folder of `path` is missing, ValueError if `path` is one."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"report: {path} must lie in an existing folder, got none at {path.parent}; create it"
+        )
+    if path.is_dir():
+        raise ValueError(f"report: {path} must be a file, got a folder; add a file name")
+
+
+def _column(row: EvalRow) -> str:
+    if row.memory is None:
+        return NONE
+    return OWN if row.memory == row.domain else _memory_column(row.memory)
+
+
+def _memory_column(name: str) -> str:
+    return f"memory {name}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) and value < 1e5 else f"{value:.3g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,1 @@
+"""Documents in, blocks of tokens and losses out."""

@@ -1,0 +1,185 @@
+"""`koff demo`: the whole path on a small model of its own, without network or other files."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..commands.recipe import Recipe, parse
+from ..commands.saved import count_saved
+from ..commands.tables import facts_table, millions, sparsity_facts
+from ..commands.train import load_base, run
+from ..data.blocks import load_documents
+from ..evaluation.perplexity import evaluate
+from .base_model import SETTINGS, default_cache, prepare_base
+from .corpus import DOMAINS
+
+# Two runs with this schedule, pretraining and evaluation take about five minutes on two cores.
+TRAIN: dict[str, Any] = {
+    "steps": 300,
+    "batch_size": 9,
+    "block_size": SETTINGS["block_size"],
+    "general_every": 8,
+    "gate_learning_rate": 0.1,
+    "lora_learning_rate": 3e-3,
+    "kv_learning_rate": 5e-3,
+    "fix_mask_at": 0.6,
+    "logging_every": 20,
+}
+KOFF: dict[str, Any] = {
+    "target_sparsity": 0.4,
+    "lora": {"r": 8, "alpha": 16},
+    "kv": {"num_tokens": 16, "init": "text"},
+}
+
+
+def demo_recipe(folder: Path, *, seed: int = 0, gates_only: bool = False) -> Recipe:
+    """Returns the recipe of the demo.
+
+    Args:
+        folder: what `prepare_base` returned; relative paths start there.
+        seed: seed of the initialisation and of the data order.
+        gates_only: the same schedule without memories.
+    """
+    splits = ("train", "validation", "test")
+    data = {
+        domain: {split: f"data/{domain}.{split}.jsonl" for split in splits} for domain in DOMAINS
+    }
+    parts = {"lora": None, "kv": None} if gates_only else {}
+    values = {
+        "model": "base",
+        "dtype": "float32",
+        "data": data,
+        "general": data,
+        "koff": KOFF | parts,
+        "train": TRAIN,
+        "seed": seed,
+    }
+    return parse(values, folder.resolve())
+
+
+def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int = 0) -> bool:
+    """Pretrains (or finds) a base, trains koff and gates alone, prunes, saves, reloads, compares.
+
+    Args:
+        output: folder to keep the model in; None uses a temporary one.
+        cache: folder of the base model; None is $KOFF_CACHE, else the user's cache directory.
+        seed: seed of both trainings.
+
+    Returns:
+        Whether koff, each domain with its own memory, has a lower mean perplexity than gates only.
+
+    Raises:
+        ValueError: `output` holds something else. OSError: a folder cannot be written.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = Console()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="koff-demo-") as temporary:
+        place = Path(temporary)
+        folder = prepare_base(cache or default_cache())
+        recipe = demo_recipe(folder, seed=seed)
+        alone = demo_recipe(folder, seed=seed, gates_only=True)
+        gates = run(alone, place / "gates", device="cpu", label="gates only")
+        koff_folder = run(
+            recipe, output or place / "koff", device="cpu", label="gates and memories"
+        )
+        console.print("loading what was saved, and measuring")
+        better = _compare(console, recipe, gates, koff_folder)
+    console.print(f"took {time.perf_counter() - started:.0f} s")
+    if output is not None:
+        step = f"next: koff generate {output} --memory math 'Question:'"
+        console.print(f"kept in {output}; {step}", markup=False)
+    return better
+
+
+def _compare(console: Console, recipe: Recipe, gates_folder: Path, koff_folder: Path) -> bool:
+    from transformers import AutoTokenizer
+
+    import koff
+
+    tokenizer = AutoTokenizer.from_pretrained(koff_folder)
+    texts = {name: load_documents(source) for name, source in recipe.sources("test").items()}
+
+    def measure(model: Any) -> dict[tuple[str, str | None], float]:
+        rows = evaluate(model, tokenizer, texts, block_size=recipe.train.block_size, batch_size=16)
+        return {(row.domain, row.memory): row.perplexity for row in rows}
+
+    dense_model, small = load_base(recipe).eval(), koff.load(koff_folder)
+    dense, gates = measure(dense_model), measure(koff.load(gates_folder))
+    own = measure(small)
+    console.print(_quality_table(dense, gates, own))
+    facts = {
+        "dense model": f"{millions(count_saved(recipe.root / 'base'))} parameters",
+        "pruned backbone": f"{millions(count_saved(koff_folder, deep=False))} parameters",
+        "each memory": f"{millions(count_saved(koff_folder / 'memories' / DOMAINS[0]))} parameters",
+        **sparsity_facts(koff.sparsity(small)),
+        "forward, dense / pruned, no memory": f"{speed_up(dense_model, small, None):.2f}x",
+        "forward, dense / pruned, one memory": f"{speed_up(dense_model, small, DOMAINS[0]):.2f}x",
+    }
+    console.print(facts_table(facts, title="size and speed"))
+    mean_gates = statistics.fmean(gates[name, None] for name in DOMAINS)
+    mean_own = statistics.fmean(own[name, name] for name in DOMAINS)
+    verdict = f"mean perplexity: gates only {mean_gates:.2f}, koff {mean_own:.2f}"
+    if mean_own < mean_gates:
+        console.print(verdict, style="green", highlight=False)
+        return True
+    console.print(f"failed: koff must be better than gates only; {verdict}", style="red")
+    return False
+
+
+def _quality_table(dense: dict, gates: dict, own: dict) -> Any:
+    from rich.table import Table
+
+    table = Table(title="perplexity on held-out text (lower is better)")
+    table.add_column("domain")
+    for name in ("dense", "gates only", "own memory", "wrong memory", "no memory"):
+        table.add_column(name, justify="right", style="bold green" if name[:3] == "own" else None)
+    for index, domain in enumerate(DOMAINS):
+        wrong = DOMAINS[(index + 1) % len(DOMAINS)]
+        table.add_row(
+            domain,
+            f"{dense[domain, None]:.2f}",
+            f"{gates[domain, None]:.2f}",
+            f"{own[domain, domain]:.2f}",
+            f"{own[domain, wrong]:.2f} ({wrong})",
+            f"{own[domain, None]:.2f}",
+        )
+    return table
+
+
+def speed_up(dense: Any, small: Any, memory: str | None, *, repeats: int = 15) -> float:
+    """Median time of the dense forward over that of the pruned one, taken in turns.
+
+    Args:
+        dense: the base model.
+        small: the pruned koff model.
+        memory: active memory of the pruned model, or None.
+        repeats: forwards of each, on 8 rows of 128 tokens; three more to warm up.
+    """
+    import torch
+
+    ids = torch.randint(3, dense.config.vocab_size, (8, 128), generator=torch.Generator())
+
+    def seconds(forward: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        forward()
+        return time.perf_counter() - start
+
+    times: list[tuple[float, float]] = []
+    with torch.inference_mode():
+        for _ in range(repeats + 3):
+            first = seconds(lambda: dense(input_ids=ids, use_cache=False))
+            times.append(
+                (first, seconds(lambda: small(input_ids=ids, use_cache=False, memory=memory)))
+            )
+    kept = times[3:]
+    return statistics.median(a for a, _ in kept) / statistics.median(b for _, b in kept)

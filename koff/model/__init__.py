@@ -1,0 +1,1 @@
+"""What is inside an attached model: gates, memories, attention over a learned prefix."""

@@ -1,0 +1,190 @@
+"""The model's boundary: the ``memory`` argument becomes the forward's context here, and nowhere
+else."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..errors import require
+from .attention import NAME
+from .forward_context import ACTIVE, MemoryArgument, resolve_ids
+from .state import KoffState
+
+_WHERE = "forward"
+
+
+@dataclass
+class Boundary:
+    """Forward pre-hook of the decoder: replaces ``memory`` by the context that its layers pass on.
+
+    Args:
+        state: the model's koff state.
+        parameters: names of the decoder's forward parameters, in order.
+        config: the model's config.
+    """
+
+    state: KoffState
+    parameters: tuple[str, ...]
+    config: PretrainedConfig
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        memory = kwargs.pop("memory", ACTIVE)
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        context = self.state.context(memory, inputs.shape[0], inputs.device)
+        # A list: torch.compile cannot trace max over a generator.
+        longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
+        if longest:
+            self._check_attention()
+            self._plain_rows(kwargs, inputs)
+            self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
+            self._position_ids(kwargs, inputs.shape[1])
+        return (), {**kwargs, "koff_context": context}
+
+    def _check_attention(self) -> None:
+        got, rule = self.config._attn_implementation, f"be {NAME!r} for memories with a KV part"
+        step = "undo set_attn_implementation: any other would leave the learned cache out"
+        require(got.startswith(NAME), _WHERE, "the attention implementation", rule, got, step)
+
+    def _check_lengths(self, prefix: int, tokens: int, cache) -> None:
+        if torch.compiler.is_compiling():
+            return
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and not getattr(cache, "_koff", False):
+            require(
+                int(past) == 0,
+                _WHERE,
+                "past_key_values",
+                "be empty or come from this model",
+                f"a cache that already holds {int(past)} tokens",
+                "do not add a prefix to the cache yourself; pass memory= and koff puts it in front",
+            )
+            cache._koff = True
+        limit = self.config.max_position_embeddings
+        if isinstance(past, int):
+            require(
+                prefix + past + tokens <= limit,
+                _WHERE,
+                "prefix + sequence",
+                f"fit max_position_embeddings ({limit})",
+                f"{prefix} + {past + tokens}",
+                "shorten the sequence or the memory",
+            )
+
+    @staticmethod
+    def _plain_rows(kwargs: dict, inputs: Tensor) -> None:
+        """Say that rows without a mask are whole: while compiling, transformers cannot look and
+        takes every maskless row for packed documents."""
+        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
+        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = torch.ones(
+                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+            )
+
+    @staticmethod
+    def _position_ids(kwargs: dict, tokens: int) -> None:
+        """Left-padded rows start at position 0 at their first real token, or the prefix would stand
+        too far away."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+
+
+def tag_cache(module: nn.Module, args: tuple, output) -> None:
+    """Forward hook of the decoder: remember that the cache it returns is its own."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and not torch.compiler.is_compiling():
+        cache._koff = True
+
+
+class KoffModelMixin:
+    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's
+    checkpoint."""
+
+    koff: KoffState
+
+    @staticmethod
+    def forward_with_signature(cls: type) -> Callable:
+        """``cls.forward`` with a ``memory`` argument that generate and Trainer can see."""
+        base = cls.forward
+
+        @functools.wraps(base)
+        def forward(self, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+            if memory is not ACTIVE:
+                kwargs["memory"] = memory
+            return base(self, *args, **kwargs)
+
+        signature = inspect.signature(base)
+        parameters = list(signature.parameters.values())
+        new = inspect.Parameter("memory", inspect.Parameter.KEYWORD_ONLY, default=ACTIVE)
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        forward.__signature__ = signature.replace(
+            parameters=[*parameters[:at], new, *parameters[at:]]
+        )
+        return forward
+
+    def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with
+        one entry per row. Calls from several threads take turns."""
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((t for t in given if t is not None), None)
+        _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
+        with self.koff.turn:
+            memory = self.koff.active if memory is ACTIVE else memory
+            self.koff.check(memory, "generate")
+            names = self.koff.memories.names
+            if memory is not None and not isinstance(memory, str):
+                memory = memory.cpu() if isinstance(memory, Tensor) else memory  # to look at it
+                ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
+                if len(set(ids)) > 1:
+                    _refuse_second_forwards(args, kwargs, self.generation_config)
+                    ids = torch.tensor(ids, device=self.device)
+                    return super().generate(inputs, *args, memory=ids, **kwargs)
+                memory = names[ids[0]] if ids and ids[0] >= 0 else None
+            with self.koff.using(memory):  # the same for every row, however beams multiply them
+                return super().generate(inputs, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the
+        memories too."""
+        if state_dict is None:
+            state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _refuse_second_forwards(args: tuple, kwargs: dict, own: Any) -> None:
+    """Classifier-free guidance runs forwards of its own, which get no ``memory`` argument."""
+    given = kwargs.get("generation_config") or (args[0] if args else None) or own
+    scale = kwargs.get("guidance_scale", getattr(given, "guidance_scale", None))
+    rule, step = "be 1 or None for rows of different memories", "generate each memory's rows apart"
+    require(scale in (None, 1, 1.0), "generate", "guidance_scale", rule, scale, step)
+
+
+def _refuse_right_padding(prompt: Tensor | None, mask: Tensor | None, config) -> None:
+    if prompt is None or 0 in prompt.shape:
+        return
+    pad, ends = config.pad_token_id, config.eos_token_id
+    if mask is not None and tuple(mask.shape) == tuple(prompt.shape[:2]):
+        padded = bool((mask[:, -1] == 0).any())
+    elif prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None:
+        ends = ends if isinstance(ends, list) else [ends]
+        padded = pad not in ends and bool((prompt[:, -1] == pad).any())
+    else:
+        padded = False
+    require(
+        not padded,
+        "generate",
+        "the prompts",
+        "be padded on the left",
+        "rows that end in padding",
+        "set tokenizer.padding_side = 'left'",
+    )

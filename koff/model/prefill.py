@@ -1,0 +1,58 @@
+"""Fill a memory's learned cache from the frozen model's own keys and values."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..errors import require
+from .state import require_attached
+
+
+@torch.no_grad()
+def fill_from_tokens(
+    model: PreTrainedModel, name: str, token_ids: list[int] | torch.Tensor
+) -> None:
+    """Set a memory's KV part to what the frozen model (gates open, no memory) caches for P tokens,
+    in place.
+
+    Args:
+        model: an attached model.
+        name: the memory.
+        token_ids: at least P token ids; the first P are used.
+
+    Raises:
+        ValueError: too few tokens, or the memory has no KV part.
+
+    Source: Cartridges (arXiv 2506.06266), initialisation from text.
+    """
+    state = require_attached(model, "fill_from_tokens")
+    memory = state.memories[name]
+    where = f"the KV initialisation of memory {name!r}"
+    require(memory.length > 0, where, "the memory", "have a KV part", "none", "set KVConfig")
+    ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
+    require(
+        ids.numel() >= memory.length,
+        where,
+        "the text",
+        f"have at least {memory.length} tokens",
+        ids.numel(),
+        "give more text, a shorter memory, or KVConfig(init='tokens')",
+    )
+    ids = ids[None, : memory.length].to(model.device)
+    cache = DynamicCache(config=model.config)
+    training = model.training
+    model.eval()
+    with state.bypass():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.train(training)
+    for weights, layer in zip(memory.kv, cache.layers, strict=True):
+        weights.fill_(layer.keys[0].float(), layer.values[0].float())
+    memory.kv_filled = True
+
+
+def fill_from_random_tokens(model: PreTrainedModel, name: str, generator: torch.Generator) -> None:
+    """Set a memory's KV part from random token ids, in place."""
+    length = model.koff.memories[name].length
+    ids = torch.randint(0, model.config.vocab_size, (length,), generator=generator)
+    fill_from_tokens(model, name, ids)

@@ -1,0 +1,181 @@
+"""Everything learned, and what is known about the base it was learned on: the submodule
+``model.koff``."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import require
+from . import arch
+from .config import MAX_SPARSITY, KoffConfig
+from .forward_context import (
+    ACTIVE,
+    ForwardContext,
+    MemoryArgument,
+    check_names,
+    choose_slots,
+    resolve_ids,
+)
+from .gates import Gates
+from .memories import MemoryBank
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class _Turn:
+    """A lock that one thread may take again, and that a copy of the model gets anew."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return _Turn, ()
+
+
+class KoffState(nn.Module):
+    """Gates, memories and settings of an attached model.
+
+    Args:
+        model: the base model.
+        config: what to learn.
+        generator: of the initial gates.
+        with_gates: False for a backbone that is already pruned.
+
+    Attributes:
+        gates: ``Gates`` or None (no sparsity, or already compacted).
+        memories: ``MemoryBank``.
+        active: the memory set by ``use_memory``.
+        turn: held while ``generate`` runs: a model does one forward at a time.
+        dense_widths: MLP widths before pruning.
+        kept: after compaction, the kept neurons' indices of each layer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: KoffConfig,
+        generator: torch.Generator,
+        with_gates: bool = True,
+    ):
+        super().__init__()
+        self.config = config
+        self.dense_widths = arch.widths(model)
+        self.max_positions = model.config.max_position_embeddings
+        self.memories = MemoryBank(arch.inverse_frequencies(model))
+        self.gates: Gates | None = None
+        if config.target_sparsity > 0 and with_gates:
+            target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
+            self.gates = Gates(self.dense_widths, target, model.device, generator)
+        self.active: MemoryArgument = None
+        self.turn = _Turn()
+        self.bypassed = False
+        self.kept: list[Tensor] | None = None
+        self.attention: str | None = None
+        self.trainable: list[str] = []
+        self.hooks: list = []
+
+    @property
+    def memory_names(self) -> tuple[str, ...]:
+        """Names of the memories, in order."""
+        return tuple(self.memories.names)
+
+    def check(self, memory: MemoryArgument, where: str) -> None:
+        """Refuse unknown memories; the number of rows is checked when they are known."""
+        if isinstance(memory, (list, tuple)):
+            for name in memory:
+                check_names(name, self.memories.names, where)
+        elif not isinstance(memory, Tensor):
+            check_names(memory, self.memories.names, where)
+
+    def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
+        """The context of one forward of ``rows`` rows."""
+        if self.bypassed:
+            return ForwardContext()
+        memory = self.active if memory is ACTIVE else memory
+        ids = resolve_ids(memory, rows, self.memories.names, "memory")
+        slots, local = choose_slots(ids, len(self.memories), device)
+        gates = self.gates
+        if gates is not None and gates.packed:
+            return ForwardContext(slots, local, packed=gates)
+        return ForwardContext(slots, local, None if gates is None else gates.values())
+
+    @contextlib.contextmanager
+    def using(self, memory: MemoryArgument) -> Iterator[None]:
+        """Make ``memory`` the default inside the ``with`` block."""
+        before, self.active = self.active, memory
+        try:
+            yield
+        finally:
+            self.active = before
+
+    @contextlib.contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Compute as the base model does: gates open, no memory."""
+        before, self.bypassed = self.bypassed, True
+        try:
+            yield
+        finally:
+            self.bypassed = before
+
+    def _apply(self, fn, recurse: bool = True):
+        """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a
+        learning step."""
+
+        def move(t: Tensor) -> Tensor:
+            out = fn(t)
+            if t.is_floating_point() and out.dtype in LOW_PRECISION:
+                return t.to(device=out.device)
+            return out
+
+        return super()._apply(move, recurse)
+
+
+def count_weights(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of base weights: total, mlp (what pruning all neurons would remove), embedding (in
+    and out)."""
+    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("koff."))
+    mlp = sum(w.numel() for module in arch.mlps(model) for w in arch.mlp_weights(module))
+    tables = {
+        id(m.weight): m.weight.numel()
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    return {"total": total, "mlp": mlp, "embedding": sum(tables.values())}
+
+
+def _neuron_target(model: PreTrainedModel, target: float, scope: str) -> float:
+    """The share of MLP neurons that removes ``target`` of ``scope``."""
+    weights = count_weights(model)
+    share = target if scope == "mlp" else target * weights["total"] / weights["mlp"]
+    require(
+        share <= MAX_SPARSITY,
+        "target_sparsity",
+        f"the share of MLP neurons that it means (scope {scope!r})",
+        f"be at most {MAX_SPARSITY}",
+        f"{share:.3f}",
+        "lower the target",
+    )
+    return share
+
+
+def is_attached(model: object) -> bool:
+    """Whether koff is attached to the model."""
+    return isinstance(getattr(model, "koff", None), KoffState)
+
+
+def require_attached(model: object, where: str) -> KoffState:
+    """The model's koff state; an error if there is none."""
+    got, step = type(model).__name__, "call koff.attach first"
+    require(is_attached(model), where, "the model", "have koff attached", got, step)
+    return model.koff

@@ -1,0 +1,1 @@
+"""From gates to narrow matrices."""

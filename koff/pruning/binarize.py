@@ -1,0 +1,226 @@
+"""Round the gates to a binary mask, and say how sparse a model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import require
+from ..model import arch
+from ..model.config import MAX_SPARSITY
+from ..model.neuron_order import pack, unpack
+from ..model.state import KoffState, count_weights, require_attached
+
+UNDECIDED_WARNING = 0.2
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """How much is removed, as shares in [0, 1].
+
+    Args:
+        mlp: of the MLP neurons.
+        model: of all base weights (tied embeddings counted once).
+        non_embedding: of all base weights but the embedding and output tables.
+        undecided: share of gates with 0.1 < P(z > 0) < 0.9.
+        hard: True for a binary mask or a compacted model; False: expected values of trained gates.
+        widths: kept MLP neurons of each layer (of a soft mask: those whose
+            deterministic gate is above 0).
+    """
+
+    mlp: float
+    model: float
+    non_embedding: float
+    undecided: float
+    hard: bool
+    widths: list[int]
+
+
+@dataclass(frozen=True)
+class BinarizeReport:
+    """What ``binarize`` reached.
+
+    Args:
+        target: share of MLP neurons that was asked for.
+        sparsity: what came of it (hard).
+        undecided: share of gates that were undecided before.
+    """
+
+    target: float
+    sparsity: SparsityReport
+    undecided: float
+
+
+def _report(state: KoffState, removed: float, model: PreTrainedModel, widths: list[int]):
+    """Shares for ``removed`` neurons (a float for expected values)."""
+    neurons = sum(state.dense_widths)
+    dense = dense_weights(state, model)
+    weights = removed * dense["mlp"] / neurons
+    hard = state.gates is None or state.gates.fixed
+    return SparsityReport(
+        mlp=removed / neurons,
+        model=weights / dense["total"],
+        non_embedding=weights / (dense["total"] - dense["embedding"]),
+        undecided=0.0 if hard else state.gates.undecided(),
+        hard=hard,
+        widths=widths,
+    )
+
+
+def dense_weights(state: KoffState, model: PreTrainedModel) -> dict[str, int]:
+    """``count_weights`` of the model before anything was removed."""
+    now, widths = count_weights(model), arch.widths(model)
+    per_neuron = now["mlp"] // sum(widths)
+    removed = (sum(state.dense_widths) - sum(widths)) * per_neuron
+    return {**now, "total": now["total"] + removed, "mlp": now["mlp"] + removed}
+
+
+@torch.no_grad()
+def sparsity(model: PreTrainedModel) -> SparsityReport:
+    """How sparse an attached model is: exact once the mask is fixed, expected before.
+
+    Args:
+        model: an attached model, compacted or not.
+
+    Returns:
+        The report, for the neurons, for all weights and for all but the embeddings.
+
+    Raises:
+        ValueError: koff is not attached.
+    """
+    state = require_attached(model, "sparsity")
+    if state.gates is None:
+        widths = arch.widths(model)
+        return _report(state, sum(state.dense_widths) - sum(widths), model, widths)
+    widths = state.gates.open_widths()
+    if state.gates.fixed:
+        removed = state.gates.neurons - sum(widths)
+    else:
+        removed = float(state.gates.expected_sparsity()) * state.gates.neurons
+    return _report(state, removed, model, widths)
+
+
+def _raw_widths(scores: list[Tensor], keep: int) -> list[int]:
+    """How many of the ``keep`` best neurons of all layers each layer holds, at least one each."""
+    flat = [s.double().clone() for s in scores]
+    for s in flat:  # its best neuron comes first, so that no layer is emptied
+        s[s.argmax()] = torch.inf
+    order = torch.cat(flat).sort(descending=True, stable=True).indices[:keep]
+    layer = torch.repeat_interleave(
+        torch.arange(len(scores), device=order.device),
+        torch.tensor([len(s) for s in scores], device=order.device),
+    )
+    return torch.bincount(layer[order], minlength=len(scores)).tolist()
+
+
+def _reachable(width: int, full: int, multiple: int) -> tuple[int, int]:
+    """The reachable widths below and above: multiples of ``multiple``, and ``full``."""
+    low = width // multiple * multiple
+    high = min(low + multiple, full) if width > low else low
+    return (low or min(multiple, full)), high
+
+
+def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> list[int]:
+    """Round each width to one of its two reachable neighbours so that their sum is nearest to
+    ``keep``.
+
+    Args:
+        raw: widths to round.
+        full: dense widths.
+        multiple: widths must be a multiple of it, or dense.
+        keep: what the widths should add up to.
+
+    Returns:
+        Rounded widths. The layers with the largest remainders are rounded up first.
+    """
+    bounds = [_reachable(w, f, multiple) for w, f in zip(raw, full, strict=True)]
+    chosen = [low for low, _ in bounds]
+    gaps = [high - low for low, high in bounds]
+    share = [
+        (w - low) / gap if gap > 0 else -1.0 for w, low, gap in zip(raw, chosen, gaps, strict=True)
+    ]
+    for index in sorted(range(len(raw)), key=lambda i: -share[i]):
+        missing = keep - sum(chosen)
+        if gaps[index] > 0 and abs(missing - gaps[index]) < abs(missing):
+            chosen[index] += gaps[index]
+    return chosen
+
+
+def _check(state: KoffState, target: float, per_layer: str, multiple_of: int) -> None:
+    where = "binarize"
+    require(
+        per_layer in ("global", "uniform"),
+        where,
+        "per_layer",
+        "be 'global' or 'uniform'",
+        repr(per_layer),
+        "choose one",
+    )
+    whole = isinstance(multiple_of, int) and multiple_of >= 1
+    rule = "be a whole number of at least 1"
+    require(whole, where, "multiple_of", rule, repr(multiple_of), "64 fills tiles")
+    limits = f"lie in 0..{MAX_SPARSITY}"
+    require(0 <= target <= MAX_SPARSITY, where, "target", limits, target, "change it")
+    finite = all(bool(torch.isfinite(p).all()) for p in state.gates.log_alpha)
+    step = "lower gate_learning_rate and train again"
+    require(finite, where, "the gates", "be finite", "NaN or inf", step)
+
+
+def _best(score: Tensor, width: int) -> Tensor:
+    """The mask of the ``width`` highest scores; of equal ones, the first."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    mask[score.sort(descending=True, stable=True).indices[:width]] = True
+    return mask
+
+
+@torch.no_grad()
+def binarize(
+    model: PreTrainedModel,
+    *,
+    target: float | None = None,
+    per_layer: str = "global",
+    multiple_of: int = 64,
+) -> BinarizeReport:
+    """Fix the mask, in place: keep the neurons of highest log_alpha, k = round((1 - target) L I) of
+    all layers. The kept neurons move to the front of each MLP: the pruned ones then cost nothing.
+
+    Args:
+        model: an attached model with gates.
+        target: share of MLP neurons to remove; None: the target it was trained to.
+        per_layer: "global" ranks all layers together; "uniform" keeps equally many in each layer.
+        multiple_of: every kept width becomes a multiple of it (or stays dense), the sum as near the
+            target as that allows; 1 is exact.
+
+    Returns:
+        What was reached.
+
+    Raises:
+        ValueError: no gates, gates that are not finite, or illegal arguments.
+
+    Source: KOFF (arXiv 2605.29075), top-k over the learned gates; rounding is koff's own.
+    """
+    state = require_attached(model, "binarize")
+    step = "attach with target_sparsity > 0"
+    require(state.gates is not None, "binarize", "the model", "have gates", "none", step)
+    target = state.gates.target if target is None else target
+    _check(state, target, per_layer, multiple_of)
+    gates, undecided = state.gates, state.gates.undecided()
+    unpack(model)  # an earlier mask's order
+    scores = [p.detach() for p in gates.log_alpha]
+    full = [len(s) for s in scores]
+    keep = max(round((1.0 - target) * sum(full)), len(full))
+    if per_layer == "uniform":
+        same = len(set(full)) == 1
+        rule = "be equally wide for per_layer='uniform'"
+        require(same, "binarize", "the layers", rule, full, "use 'global'")
+        raw = [max(round(keep / len(full)), 1)] * len(full)
+        low, high = _reachable(raw[0], full[0], multiple_of)
+        chosen = [high if high - raw[0] < raw[0] - low else low] * len(full)
+    else:
+        chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
+    gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
+    pack(model)
+    return BinarizeReport(target, sparsity(model), undecided)

@@ -1,0 +1,108 @@
+"""Remove the neurons whose gate is 0: narrow matrices, narrow LoRA, the same function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import require
+from ..model import arch
+from ..model.attach import restyle
+from ..model.narrow import narrow_classes
+from ..model.neuron_order import positions
+from ..model.state import require_attached
+from .binarize import binarize
+
+# (module, parameter name, narrowed parameter)
+Narrowed = tuple[nn.Module, str, nn.Parameter]
+
+
+def _parameter(data: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=like.requires_grad)
+
+
+def _narrow_layer(
+    module: nn.Module, index: int, model: PreTrainedModel, kept: Tensor
+) -> Iterator[Narrowed]:
+    """The narrowed parameters of one layer: gate and up in one buffer, down, and each memory's LoRA
+    on them."""
+    gate, up, down = arch.mlp_weights(module)
+    rows = positions(model, index, kept)
+    both = torch.cat([gate[rows], up[rows]])
+    yield module.gate_proj, "weight", _parameter(both[: len(kept)], gate)
+    yield module.up_proj, "weight", _parameter(both[len(kept) :], up)
+    yield module.down_proj, "weight", _parameter(down[:, rows], down)
+    for memory in model.koff.memories:
+        for name in ("gate_proj", "up_proj"):
+            if f"{index}_{name}" in memory.lora:
+                lora = memory.lora[f"{index}_{name}"]
+                yield lora, "b", _parameter(lora.b[kept], lora.b)
+        if f"{index}_down_proj" in memory.lora:
+            lora = memory.lora[f"{index}_down_proj"]
+            yield lora, "a", _parameter(lora.a[:, kept], lora.a)
+
+
+@torch.no_grad()
+def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
+    """Remove exactly the neurons whose gate is 0; the result computes what the masked model does.
+
+    Args:
+        model: an attached model with gates; ``binarize`` is called with its defaults if it has not
+            run.
+        inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
+            a new model is returned, the given one keeps all its weights, and two models are never
+            held (only the new, narrow one beside it).
+
+    Returns:
+        A model with narrow MLPs, the same memories and no gates. With equal widths in all layers it
+        is of the stock class; otherwise its config's ``model_type`` is "koff_<architecture>" with
+        one width per layer.
+
+    Raises:
+        ValueError: koff is not attached, or there are no gates.
+
+    Source: KOFF (arXiv 2605.29075), removal of masked neurons.
+    """
+    state = require_attached(model, "compact")
+    step = "it is compact already, or was attached with target_sparsity=0"
+    require(state.gates is not None, "compact", "the model", "have gates", "none", step)
+    if not state.gates.fixed:
+        binarize(model)
+    kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
+    memo: dict[int, object] = {}
+    for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
+        for owner, name, narrow in _narrow_layer(module, index, model, rows):
+            if inplace:
+                setattr(owner, name, narrow)
+            else:
+                memo[id(getattr(owner, name))] = narrow
+    if not inplace:
+        model = copy.deepcopy(model, memo)
+    for module, rows in zip(arch.mlps(model), kept, strict=True):
+        arch.set_width(module, len(rows))
+    model.koff.kept = [rows.cpu() for rows in kept]
+    model.koff.gates = None
+    _set_config(model, [len(rows) for rows in kept])
+    return model
+
+
+def _set_config(model: PreTrainedModel, widths: list[int]) -> None:
+    """Make class and config say what the widths are."""
+    config = model.config
+    stock = config.model_type.removeprefix(arch.NARROW_PREFIX)
+    if len(set(widths)) > 1:
+        config_class, model_class = narrow_classes(stock)
+        config.intermediate_sizes = widths
+    else:
+        config_class, model_class = arch.stock_classes(stock)
+        config.intermediate_size = widths[0]
+        for name in ("intermediate_sizes", "auto_map"):  # of a backbone that was narrow before
+            vars(config).pop(name, None)
+    vars(config).pop("model_type", None)  # the class says it
+    if type(config) is not config_class:
+        config.__class__ = config_class
+        restyle(model, model_class)

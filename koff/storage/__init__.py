@@ -1,0 +1,1 @@
+"""A saved folder, trusted by nobody."""

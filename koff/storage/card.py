@@ -1,0 +1,216 @@
+"""The model card that is saved beside a model: what it is, what was measured, and how to load it
+with koff and without. The code in it runs as it stands, in the saved folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..model.arch import NARROW_PREFIX
+from ..version import __version__
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a hub repository
+
+_TEMPLATE = """---
+library_name: koff
+{metadata}tags: [koff, pruned, lora, kv-cache]
+---
+# {title}
+
+A sparse backbone with swappable memories, made with koff {version} (knowledge offloading,
+arXiv 2605.29075) from `{base}`.
+
+| | |
+|---|---|
+| memories | {memories} |
+| MLP neurons removed | {mlp:.2%} |
+| of all weights | {model:.2%} |
+| of all weights but embeddings | {non_embedding:.2%} |
+| MLP widths | {widths} (dense: {dense}) |
+{data}| written | {created}, torch {torch}, transformers {transformers}, peft {peft} |
+
+## With koff
+```python
+{koff}
+```
+
+## Without koff
+{remark}
+```python
+{stock}
+```
+{results}"""
+
+_REMOTE = (
+    "Its layers differ in width, which transformers' own classes cannot build: `modeling_koff.py` "
+    "does,\na small file that imports transformers alone and runs only with "
+    "`trust_remote_code=True`."
+)
+_STOCK = "The backbone is a stock {architecture} checkpoint."
+_PEFT = "\nEach memory is a PEFT LORA, a PEFT CARTRIDGE, or both; the LORA is loaded first."
+
+_EXPORTED = """---
+library_name: transformers
+tags: [koff, pruned]
+---
+# {name} folded into its backbone
+
+Weights with the LoRA of the memory {name!r} folded in, exported by koff {version} (knowledge
+offloading, arXiv 2605.29075).{cache}
+{remark}
+
+```python
+{stock}
+```
+"""
+
+
+def _range(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _results(rows: list[dict[str, Any]] | None) -> str:
+    if not rows:
+        return "\nNo quality was measured when this was written; `koff eval --card` measures it.\n"
+    lines = ["\n## Measured\n", "| variant | memory | domain | split | perplexity | bits/byte |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        memory = row["memory"] or "none"
+        numbers = f"{_number(row['perplexity'], 3)} | {_number(row['bits_per_byte'], 4)}"
+        lines.append(
+            f"| {row['variant']} | {memory} | {row['domain']} | {row['split']} | {numbers} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _data(facts: dict[str, Any]) -> str:
+    """Table lines that name what the memories that are there, or the gates of a backbone that was
+    pruned without any, and the general mixture were trained on."""
+    metadata, there = facts["metadata"], facts["memories"]
+    own = dict(metadata.get("data") or {})
+    for name, record in (metadata.get("added") or {}).items():
+        own[name] = record["source"]
+    if facts["config"].get("memories"):
+        own = {name: source for name, source in own.items() if name in there}
+    lines = (("trained on", own), ("general mixture", metadata.get("general")))
+    return "".join(
+        f"| {title} | {', '.join(f'{k}: {v}' for k, v in named.items())} |\n"
+        for title, named in lines
+        if named
+    )
+
+
+def _code(
+    tokenizer: bool, imports: list[str], load: list[str], trust: str = "", memory: str = ""
+) -> str:
+    """Code that loads a model and generates with it."""
+    names = ["AutoModelForCausalLM"] if "import koff" not in imports else []
+    names += ["AutoTokenizer"] if tokenizer else []
+    ids, shown = "ids = torch.tensor([[1, 2, 3]])", "print(output)"
+    if tokenizer:
+        load = [*load, f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
+        ids = 'ids = tokenizer("Hello", return_tensors="pt").input_ids'
+        shown = "print(tokenizer.decode(output[0], skip_special_tokens=True))"
+    lines = [
+        *imports,
+        *([f"from transformers import {', '.join(names)}"] if names else []),
+        "",
+        *load,
+        ids,
+        f"options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20{memory})",
+        "output = model.generate(input_ids=ids, **options)",
+        shown,
+    ]
+    return "\n".join(lines)
+
+
+def _with_koff(tokenizer: bool, memory: str | None) -> str:
+    where = 'folder = "."  # this folder, or its id on the Hugging Face hub'
+    load = [where, "model = koff.load(folder)"]
+    return _code(tokenizer, ["import koff", "import torch"], load, memory=f", memory={memory!r}")
+
+
+def _without_koff(narrow: bool, tokenizer: bool, lora: str | None, kv: str | None) -> str:
+    """Code that loads a backbone, and adapters at these paths within its folder."""
+    trust = ", trust_remote_code=True" if narrow else ""
+    load = [
+        'folder = "."  # this folder',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+    ]
+    if lora:
+        load.append(f'model.load_adapter(f"{{folder}}/{lora}")')
+    if kv:
+        load.append(f'model = PeftModel.from_pretrained(model, f"{{folder}}/{kv}")')
+    peft = ["from peft import PeftModel"] if kv else []
+    return _code(tokenizer, ["import torch", *peft], load, trust)
+
+
+def _remark(narrow: bool, architecture: str) -> str:
+    return _REMOTE if narrow else _STOCK.format(architecture=architecture)
+
+
+def model_card(facts: dict[str, Any], folder: Path) -> str:
+    """Markdown of a model card.
+
+    Args:
+        facts: the content of koff.json.
+        folder: where backbone, memories and perhaps a tokenizer have been written.
+
+    Returns:
+        The text of README.md.
+    """
+    base, names = facts["base"] or "unknown", facts["memories"]
+    shares = {scope: facts["sparsity"][scope] for scope in ("mlp", "model", "non_embedding")}
+    packages = ("torch", "transformers", "peft")  # may be edited, and so may lack
+    tokenizer = (folder / "tokenizer_config.json").is_file()
+    first = f"memories/{names[0]}" if names else ""
+    lora, kv = (
+        f"{first}/{part}" if first and (folder / first / part).is_dir() else None
+        for part in ("lora", "kv")
+    )
+    narrow = len(set(facts["widths"])) > 1
+    return _TEMPLATE.format(
+        title=f"koff backbone of {base}",
+        metadata=f"base_model: {base}\n" if _ID.fullmatch(base) else "",
+        base=base,
+        version=facts["koff"],
+        memories=", ".join(names) or "none",
+        widths=_range(facts["widths"]),
+        dense=_range(facts["dense_widths"]),
+        data=_data(facts),
+        created=facts["created"],
+        koff=_with_koff(tokenizer, names[0] if names else None),
+        remark=_remark(narrow, "transformers") + (_PEFT if names else ""),
+        stock=_without_koff(narrow, tokenizer, lora, kv),
+        results=_results(facts["metadata"].get("results")),
+        **shares,
+        **{name: facts["versions"].get(name, "unknown") for name in packages},
+    )
+
+
+def export_card(model: PreTrainedModel, name: str, tokenizer: bool) -> str:
+    """Markdown of the card of an exported model.
+
+    Args:
+        model: the attached model it comes from.
+        name: the memory that was folded in.
+        tokenizer: whether one lies in the folder.
+    """
+    narrow = model.config.model_type.startswith(NARROW_PREFIX)
+    cache = model.koff.memories[name].kv_config is not None
+    text = " Its learned KV cache is PEFT's CARTRIDGE in `kv/`." if cache else ""
+    return _EXPORTED.format(
+        name=name,
+        version=__version__,
+        cache=text,
+        remark=_remark(narrow, model.config.model_type),
+        stock=_without_koff(narrow, tokenizer, None, "kv" if cache else None),
+    )

@@ -1,0 +1,176 @@
+"""Put a saved model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..model.narrow import REMOTE_FILE
+from .adapters import CONFIG, read_json
+from .card import model_card
+from .change import CARD, saved_facts
+from .hub import PATTERNS
+from .layout import MARKER, MEMORIES, current, seal_of, sha256
+from .save_load import save
+
+_RECIPE = "recipe.json"
+_UPLOADED = [*PATTERNS, REMOTE_FILE]
+_ADAPTER = re.compile(rf"{MEMORIES}/[^/]+/[^/]+/{re.escape(CONFIG)}")  # they name the base model
+# Of this system or another; one line, and not a lone slash.
+_ABSOLUTE = re.compile(r"(/|~[\w.-]*/|[A-Za-z]:[/\\]|\\\\)[^\n]*[^\n/\\][/\\]*")
+
+
+def push_to_hub(
+    source: PreTrainedModel | str | Path,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload koff model",
+    token: str | None = None,
+) -> str:
+    """Upload a saved model: one commit, after which the repository holds what the folder holds.
+
+    Checkpoints and the training log stay here. Of absolute paths that recipe, koff.json, card and
+    adapters name, the last part is left, or as many parts as tell two of them apart.
+
+    Args:
+        source: folder of a saved model, or an attached model that could be saved.
+        repo_id: "user/repo"; created if there is none.
+        tokenizer: saved beside the model; for a model only.
+        private: of a new repository; None: the account's default.
+        revision: an existing branch to push to; None: main.
+        message: of the commit.
+        token: of the hub; None: the one that ``hf auth login`` stored, or ``HF_TOKEN``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError, ValueError: no saved model, or one that cannot be saved; nothing is
+            uploaded then.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory(prefix="koff-push-") as place:
+        if isinstance(source, PreTrainedModel):
+            source = save(source, Path(place, "saved"), tokenizer=tokenizer)
+        staging = _portable(current(source), Path(place, "staging"))
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staging,
+            revision=revision,
+            commit_message=message,
+            allow_patterns=_UPLOADED,
+            delete_patterns=_UPLOADED,
+        )
+    return commit.commit_url
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link where that works: nothing large is copied for an upload."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _portable(directory: Path, staging: Path) -> Path:
+    """A copy of a saved model's folder without checkpoints, log and local paths."""
+    where = "koff.push_to_hub"
+    facts = saved_facts(directory, where)
+    left = shutil.ignore_patterns("checkpoints", "train_log.json", ".*")
+    shutil.copytree(directory, staging, copy_function=_link, ignore=left)
+    listed = set(facts["memories"])
+    for folder in staging.glob(f"{MEMORIES}/*"):
+        if folder.name not in listed:  # left by an interrupted change
+            shutil.rmtree(folder)
+    own_card = _is_listed(staging, CARD, facts)
+    names = [_RECIPE, *(n for n in facts["files"] if _ADAPTER.fullmatch(n))]
+    files = {n: read_json(staging / n, where) for n in names if (staging / n).is_file()}
+    public = {name: facts[name] for name in ("base", "metadata")}
+    for record in (files.get(_RECIPE, {}), *(facts["metadata"].get("added") or {}).values()):
+        if "root" in record:
+            record["root"] = "."
+    short = _short_names([public, files])
+    facts |= _renamed(public, short)
+    facts["files"] = {n: d for n, d in facts["files"].items() if _travels(n)}
+    for name, values in files.items():
+        _rewrite(staging / name, _renamed(values, short))
+        if name in facts["files"]:
+            facts["files"][name] = sha256(staging / name)
+    if own_card:  # one that somebody edited holds their own words
+        _replace(staging / CARD, model_card(facts, staging))
+        facts["files"][CARD] = sha256(staging / CARD)
+    facts["checksum"] = seal_of(facts)
+    _rewrite(staging / MARKER, facts)
+    return staging
+
+
+def _travels(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _UPLOADED)
+
+
+def _is_listed(folder: Path, name: str, facts: dict[str, Any]) -> bool:
+    """Whether a file is as koff wrote it."""
+    path = folder / name
+    return path.is_file() and facts["files"].get(name) == sha256(path)
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(the key it stands under, text) of every text in JSON values."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _short_names(values: Any) -> dict[str, str]:
+    """Absolute path -> its last part, or as many as tell it from the other data: two domains that
+    shared a file name would otherwise be measured on one text."""
+    texts = set(_texts(values))
+    paths = {text for _, text in texts if _ABSOLUTE.fullmatch(text)}
+    data = {text for key, text in texts if key in ("train", "validation", "test")}
+    parts = {path: tuple(filter(None, re.split(r"[/\\]", path))) for path in paths | data}
+    short = {}
+    for path in paths:
+        own = parts[path]
+        others = {part for part in parts.values() if part != own}
+        sizes = range(1, len(own) + 1)
+        size = next((n for n in sizes if own[-n:] not in {o[-n:] for o in others}), len(own))
+        short[path] = "/".join(own[-size:])
+    return short
+
+
+def _renamed(value: Any, short: dict[str, str]) -> Any:
+    """JSON values with absolute paths under their short names."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, short) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, short) for item in value]
+    return short.get(value, value) if isinstance(value, str) else value
+
+
+def _rewrite(path: Path, values: dict[str, Any]) -> None:
+    _replace(path, json.dumps(values, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    path.unlink()  # or the linked original would change
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,389 @@
+"""Attention over a learned prefix for a few queries a row: decoding, speculative steps.
+
+Three launches. The first reads each memory's keys once for all rows that use it: a tile packs
+(rows of one memory) x (query heads of one kv head) x (queries) as its rows. Which rows these are is
+found inside the kernel from the ids, without a sort, without a plan and without the host: counting
+ids gives each tile its memory, a running count gives each of the tile's rows its index. The second
+cuts every row's own keys into splits of equal length; the length is the row's, read on the device,
+so that the unwritten part of a static cache costs nothing. Both leave fp32 partial results, which
+the third merges in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..shared.launch import SMALLEST_TILE, cdiv, launch, power_of_2
+from .call import LN2, LOG2E, Call, Config, attend, memory_length, row_bounds, row_prefix, strides
+from .fwd import empty_output
+
+# Where a memory has many rows the group kernel's tiles have 64 or 128, and wgmma or tcgen05 then.
+EXPECTS = {
+    "_prefix_attention_group_kernel": "dot16",
+    "_prefix_attention_own_kernel": "dot16",
+    "_prefix_attention_merge_kernel": None,
+}
+MOST_QUERIES = 16  # of one row
+MOST_PACKED = 64  # query heads of a kv head x queries of one row
+_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_SPLIT = 128  # a split has at least as many keys
+_IDS = 64  # ids read at a time
+_MERGED = 16  # splits merged at a time
+
+# block_m is the largest tile; fewer rows take smaller ones. Learned keys, fp32 as a rule, are
+# rounded in registers: their tiles are twice as large.
+GROUP_CONFIGS = {
+    "128x32": Config(128, 32, 8, 3),
+    "128x32s2": Config(128, 32, 8, 2, (90, 100)),
+    "64x32": Config(64, 32, 4, 3),
+}
+OWN_CONFIGS = {
+    "64": Config(MOST_PACKED, 64, 4, 3),
+    "64s2": Config(MOST_PACKED, 64, 4, 2),
+    "32": Config(MOST_PACKED, 32, 4, 4),
+}
+FP32 = Config(MOST_PACKED, 32, 4, 2)
+
+
+@triton.jit
+def _members(ids_ptr, rows, memory, IDS: tl.constexpr):
+    """How many rows use a memory."""
+    count = tl.zeros((), tl.int32)
+    offs = tl.arange(0, IDS)
+    for r in range(0, rows, IDS):
+        ids = tl.load(ids_ptr + r + offs, mask=r + offs < rows, other=-1)
+        count += tl.sum((ids == memory).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _tile_memory(ids_ptr, rows, memories, tile, slots, IDS: tl.constexpr, HAS_IDS: tl.constexpr):
+    """(memory, index of the tile among this memory's), memory -1 for a tile past the last. Memories
+    get as many consecutive tiles of ``slots`` rows as they need."""
+    if HAS_IDS:
+        memory = tl.full((), -1, tl.int32)
+        index = tl.zeros((), tl.int32)
+        before = tl.zeros((), tl.int32)
+        for m in range(0, memories):
+            after = before + tl.cdiv(_members(ids_ptr, rows, m, IDS), slots)
+            here = (tile >= before) & (tile < after)
+            memory = tl.where(here, m, memory)
+            index = tl.where(here, tile - before, index)
+            before = after
+        return memory, index
+    return tl.zeros((), tl.int32), tile
+
+
+@triton.jit
+def _slot_rows(ids_ptr, rows, memory, slot, IDS: tl.constexpr, HAS_IDS: tl.constexpr):
+    """(row, does it exist) of the slot-th row that uses a memory: as many rows stand before it as
+    there are with at most ``slot`` members of the memory up to and including themselves."""
+    if HAS_IDS:
+        row = tl.zeros_like(slot)
+        count = tl.zeros((), tl.int32)
+        offs = tl.arange(0, IDS)
+        for r in range(0, rows, IDS):
+            ids = tl.load(ids_ptr + r + offs, mask=r + offs < rows, other=-1)
+            mine = ((ids == memory) & (memory >= 0)).to(tl.int32)
+            upto = count + tl.cumsum(mine, 0)
+            earlier = (upto[None, :] <= slot[:, None]) & (r + offs < rows)[None, :]
+            row += tl.sum(earlier.to(tl.int32), 1)
+            count += tl.sum(mine, 0)
+        return row, slot < count
+    return slot, slot < rows
+
+
+@triton.jit
+def _store_part(acc, total, peak, o_ptr, lse_ptr, split, out_rows, at, mask, D: tl.constexpr):
+    """Write o / total and its lse (log2) to o [splits, out_rows, D] and lse [splits, out_rows]."""
+    at += split.to(tl.int64) * out_rows
+    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(o_ptr + at[:, None] * D + tl.arange(0, D)[None, :], o, mask=mask[:, None])
+    tl.store(lse_ptr + at, peak + tl.log2(total), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "rows", "splits"])
+def _prefix_attention_group_kernel(
+    q_ptr,
+    pk_ptr,
+    pv_ptr,
+    lengths_ptr,
+    ids_ptr,
+    o_ptr,
+    lse_ptr,
+    scale,
+    memories,
+    P,
+    heads,
+    group,
+    T,
+    rows,
+    splits,
+    q_b,
+    q_h,
+    q_t,
+    HAS_IDS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: some rows of one memory, one kv head, one split of the learned keys."""
+    kv = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    slots = BLOCK_M // (group * T)
+    memory, index = _tile_memory(ids_ptr, rows, memories, tl.program_id(0), slots, IDS, HAS_IDS)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, D)[None, :]
+    slot = offs_m // (group * T)
+    row, found = _slot_rows(ids_ptr, rows, memory, index * slots + slot, IDS, HAS_IDS)
+    mask = found & (slot < slots)
+    row = row.to(tl.int64)
+    head = kv * group + offs_m % (group * T) // T
+    t = offs_m % T
+    q_rows = q_ptr + (row * q_b + head * q_h + t * q_t)[:, None]
+    q = tl.load(q_rows + offs_d, mask=mask[:, None], other=0.0)
+
+    length = memory_length(lengths_ptr, memory, memories, P)
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    begin = tl.minimum(split * share, length)
+    end = tl.minimum(begin + share, length)
+    full = begin + (end - begin) // BLOCK_N * BLOCK_N
+    at = ((tl.maximum(memory, 0) * (heads // group) + kv) * P + begin) * D
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, peak = attend(
+        acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, begin, full, end,
+        scale * LOG2E, BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    at += (full - begin) * D
+    acc, total, peak = attend(
+        acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, full, end, end,
+        scale * LOG2E, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
+    out = (row * heads + head) * T + t
+    out_rows = rows.to(tl.int64) * heads * T
+    _store_part(acc, total, peak, o_ptr, lse_ptr, split, out_rows, out, mask, D)
+
+
+@triton.jit(do_not_specialize=["T", "S", "rows", "splits", "first_split"])
+def _prefix_attention_own_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    start_ptr,
+    end_ptr,
+    first_ptr,
+    o_ptr,
+    lse_ptr,
+    scale,
+    heads,
+    group,
+    T,
+    S,
+    rows,
+    splits,
+    first_split,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    HAS_BOUNDS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: all queries of one kv head of one row, one split of the row's own keys."""
+    kv_heads = heads // group
+    kv = (tl.program_id(0) % kv_heads).to(tl.int64)
+    b = (tl.program_id(0) // kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask = offs_m < group * T
+    head = kv * group + offs_m // T
+    t = offs_m % T
+    q_rows = q_ptr + b * q_b + (head * q_h + t * q_t)[:, None]
+    q = tl.load(q_rows + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
+
+    start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+    length = tl.maximum(end - start, 0)
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    begin = start + tl.minimum(split * share, length)
+    end = start + tl.minimum((split + 1) * share, length)
+    common = tl.maximum(tl.minimum(end, first + 1) - begin, 0)
+    full = begin + common // BLOCK_N * BLOCK_N
+    limit = tl.minimum(end, first + t + 1)[:, None]
+    k_ptr += b * k_b + kv * k_h + begin.to(tl.int64) * k_t
+    v_ptr += b * v_b + kv * v_h + begin.to(tl.int64) * v_t
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, total, peak = attend(
+        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, begin, full, limit,
+        scale * LOG2E, BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    k_ptr += (full - begin).to(tl.int64) * k_t
+    v_ptr += (full - begin).to(tl.int64) * v_t
+    acc, total, peak = attend(
+        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, full, end, limit,
+        scale * LOG2E, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
+    out = (b * heads + head) * T + t
+    out_rows = rows.to(tl.int64) * heads * T
+    _store_part(acc, total, peak, o_ptr, lse_ptr, split + first_split, out_rows, out, mask, D)
+
+
+@triton.jit(do_not_specialize=["T", "rows", "prefix_splits", "splits"])
+def _prefix_attention_merge_kernel(
+    part_ptr,
+    part_lse_ptr,
+    o_ptr,
+    lse_ptr,
+    lengths_ptr,
+    ids_ptr,
+    memories,
+    P,
+    heads,
+    T,
+    rows,
+    prefix_splits,
+    splits,
+    o_b,
+    o_h,
+    o_t,
+    HAS_PREFIX: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    D: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """One program: one query of one head. A row without a prefix has no prefix splits."""
+    out = tl.program_id(0).to(tl.int64)
+    b = out // (heads * T)
+    out_rows = rows.to(tl.int64) * heads * T
+    _, length = row_prefix(ids_ptr, lengths_ptr, b, memories, P, HAS_PREFIX, HAS_IDS)
+    begin = tl.where(length > 0, 0, prefix_splits)
+    offs = tl.arange(0, MERGED)
+    offs_d = tl.arange(0, D)
+    acc = tl.zeros((D,), tl.float32)
+    total = tl.zeros((), tl.float32)
+    peak = tl.full((), float("-inf"), tl.float32)
+    for s in range(begin, splits, MERGED):
+        inside = s + offs < splits
+        at = (s + offs).to(tl.int64) * out_rows + out
+        lse = tl.load(part_lse_ptr + at, mask=inside, other=float("-inf"))
+        part = tl.load(part_ptr + at[:, None] * D + offs_d, mask=inside[:, None], other=0.0)
+        top = tl.maximum(peak, tl.max(lse, 0))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(lse - shift)
+        shrink = tl.exp2(peak - shift)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
+        peak = top
+    o = acc / tl.where(total == 0.0, 1.0, total)
+    o_row = o_ptr + b * o_b + out // T % heads * o_h + out % T * o_t
+    tl.store(o_row + offs_d, o.to(o_ptr.dtype.element_ty))
+    tl.store(lse_ptr + out, (peak + tl.log2(total)) * LN2)
+
+
+def fits(q: Tensor, k: Tensor) -> bool:
+    """Whether the queries are few enough."""
+    packed = q.shape[2] * (q.shape[1] // k.shape[1])
+    return q.shape[2] <= MOST_QUERIES and packed <= MOST_PACKED
+
+
+def _block(rows: int, limit: int) -> int:
+    return min(limit, max(SMALLEST_TILE, power_of_2(rows)))
+
+
+def _splits(programs: int, keys: int) -> int:
+    """In how many parts to cut ``keys`` keys, so that ``programs`` per part fill the GPU."""
+    return max(1, min(cdiv(_PROGRAMS, max(1, programs)), cdiv(keys, _SPLIT)))
+
+
+def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
+    """(block_m, tiles, splits) of the prefix: shapes bound the tiles that any ids could need."""
+    rows, _, queries, _ = call.q.shape
+    n, kv_heads, length, _ = call.prefix.k.shape
+    packed = max(1, call.group * queries)
+    users = min(n, rows)  # memories that can be in use
+    block_m = _block(cdiv(rows, max(1, users)) * packed, config.block_m)
+    block_m = max(block_m, _block(packed, MOST_PACKED))
+    block_m = 64 if block_m == 32 else block_m  # three variants are enough
+    slots = block_m // packed
+    tiles = (rows + users * (slots - 1)) // slots
+    return block_m, tiles, _splits(tiles * kv_heads, length)
+
+
+def decode(
+    call: Call, group: Config | None = None, own: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """o and lse as ``one_pass`` gives them, where ``fits`` holds."""
+    call = call.ready(None)
+    wide = call.q.dtype == torch.float32
+    group = group or (FP32 if wide else GROUP_CONFIGS["128x32"])
+    own = own or (FP32 if wide else OWN_CONFIGS["64"])
+    rows, heads, queries, width = call.q.shape
+    kv_heads, keys = call.k.shape[1:3]
+    block_m, tiles, prefix_splits = (0, 0, 0) if call.prefix is None else _group_grid(call, group)
+    own_splits = _splits(rows * kv_heads, keys)
+    splits, out_rows = prefix_splits + own_splits, rows * heads * queries
+    part = call.q.new_empty(splits, out_rows, width, dtype=torch.float32)
+    part_lse = call.q.new_empty(splits, out_rows, dtype=torch.float32)
+    common = {"o_ptr": part, "lse_ptr": part_lse, "rows": rows}
+    common |= call.query_args() | call.sizes()
+    prefix_args = call.prefix_args()
+    has_prefix = prefix_args.pop("HAS_PREFIX")
+    if has_prefix:
+        warps = min(group.warps, max(4, block_m // 16))
+        launch(
+            _prefix_attention_group_kernel,
+            (tiles, kv_heads, prefix_splits),
+            splits=prefix_splits,
+            IDS=_IDS,
+            **common,
+            **prefix_args,
+            **group._replace(block_m=block_m, warps=warps).launch(),
+        )
+    launch(
+        _prefix_attention_own_kernel,
+        (rows * kv_heads, own_splits),
+        splits=own_splits,
+        first_split=prefix_splits,
+        **common,
+        **call.own_args(),
+        **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).launch(),
+    )
+    return _merge(call, part, part_lse, prefix_splits)
+
+
+def _merge(call: Call, part: Tensor, part_lse: Tensor, prefix_splits: int) -> tuple[Tensor, Tensor]:
+    o, lse = empty_output(call.q)
+    names = ("lengths_ptr", "ids_ptr", "memories", "P", "HAS_PREFIX", "HAS_IDS")
+    launch(
+        _prefix_attention_merge_kernel,
+        (part.shape[1],),
+        part_ptr=part,
+        part_lse_ptr=part_lse,
+        o_ptr=o,
+        lse_ptr=lse,
+        **dict(zip(("rows", "heads", "T"), call.q.shape[:3], strict=True)),
+        prefix_splits=prefix_splits,
+        splits=part.shape[0],
+        D=call.q.shape[3],
+        MERGED=_MERGED,
+        num_warps=4,
+        **strides("o", o),
+        **{name: call.prefix_args()[name] for name in names},
+    )
+    return o, lse

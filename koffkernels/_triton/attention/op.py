@@ -1,0 +1,219 @@
+"""Attention over a learned prefix on Triton: which kernels run, and how torch sees them.
+
+Eager calls go straight to the launchers; torch.compile sees two custom operators, forward and
+backward. Both keep only the inputs, o and lse. One call takes one of three ways:
+
+- few queries a row (decoding): rows grouped by memory, split keys, one merge;
+- "one_pass": prefix and own keys in one kernel, forward and backward;
+- "vendor": torch's flash attention for the own keys and a pass of ours for the prefix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import routes
+from ..._torch import prefix_attention as plain
+from ...types import Prefix, RowBounds
+from . import decode as few
+from . import vendor
+from .call import HEAD_DIMS, Call
+from .dkv import own_grads
+from .dq import query_grad, upstream
+from .fwd import add_prefix, empty_output, one_pass
+from .prefix_grad import prefix_grads
+
+ROUTES = ("one_pass", "vendor")
+Grads = tuple[Tensor | None, ...]
+
+
+def supports(q: Tensor, scale: float | None = None) -> str | None:
+    """The reason why these kernels cannot take a call, or None."""
+    if q.dtype == torch.float64:
+        return "fp64 runs in plain torch"
+    if q.shape[-1] not in HEAD_DIMS:
+        widths = " and ".join(map(str, HEAD_DIMS))
+        return f"head_dim {q.shape[-1]} runs in plain torch, the kernels have {widths}"
+    if scale is not None and not scale > 0:
+        return "a scale that is not above 0 runs in plain torch"
+    return None
+
+
+def forward(call: Call, route: str) -> tuple[Tensor, Tensor]:
+    """o [B, Hq, T, D] and lse (fp32 [B, Hq, T], natural, -inf where nothing is seen)."""
+    if few.fits(call.q, call.k):
+        return few.decode(call)
+    if route != "vendor" or vendor.why_not(call):
+        return one_pass(call)
+    o, lse = vendor.own_forward(call)
+    if call.prefix is not None:
+        add_prefix(call, o, lse)
+    return o, lse
+
+
+def backward(
+    call: Call, do: Tensor, o: Tensor, lse: Tensor, needs: tuple[bool, ...], route: str
+) -> Grads:
+    """Gradients of q, k, v, prefix.k, prefix.v; None where ``needs``, in that order, is False."""
+    if not any(needs):
+        return (None,) * 5
+    dq = dk = dv = dpk = dpv = None
+    by_vendor = route == "vendor" and any(needs[:3]) and vendor.why_not(call) is None
+    if by_vendor:
+        dq, dk, dv = vendor.own_backward(call, do, o, lse)
+    if by_vendor and (call.prefix is None or not (needs[0] or any(needs[3:]))):
+        return _needed((dq, dk, dv, None, None), needs)
+    up = upstream(do, o, lse)
+    if needs[0]:
+        dq = query_grad(call, up, dq)
+    if not by_vendor:
+        dk, dv = own_grads(call, up, needs[1:3])
+    if call.prefix is not None:
+        dpk, dpv = prefix_grads(call, up, needs[3:])
+    return _needed((dq, dk, dv, dpk, dpv), needs)
+
+
+def _needed(grads: Grads, needs: tuple[bool, ...]) -> Grads:
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _known(route: str, q: Tensor, k: Tensor) -> str:
+    """``route``, or what the table says for "auto"."""
+    return _route(q, k) if route == "auto" else route
+
+
+def _call(q, k, v, prefix_k, prefix_v, lengths, ids, start, end, first, scale) -> Call:
+    prefix = None if prefix_k is None else Prefix(prefix_k, prefix_v, lengths)
+    bounds = None if start is None else RowBounds(start, end, first)
+    return Call(q, k, v, prefix, ids, bounds, scale)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.route = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Eager training: no custom operator in between."""
+
+    @staticmethod
+    def forward(*args):
+        return forward(_call(*args[:-1]), args[-1])
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _):
+        *tensors, o, lse = ctx.saved_tensors
+        call, needs = _call(*tensors, ctx.scale), ctx.needs_input_grad[:5]
+        return *backward(call, do, o, lse, needs, ctx.route), *(None for _ in range(7))
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? lengths, "
+    "Tensor? ids, Tensor? start, Tensor? end, Tensor? first, float scale"
+)
+
+
+@torch.library.custom_op(
+    "koffkernels::prefix_attention",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, str route) -> (Tensor, Tensor)",
+)
+def _forward_op(*args):
+    o, lse = forward(_call(*args[:-1]), _known(args[-1], *args[:2]))
+    return _laid_out(o, empty_output(args[0])[0]), lse
+
+
+@_forward_op.register_fake
+def _(*args):
+    return empty_output(args[0])
+
+
+@torch.library.custom_op(
+    "koffkernels::prefix_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor o, Tensor lse, {_ARGUMENTS}, str route, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(do, o, lse, *args):
+    *args, route, needs = args
+    grads = backward(_call(*args), do, o, lse, tuple(needs), _known(route, *args[:2]))
+    fakes = _empty_grads(args, needs)
+    return tuple(f if g is None else _laid_out(g, f) for g, f in zip(grads, fakes, strict=True))
+
+
+@_backward_op.register_fake
+def _(do, o, lse, *args):
+    *args, route, needs = args
+    return _empty_grads(args, needs)
+
+
+def _empty_grads(args, needs) -> tuple[Tensor, ...]:
+    """Memory for each gradient, of no elements where it is not needed: an operator returns no
+    None."""
+    layouts = (torch.empty_like, *4 * (_empty_contiguous,))
+    pairs = zip(args[:5], needs, layouts, strict=True)
+    return tuple(new(x) if need else args[0].new_empty(0) for x, need, new in pairs)
+
+
+def _empty_contiguous(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory layout that torch.compile was promised."""
+    return x if x.stride() == like.stride() else like.copy_(x)
+
+
+def _backward_of_op(ctx, do, _):
+    *tensors, o, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    grads = _backward_op(do, o, lse, *tensors, ctx.scale, ctx.route, needs)
+    grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return *grads, *(None for _ in range(7))
+
+
+_forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
+
+
+def _route(q: Tensor, k: Tensor) -> str:
+    """What ``routes`` says; only "vendor" is not one pass."""
+    shape = routes.Shape("prefix_attention", "forward", q.shape[2], q.shape[3], k.shape[2], q.dtype)
+    found = routes.choose(shape, q.device)
+    vendor_route = found.name == "vendor" and (found.forced or q.device.type == "cuda")
+    return "vendor" if vendor_route else "one_pass"
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix | None,
+    memory_ids: Tensor | None,
+    bounds: RowBounds | None,
+    scale: float | None,
+    route: str | None = None,
+) -> Tensor:
+    """See ``koffkernels.prefix_attention``; a call that ``supports`` refuses runs in plain torch.
+
+    Args:
+        route: "one_pass", or "vendor", which is taken only by causal calls without bounds and of as
+            many keys as queries, the others run in one pass; None: what the table says.
+    """
+    if supports(q, scale) is not None:
+        return plain.run(q, k, v, prefix, memory_ids, bounds, scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    tensors = (q, k, v, *(prefix or (None, None, None)), memory_ids, *(bounds or (None,) * 3))
+    if torch.compiler.is_compiling():  # which cannot trace a look-up in a table
+        return _forward_op(*tensors, scale, route or "auto")[0]
+    route = route or _route(q, k)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _PrefixAttention.apply(*tensors, scale, route)[0]
+    return forward(_call(*tensors, scale), route)[0]

@@ -1,0 +1,166 @@
+"""Backward of attention over a learned prefix: dK and dV of the learned keys and values.
+
+A program holds a tile of one memory's keys and goes through the rows that use this memory, and all
+query heads that share the key-value head. Rows and queries are cut into splits, so that short
+prefixes too fill the GPU; each split writes fp32 sums of its own, added in order by a second pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..shared.launch import cdiv, launch
+from ..shared.reduce import sum_partials
+from .call import LOG2E, Call, Config, choose_config, memory_length
+from .dkv import FP32, key_tiles
+from .dq import Upstream
+
+EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
+
+# The loop over rows takes registers of its own, so tiles are smaller than for own keys.
+CONFIGS = {
+    "32x64": Config(32, 64, 8, 2),
+    "32x128": Config(32, 128, 8, 2, (90,)),
+}
+_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+
+
+@triton.jit(do_not_specialize=["T", "rows", "row_splits", "rows_per_split", "queries_per_split"])
+def _prefix_attention_prefix_grad_kernel(
+    q_ptr,
+    pk_ptr,
+    pv_ptr,
+    lengths_ptr,
+    ids_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    memories,
+    P,
+    heads,
+    group,
+    T,
+    rows,
+    row_splits,
+    rows_per_split,
+    queries_per_split,
+    q_b,
+    q_h,
+    q_t,
+    do_b,
+    do_h,
+    do_t,
+    HAS_IDS: tl.constexpr,
+    WANT_K: tl.constexpr,
+    WANT_V: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_N learned keys of one kv head of one memory, one split of the rows and
+    queries. dk and dv are [splits, n, Hkv, P, D]."""
+    blocks = tl.cdiv(P, BLOCK_N)
+    kv_heads = heads // group
+    pid = tl.program_id(0)
+    block = pid % blocks
+    kv = (pid // blocks % kv_heads).to(tl.int64)
+    memory = (pid // blocks // kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, D)[None, :]
+    length = memory_length(lengths_ptr, memory, memories, P)
+    seen = (offs_n < length)[:, None]
+    at = ((memory * kv_heads + kv) * P + offs_n[:, None]) * D + offs_d
+    k = tl.load(pk_ptr + at, mask=seen, other=0.0)
+    v = tl.load(pv_ptr + at, mask=seen, other=0.0)
+    dk = tl.zeros((BLOCK_N, D), tl.float32)
+    dv = tl.zeros((BLOCK_N, D), tl.float32)
+    scale_log2 = scale * LOG2E
+    begin = split // row_splits * queries_per_split
+    end = tl.minimum(begin + queries_per_split, T)
+    first_row = (split % row_splits * rows_per_split).to(tl.int64)
+    count = tl.minimum(rows_per_split, rows - first_row)
+    tiles = tl.where(length > block * BLOCK_N, tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0), 0)
+    for i in range(0, count):
+        b = first_row + i
+        if HAS_IDS:
+            mine = tl.where(tl.load(ids_ptr + b).to(tl.int64) == memory, tiles, 0)
+        else:
+            mine = tiles
+        dk, dv = key_tiles(
+            dk, dv, k, v, q_ptr + b * q_b, do_ptr + b * do_b, lse_ptr + b * heads * T,
+            delta_ptr + b * heads * T, begin, end, mine, offs_n, kv * group, group, T,
+            q_h, q_t, do_h, do_t, scale_log2, WANT_K, WANT_V, BLOCK_M, False, PRECISION,
+        )  # fmt: skip
+    at += split.to(tl.int64) * memories * kv_heads * P * D
+    inside = (offs_n < P)[:, None]
+    if WANT_K:
+        dk = tl.where(seen, dk * scale, 0.0)
+        tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    if WANT_V:
+        tl.store(dv_ptr + at, tl.where(seen, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+def _splits(call: Call, config: Config) -> tuple[int, int]:
+    """In how many parts to cut rows and queries: so that one memory alone, used by every row, fills
+    the GPU."""
+    rows, _, queries, _ = call.q.shape
+    _, kv_heads, length, _ = call.prefix.k.shape
+    wanted = cdiv(_PROGRAMS, max(1, kv_heads * cdiv(length, config.block_n)))
+    row_splits = max(1, min(rows, wanted))
+    tiles = cdiv(queries, config.block_m) * call.group // 4  # at least 4 tiles a program
+    return row_splits, max(1, min(cdiv(wanted, row_splits), tiles))
+
+
+def prefix_grads(
+    call: Call, up: Upstream, needs: tuple[bool, bool], config: Config | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dK and dV of the learned keys and values, in their dtypes, 0 for a memory that no row used;
+    None where ``needs`` has False."""
+    if not any(needs):
+        return None, None
+    k, v, lengths = call.prefix
+    call = call.ready(call.q.dtype)
+    config = choose_config(config, CONFIGS, FP32, call.q)
+    n, kv_heads, length, _ = k.shape
+    rows, _, queries, _ = call.q.shape
+    row_splits, query_splits = _splits(call, config)
+    rows_per_split = cdiv(rows, row_splits)
+    row_splits = max(1, cdiv(rows, max(1, rows_per_split)))
+    tiles = cdiv(cdiv(queries, config.block_m), query_splits)
+    splits = row_splits * query_splits
+    part = [
+        k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else x.dtype)
+        if need
+        else None
+        for x, need in zip((k, v), needs, strict=True)
+    ]
+    launch(
+        _prefix_attention_prefix_grad_kernel,
+        (cdiv(length, config.block_n) * kv_heads * n, splits),
+        dk_ptr=part[0],
+        dv_ptr=part[1],
+        rows=rows,
+        row_splits=row_splits,
+        rows_per_split=rows_per_split,
+        queries_per_split=tiles * config.block_m,
+        WANT_K=needs[0],
+        WANT_V=needs[1],
+        **up.args(),
+        **call.sizes(),
+        **call.query_args(),
+        **{name: x for name, x in call.prefix_args().items() if name != "HAS_PREFIX"},
+        **config.launch(),
+    )
+    dk, dv = (
+        p if p is None else p[0] if splits == 1 else sum_partials(p, x.dtype)
+        for p, x in zip(part, (k, v), strict=True)
+    )
+    return dk, dv

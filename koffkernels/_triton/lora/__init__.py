@@ -1,0 +1,1 @@
+"""LoRA linear layers."""

@@ -1,0 +1,106 @@
+"""Gradients of low-rank matrices: sums over each memory's tokens of p^T q.
+
+da = scaling t^T x and db = scaling dy^T s. A program owns a block of the wide side, a chunk of
+tokens and one memory; chunks are added in order by a second pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..shared.launch import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
+from ..shared.reduce import sum_partials
+
+EXPECTS = {"_lora_grad_kernel": "dot16"}
+_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
+_SHORTEST_CHUNK = 256
+
+
+@triton.jit(do_not_specialize=["M", "tokens", "m_per_chunk", "memories"])
+def _lora_grad_kernel(
+    p_ptr,
+    q_ptr,
+    out_ptr,
+    ids_ptr,
+    M,
+    K,
+    R,
+    tokens,
+    m_per_chunk,
+    memories,
+    stride_pm,
+    stride_qm,
+    HAS_IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: out[chunk, m, ranks, BLOCK_K], summed over the chunk's tokens that use m."""
+    chunk, pid = tl.program_id(1), tl.program_id(2)
+    m, pid_r = pid % memories, pid // memories
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_k, mask_r = offs_k < K, offs_r < R
+    begin = chunk * m_per_chunk
+    end = tl.minimum(begin + m_per_chunk, M)
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    first, last = token_span(ids_ptr, begin, end, tokens, m, HAS_IDS)
+    for start in range(first, last, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        inside = offs_m < last
+        mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens, HAS_IDS) == m)
+        rows = offs_m.to(tl.int64)[:, None]
+        mask_p, mask_q = mine[:, None] & mask_r[None, :], mine[:, None] & mask_k[None, :]
+        p = tl.load(p_ptr + rows * stride_pm + offs_r[None, :], mask=mask_p, other=0.0)
+        q = tl.load(q_ptr + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
+        total = dot(tl.trans(p).to(q.dtype), q, total, PRECISION)
+    slot = chunk.to(tl.int64) * memories + m
+    out = out_ptr + (slot * R + offs_r[:, None]) * K + offs_k[None, :]
+    tl.store(out, total, mask=mask_r[:, None] & mask_k[None, :])
+
+
+def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
+    """Sum of p^T q over each memory's tokens.
+
+    Args:
+        p: [M, r], last stride 1: s or t.
+        q: [M, K], last stride 1: the wide side (x, or dy).
+        memories: n.
+        rows: memory of each token.
+
+    Returns:
+        fp32 [n, r, K], not scaled; 0 for a memory that no token uses.
+    """
+    (m, k), r = q.shape, p.shape[1]
+    block_m, block_k, block_r = 64, 128, rank_block(r)
+    tiles = cdiv(k, block_k) * cdiv(r, block_r) * memories
+    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, tiles)))
+    per_chunk = cdiv(size, block_m) * block_m  # which may cut rows
+    chunks = max(1, cdiv(m, per_chunk))
+    parts = q.new_empty(chunks, memories, r, k, dtype=torch.float32)
+    launch(
+        _lora_grad_kernel,
+        (cdiv(k, block_k), chunks, cdiv(r, block_r) * memories),
+        p_ptr=p,
+        q_ptr=q,
+        out_ptr=parts,
+        M=m,
+        K=k,
+        R=r,
+        m_per_chunk=per_chunk,
+        memories=memories,
+        stride_pm=p.stride(0),
+        stride_qm=q.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        PRECISION=precision(q.dtype),
+        num_warps=4,
+        num_stages=3,
+        **rows.args(),
+    )
+    return parts[0] if chunks == 1 else sum_partials(parts, torch.float32)

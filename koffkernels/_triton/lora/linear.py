@@ -1,0 +1,87 @@
+"""LoRA linear, forward and backward, on [M, K]: the vendor's GEMM and narrow kernels, one fused
+GEMM, or the decode kernels; ``routes`` says which."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import routes
+from ..shared.launch import Rows
+from .decode import CONFIGS as DECODE
+from .decode import decode_linear
+from .expand import Delta, expand_
+from .gemm import CONFIGS as FUSED
+from .gemm import gemm_linear
+from .grad import lora_grad
+from .shrink import shrink
+
+
+def _route(stage: str, x: Tensor, weight: Tensor) -> routes.Route:
+    n, k = weight.shape
+    shape = routes.Shape("lora_linear", stage, x.shape[0], k, n, x.dtype)
+    return routes.choose(shape, x.device)
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    """(y, s): y = x W^T + bias + scaling s b^T, s = x a^T. x is [M, K]."""
+    a, b, scaling = lora
+    s = shrink(x, a, None, rows)
+    delta = (Delta(s, b, scaling),)
+    route = _route("forward", x, weight)
+    if route.name == "fused":
+        return gemm_linear(x, weight, bias, delta, rows, routes.find(FUSED, route)), s
+    return expand_(F.linear(x, weight, bias), delta, rows), s
+
+
+def linear_inference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
+) -> Tensor:
+    """y of ``linear_forward``, where nothing is kept for backward."""
+    route = _route("forward", x, weight)
+    if route.name == "decode":
+        return decode_linear(x, weight, bias, lora, rows, routes.find(DECODE, route))
+    return linear_forward(x, weight, bias, lora, rows)[0]
+
+
+def matrix_gradients(
+    lora: tuple, da: Tensor, db: Tensor, needs: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of a [n, r, K], b [n, N, r] and scaling [n] from the unscaled fp32 sums da [n, r,
+    K] and db [n, r, N]."""
+    a, b, scaling = lora
+    factor = scaling.float()[:, None, None]
+    db = db.transpose(1, 2).contiguous()  # the layout that the operators promise
+    return [
+        (da * factor).to(a.dtype) if needs[0] else None,
+        (db * factor).to(b.dtype) if needs[1] else None,
+        (db * b.float()).sum((1, 2)).to(scaling.dtype) if needs[2] else None,
+    ]
+
+
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora: tuple,
+    rows: Rows,
+    needs: tuple[bool, bool, bool, bool],
+) -> list[Tensor | None]:
+    """[dx, da, db, dscaling] of ``linear_forward``, None where ``needs`` says so."""
+    a, b, scaling = lora
+    t = shrink(dy, b.transpose(1, 2), None, rows)
+    dx = None
+    if needs[0]:
+        delta = (Delta(t, a.transpose(1, 2), scaling),)
+        route = _route("backward", dy, weight.t())
+        if route.name == "fused":
+            dx = gemm_linear(dy, weight.t(), None, delta, rows, routes.find(FUSED, route))
+        else:
+            dx = expand_(dy @ weight, delta, rows)
+    if not any(needs[1:]):
+        return [dx, None, None, None]
+    da, db = (lora_grad(p, q, a.shape[0], rows) for p, q in ((t, x), (s, dy)))
+    return [dx, *matrix_gradients(lora, da, db, needs[1:])]

@@ -1,0 +1,205 @@
+"""Gated MLP, forward and backward, on [M, H]: the vendor's GEMMs with narrow kernels between them,
+fused GEMMs, or the decode kernels; ``routes`` says which.
+
+Kept for backward: x, g0 and u0 (the GEMMs' results, before the low-rank updates, in one [M, 2 I]
+buffer) and the narrow s; with ``recompute`` g0 and u0 are not kept but computed again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import routes
+from ...types import GatedMLPLoRA
+from ..lora.decode import decode_linear
+from ..lora.expand import Delta, expand_
+from ..lora.gemm import CONFIGS as FUSED_DOWN
+from ..lora.gemm import gemm_linear
+from ..lora.grad import lora_grad
+from ..lora.linear import matrix_gradients
+from ..lora.shrink import shrink
+from ..shared.launch import Rows
+from .decode import CONFIGS as DECODE_UP
+from .decode import decode_mlp_up
+from .gemm import CONFIGS as FUSED_UP
+from .gemm import gemm_mlp_up
+from .hidden import mlp_hidden
+from .hidden_bwd import HiddenDeltas, mlp_hidden_bwd
+from .hidden_bwd_lora import LARGEST_RANK, HiddenGrads, mlp_hidden_bwd_lora
+
+
+class Layer(NamedTuple):
+    """An MLP as it is called: base weights, gates [I] or None, updates, memory of each token."""
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    gates: Tensor | None
+    lora: GatedMLPLoRA
+    rows: Rows
+    activation: str
+
+
+class Kept(NamedTuple):
+    """What backward needs of a forward; None for what is not there."""
+
+    gu: Tensor | None
+    s_gate_up: Tensor | None
+    s_down: Tensor | None
+
+
+def route_of(stage: str, x: Tensor, w_gate: Tensor) -> routes.Route:
+    """The route of a call on x [M, H]."""
+    i, h = w_gate.shape
+    return routes.choose(routes.Shape("gated_mlp", stage, x.shape[0], h, i, x.dtype), x.device)
+
+
+def _shrink_both(x: Tensor, lora: GatedMLPLoRA, rows: Rows) -> Tensor | None:
+    """s of gate and, beside it, of up: [M, r_gate + r_up]; None without either."""
+    matrices = [part.a for part in (lora.gate, lora.up) if part is not None]
+    if not matrices:
+        return None
+    return shrink(x, matrices[0], matrices[1] if len(matrices) > 1 else None, rows)
+
+
+def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> tuple[Delta | None, Delta | None]:
+    """The updates of g and u, from the columns of ``_shrink_both``."""
+    found, column = [], 0
+    for part in (lora.gate, lora.up):
+        if part is None:
+            found.append(None)
+            continue
+        r = part.a.shape[1]
+        found.append(Delta(s[:, column : column + r], part.b, part.scaling))
+        column += r
+    return tuple(found)
+
+
+def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """[x Wg^T, x Wu^T] as one [M, 2 I]: one GEMM where both weights are halves of one buffer."""
+    i, h = w_gate.shape
+    offset = w_up.storage_offset() - w_gate.storage_offset()
+    shared = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata
+    if shared and offset == i * w_gate.stride(0) and w_gate.stride() == w_up.stride():
+        return x @ w_gate.as_strided((2 * i, h), w_gate.stride()).t()
+    gu = x.new_empty(x.shape[0], 2 * i)
+    torch.mm(x, w_gate.t(), out=gu[:, :i])
+    torch.mm(x, w_up.t(), out=gu[:, i:])
+    return gu
+
+
+def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Kept]:
+    """(y, what backward needs); g0 and u0 are kept only with ``keep``. x is [M, H]."""
+    (w_gate, w_up, w_down), gates, lora, rows, activation = layer
+    i, route = w_gate.shape[0], route_of("forward", x, w_gate)
+    s_gate_up = _shrink_both(x, lora, rows)
+    deltas = _deltas(s_gate_up, lora)
+    gu = None
+    if route.name == "fused":
+        config = routes.find(FUSED_UP, route)
+        h, gu = gemm_mlp_up(x, w_gate, w_up, gates, *deltas, rows, activation, config, keep)
+    else:
+        gu = _gate_up(x, w_gate, w_up)
+        h = mlp_hidden(gu[:, :i], gu[:, i:], gates, *deltas, rows, activation)
+    s_down = None if lora.down is None else shrink(h, lora.down.a, None, rows)
+    down = () if lora.down is None else (Delta(s_down, lora.down.b, lora.down.scaling),)
+    if route.name == "fused":
+        y = gemm_linear(h, w_down, None, down, rows)
+    else:
+        y = F.linear(h, w_down)
+        y = expand_(y, down, rows) if down else y
+    return y, Kept(gu if keep else None, s_gate_up, s_down)
+
+
+def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
+    """y of ``mlp_forward``, where nothing is kept for backward."""
+    weights, gates, lora, rows, activation = layer
+    route = route_of("forward", x, weights[0])
+    if route.name != "decode":
+        return mlp_forward(x, layer, keep=False)[0]
+    config = routes.find(DECODE_UP, route)
+    h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
+    return decode_linear(h, weights[2], None, lora.down, rows)
+
+
+def _hidden_backward(
+    dh: Tensor, gu: Tensor, kept: Kept, t_down: Tensor | None, layer: Layer, needs_gates: bool
+) -> HiddenGrads:
+    """dg, du, dz and the sums over tokens, fused where the ranks allow it; gu is written over where
+    it was computed for this backward alone."""
+    _, gates, lora, rows, activation = layer
+    i = dh.shape[1]
+    halves = gu[:, :i], gu[:, i:]
+    s_gate, s_up = _deltas(kept.s_gate_up, lora)
+    down = None
+    if lora.down is not None:
+        down = Delta(t_down, lora.down.a.transpose(1, 2), lora.down.scaling)
+    deltas = HiddenDeltas(s_gate, s_up, down)
+    some, overwrite = any(d is not None for d in deltas), kept.gu is None
+    if some and deltas.rank() <= LARGEST_RANK:
+        needs = needs_gates, overwrite
+        return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs)
+    needs = needs_gates, down is not None, overwrite
+    out, h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
+    wide = *out, h
+    narrow = [None if d is None else d.s for d in deltas]
+    sums = [
+        None if p is None else lora_grad(p, q, d.b.shape[0], rows)
+        for p, q, d in zip(narrow, wide, deltas, strict=True)
+    ]
+    return HiddenGrads(*out, dz, *sums)
+
+
+def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
+    """dx = dg Wg + du Wu + the low-rank updates of both."""
+    (w_gate, w_up, _), _, lora, rows, _ = layer
+    route = route_of("backward", dg, w_gate)
+    turned = GatedMLPLoRA(
+        *(None if p is None else p._replace(b=p.a.transpose(1, 2)) for p in lora[:2])
+    )
+    deltas = tuple(d for d in _deltas(t, turned) if d is not None)
+    if route.name == "fused":
+        config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
+        dx = gemm_linear(dg, w_gate.t(), None, (), rows, config)
+        return gemm_linear(du, w_up.t(), None, deltas, rows, config, onto=dx)
+    dx = torch.addmm(dg @ w_gate, du, w_up)
+    return expand_(dx, deltas, rows) if deltas else dx
+
+
+def mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    kept: Kept,
+    layer: Layer,
+    needs: tuple[bool, bool, list[list[bool]]],
+) -> list[Tensor | None]:
+    """[dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x, gates, and
+    three flags for each update) says so."""
+    weights, gates, lora, rows, _ = layer
+    needs_x, needs_gates, trains = needs
+    gu = _gate_up(x, *weights[:2]) if kept.gu is None else kept.gu
+    down = lora.down
+    t_down = None if down is None else shrink(dy, down.b.transpose(1, 2), None, rows)
+    hidden = _hidden_backward(dy @ weights[2], gu, kept, t_down, layer, needs_gates)
+    narrow = [
+        None if p is None else shrink(part, p.b.transpose(1, 2), None, rows)
+        for p, part in zip(lora[:2], hidden[:2], strict=True)
+    ]
+    there = [part for part in narrow if part is not None]
+    t = None if not there else there[0] if len(there) == 1 else torch.cat(there, 1)
+    grads: list[Tensor | None] = [
+        _input_gradient(*hidden[:2], t, layer) if needs_x else None,
+        None if hidden.dz is None else hidden.dz.to(gates.dtype),
+    ]
+    for part, p, db, train in zip(lora[:2], narrow, hidden[3:5], trains[:2], strict=True):
+        if not any(train):
+            grads += [None, None, None]
+            continue
+        da = lora_grad(p, x, part.a.shape[0], rows)
+        grads += matrix_gradients(part, da, db, train)
+    if not any(trains[2]):
+        return [*grads, None, None, None]
+    db = lora_grad(kept.s_down, dy, down.a.shape[0], rows)
+    return grads + matrix_gradients(down, hidden.down, db, trains[2])

@@ -1,0 +1,1 @@
+"""What every kernel uses: launching, joining torch, sums."""

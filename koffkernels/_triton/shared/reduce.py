@@ -1,0 +1,45 @@
+"""Sums of partial results in a fixed order: the second pass of every split reduction."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import cdiv, launch
+
+EXPECTS = {"_sum_partials_kernel": None}
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _sum_partials_kernel(part_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
+    """One program: BLOCK elements of out, added over splits 0, 1, 2, ..."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    part_ptrs = part_ptr + offs
+    for _ in range(splits):
+        total += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += size
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension, in order, in fp32.
+
+    Args:
+        partials: fp32 [splits, ...], contiguous.
+        dtype: of the result.
+    """
+    out = partials.new_empty(partials.shape[1:], dtype=dtype)
+    launch(
+        _sum_partials_kernel,
+        (cdiv(out.numel(), 1024),),
+        part_ptr=partials,
+        out_ptr=out,
+        splits=partials.shape[0],
+        size=out.numel(),
+        BLOCK=1024,
+    )
+    return out

@@ -1,0 +1,356 @@
+"""bench.gpu without a GPU: every part dry, the peers' results, and what the files hold."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from kernels import test_gpu_kernels as gpu_tests
+
+from bench import timing
+from bench.gpu import __main__ as command
+from bench.gpu import checks, context, device, results, tables, training
+from bench.peers import peft_mlp
+
+ROOT = Path(__file__).parents[2]
+
+
+def dry(part: str, folder: Path, *options: str) -> dict:
+    """Run one part dry in this process; its file."""
+    assert command.main(["--dry-run", "--part", part, "--output", str(folder), *options]) == 0
+    record = json.loads((folder / f"dry-{part}.json").read_text())
+    assert record["dry"] and record["part"] == part and record["seconds"] >= 0
+    assert record["environment"]["gpu"]["name"] == "dry"
+    assert record["environment"]["torch"] == timing.version_of("torch")
+    return record
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with context.bench(True) as made:
+        yield made
+
+
+def test_bench_gpu_targets_dry(tmp_path):
+    record = dry("targets", tmp_path)
+    assert record["complete"] and not record["not_run"]
+    assert all(rate > 0 for rate in record["limits"].values()) and len(record["limits"]) == 2
+    rows = {row["name"]: row for row in record["rows"]}
+    assert not [row for row in rows.values() if "error" in row]
+    wanted = {
+        "mlp-pruned-prefill": 0.95,
+        "mlp-pruned-decode-16": 0.85,
+        "lora-overhead-decode-1": 0.08,
+        "mixed-decode-64": 0.92,
+        "mlp-training-over-peft-liger": 1.3,
+        "mlp-training-over-peft-liger-memory": 0.7,
+        "mlp-training-over-hand-written": 1.1,
+        "attention-prefill": 0.9,
+        "attention-training": 0.8,
+    }
+    assert {name: rows[name]["target"] for name in wanted} == wanted
+    assert rows["lora-overhead-prefill"]["target"] > 0.02  # the shrink's reads come on top
+    decode = [rows[name]["target"] for name in rows if name.startswith("attention-decode")]
+    assert decode == [0.75, 0.6]
+    for row in rows.values():
+        assert row["passed"] is None  # dry times are not judged
+        assert row["dtype"] == "bf16" and "condition" in row and row["case"]
+        if "times" in row:
+            assert row["us"] > 0 and row["limit_us"] > 0 and row["shape"] and row["limit"]
+            assert all(t["min"] <= t["median"] <= t["max"] for t in row["times"].values())
+
+
+def test_bench_gpu_a_missing_peer_is_said_and_not_faked(bench, monkeypatch):
+    monkeypatch.setattr(peft_mlp, "liger_mlp", lambda: None)
+    rows = [row for row in training.mlp_training(bench) if "liger" in row["name"]]
+    assert [row["name"] for row in rows] == [
+        "mlp-training-over-peft-liger",
+        "mlp-training-over-peft-liger-memory",
+    ]
+    for row in rows:
+        assert row["status"] == "peer missing: liger-kernel"
+        assert row["share"] is None and row["passed"] is None and "us" not in row
+
+
+def test_bench_gpu_a_peer_that_fails_costs_no_other_row(bench, monkeypatch):
+    class Broken(peft_mlp.LlamaMLP):
+        def forward(self, x):
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(peft_mlp, "liger_mlp", lambda: Broken)
+    rows = {row["name"]: row for row in training.mlp_training(bench)}
+    assert rows["mlp-training-over-peft-liger"]["status"] == "peer failed: no kernel"
+    assert rows["mlp-training-over-hand-written"]["us"] > 0 and len(rows) == 6
+
+
+def test_bench_gpu_decode_dry(tmp_path):
+    rows = dry("decode", tmp_path)["rows"]
+    assert len(rows) == 2 * 3 * (4 + 5 + 5)  # width x batch x (paths with 0, 1, 8 memories)
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * 1e6 / row["us"])
+        assert row["bytes"] > 0 and row["times"]["count"] > 0 and row["share_of_copy_bandwidth"] > 0
+    size = {row["name"]: row["bytes"] for row in rows}
+    dense, none = (
+        size["decode-dense-8-memories-batch-16-koff"],
+        size["decode-dense-0-memories-batch-16-koff"],
+    )
+    assert size["decode-pruned-8-memories-batch-16-koff"] < dense and dense > none
+
+
+def test_bench_gpu_tables_dry(tmp_path):
+    record = dry("tables", tmp_path)
+    table = json.loads((tmp_path / "configs" / "dry.json").read_text())
+    assert set(table) == {"gpu", "capability", "torch", "triton", "rows"}
+    assert len(table["rows"]) == len({row["case"] for row in record["rows"]}) == 2
+    for row in table["rows"]:
+        assert tuple(row) == tables.FIELDS
+        assert row["op"] in ("gated_mlp", "lora_linear") and row["dtype"] == "bf16"
+        assert row["pass"] in ("forward", "backward") and 0 < row["us"] <= row["vendor_us"]
+
+
+def test_bench_gpu_tests_part_dry(tmp_path):
+    options = [f"--only={name}" for name in ("tests-bf16", "memcheck-vendor")]
+    rows = {row["name"]: row for row in dry("tests", tmp_path, *options)["rows"]}
+    tests, memcheck = rows["tests-bf16"], rows["memcheck-vendor"]
+    assert (tests["passed"], tests["failed"], tests["exit_code"]) == (0, 0, 5)  # all deselected
+    assert "deselected" in tests["output"] or "no tests ran" in tests["output"]  # xdist's words
+    assert memcheck["status"].startswith("no compute-sanitizer") and memcheck["exit_code"] == 0
+    assert "9 cases ran" in memcheck["output"]
+
+
+def test_bench_gpu_all_parts_run_as_processes(tmp_path, monkeypatch):
+    calls = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(command.subprocess, "run", lambda c, **k: calls.append(c) or done)
+    assert command.main(["--dry-run", "--minutes", "0.5", "--output", str(tmp_path)]) == 0
+    assert [c[c.index("--part") + 1] for c in calls] == list(command.PARTS)
+    for call in calls:
+        args = command._parser().parse_args(call[3:])
+        assert args.dry_run and args.minutes == 0.5 and args.output == tmp_path.resolve()
+        assert args.configs == tmp_path.resolve() / "configs"
+
+
+def test_bench_gpu_out_of_time_is_marked_and_resumed(tmp_path):
+    first = dry("tables", tmp_path, "--minutes", "0")
+    names = [key.name for key in tables.keys(context.Bench("cpu", True, context.TINY, None, 0))]
+    assert [row["name"] for row in first["not_run"]] == names and not first["complete"]
+    assert {row["reason"] for row in first["not_run"]} == {"out of time"} and not first["rows"]
+    half = dry("tables", tmp_path, "--only", names[0])
+    both = dry("tables", tmp_path, "--resume")
+    assert both["rows"][0] == half["rows"][0] and both["complete"]
+    assert list(dict.fromkeys(row["case"] for row in both["rows"])) == names
+
+
+def test_bench_gpu_rows_of_other_versions_are_not_kept(tmp_path):
+    path = tmp_path / "dry-tables.json"
+    record = dry("tables", tmp_path)
+    record["environment"]["torch"], record["rows"][0]["us"] = "1.0", -1.0
+    path.write_text(json.dumps(record))
+    assert all(row["us"] > 0 for row in dry("tables", tmp_path, "--resume")["rows"])
+
+
+def test_bench_gpu_rows_of_another_route_table_are_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "routes.json"
+    monkeypatch.setattr(results, "table_path", lambda gpu: path)
+
+    def kept():
+        return len(results.Results(tmp_path, "targets", True, resume=True).record["rows"])
+
+    first = results.Results(tmp_path, "targets", True)
+    first.add([{"case": "a", "name": "a", "us": 1.0}])
+    assert kept() == 1
+    path.write_text("{}")
+    assert kept() == 0
+
+
+def test_bench_gpu_a_fused_backward_has_the_candidates_it_runs():
+    forward = tables.configurations("gated_mlp", "forward", "fused", 90)
+    backward = tables.configurations("gated_mlp", "backward", "fused", 90)
+    assert backward == tables.configurations("lora_linear", "backward", "fused", 90) != forward
+
+
+def test_bench_gpu_an_error_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    made = results.Results(tmp_path, "targets", True)
+    cases = [("bad", lambda: 1 / 0), ("good", lambda: [results.judged("good", 0.9, 0.8)])]
+    made.run(cases, results.Deadline(1))
+    rows = json.loads(made.path.read_text())["rows"]
+    assert rows[0]["name"] == "bad" and "ZeroDivisionError" in rows[0]["error"]
+    assert rows[1]["name"] == "good" and [p.name for p in tmp_path.iterdir()] == [made.path.name]
+    monkeypatch.setattr(results, "_free", lambda: "the GPU was lost: why")
+    made = results.Results(tmp_path, "targets", True)
+    made.run(cases, results.Deadline(1))
+    assert made.record["not_run"] == [{"name": "good", "reason": "the GPU was lost: why"}]
+
+
+@pytest.mark.parametrize(
+    "share,at_most,passed",
+    [
+        (0.9, False, True),
+        (0.7, False, False),
+        (0.7, True, True),
+        (0.9, True, False),
+        (None, True, None),
+    ],
+)
+def test_bench_gpu_verdicts(share, at_most, passed):
+    row = results.judged("name", share, 0.8, at_most=at_most)
+    assert row["passed"] is passed and ("name" in results.line(row))
+
+
+@pytest.mark.parametrize(
+    "part,row,codes",
+    [
+        ("targets", {"passed": False, "target": 1.0}, (0, 1)),
+        ("targets", {"passed": None, "target": 1.0}, (0, 1)),  # a peer was missing
+        ("targets", {"passed": None, "target": None}, (0, 0)),
+        ("targets", {"error": "why"}, (0, 1)),
+        ("targets", {"passed": True, "target": 1.0}, (0, 0)),
+        ("tests", {"passed": 3, "failed": 0, "exit_code": 0}, (0, 0)),
+        ("tests", {"passed": 3, "failed": 1, "exit_code": 1}, (1, 1)),
+        ("tests", {"passed": 0, "failed": 0, "exit_code": 5}, (1, 1)),  # nothing collected
+        ("tests", {"passed": 0, "failed": 0, "exit_code": None}, (1, 1)),  # stopped
+        ("tests", {"error": "why"}, (1, 1)),
+        ("tests", {"status": "3 errors", "exit_code": 99}, (1, 1)),
+        ("tests", {"status": "failed", "exit_code": 1}, (1, 1)),
+        ("tests", {"status": "refused", "exit_code": 1}, (0, 0)),
+    ],
+)
+def test_bench_gpu_exit_codes(part, row, codes):
+    record = {"part": part, "dry": False, "rows": [row]}
+    assert tuple(command._verdict(record, check) for check in (False, True)) == codes
+
+
+def test_bench_gpu_says_in_one_line_what_is_missing(monkeypatch, capsys):
+    real = device.importlib.util.find_spec
+    monkeypatch.setattr(
+        device.importlib.util, "find_spec", lambda n: None if n == "pytest" else real(n)
+    )
+    assert command.main(["--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "package pytest must be installed" in error
+
+
+def test_bench_gpu_refuses_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main([]) == 2
+    assert "a CUDA GPU must be visible" in capsys.readouterr().err
+
+
+def test_bench_gpu_results_go_into_the_repository_only_when_measured(tmp_path):
+    def folders(*arguments):
+        return command._folders(command._parser().parse_args(arguments))
+
+    assert folders() == (ROOT / "bench" / "results", ROOT / "koffkernels" / "configs")
+    assert folders("--output", str(tmp_path)) == (tmp_path, ROOT / "koffkernels" / "configs")
+    dry_run = folders("--output", str(tmp_path), "--dry-run")
+    assert dry_run == (tmp_path, tmp_path / "configs")
+    assert ROOT not in folders("--dry-run")[0].parents
+    assert device.slug("NVIDIA H200") == "h200"
+    assert device.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    text = device.without_paths("File /opt/x.y/lib/a.py line 1/2 at ../b/c", 100)
+    assert text == "File a.py line 1/2 at ../b/c"
+
+
+def test_bench_gpu_sets_do_not_fit_the_cache():
+    made = context.Bench("cpu", False, context.LLAMA_8B, None, l2=60 << 20)
+    for size in (1 << 20, 8 << 20, 352 << 20):
+        assert made.sets(size) * size >= min(4 * made.l2, 256 * size) and made.sets(size) >= 2
+    assert context.pruned(14336) == 11904
+
+
+def test_bench_gpu_winner_must_beat_the_vendor_by_the_margin():
+    def row(route, us, config=None):
+        key = dict(zip(tables.FIELDS, ("gated_mlp", "forward", 1, 2, 3, 4, "bf16"), strict=False))
+        return key | {"route": route, "config": config, "us": us, "vendor_us": 100.0}
+
+    vendor = row("vendor", 100.0)
+    assert tables.winners([vendor, row("fused", 99.5, "a")]) == [vendor]
+    fused = [row("fused", 95.0, "a"), row("fused", 90.0, "b"), {"error": "no", "us": 1.0}]
+    assert tables.winners([*fused, vendor]) == tables.winners([vendor, *fused]) == [fused[1]]
+
+
+def test_bench_gpu_candidates_follow_the_kernels(monkeypatch):
+    class Config:
+        def __init__(self, archs=None):
+            self.archs = archs
+
+    class Module:
+        CONFIGS = {"a": Config(), "b": Config((80,)), "c": Config((80, 90))}
+
+    monkeypatch.setattr(tables.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tables.importlib, "import_module", lambda name: Module)
+    small = tables.Key("lora_linear", "forward", 16, 64, 64, 16)
+    names = [c.name for c in tables.candidates(small, 90)]
+    assert names == ["vendor", "fused:a", "fused:c", "decode:a", "decode:c"]
+    for large in (small._replace(m=128), small._replace(direction="backward")):
+        names = [c.name for c in tables.candidates(large, 90)]
+        assert names == ["vendor", "fused:a", "fused:c"]
+
+
+def test_bench_gpu_junit_counts(tmp_path):
+    report = tmp_path / "report.xml"
+    assert checks._counts(report)["passed"] == 0
+    report.write_text(
+        "<testsuites><testsuite><testcase name='a'/><testcase name='c'><skipped/></testcase>"
+        "<testcase name='b'><failure message='/x/y/z.py: no'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    counts = checks._counts(report)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+    assert counts["failures"] == [{"test": "b", "why": "z.py: no"}]
+
+
+@pytest.mark.parametrize(
+    "code,output,status",
+    [
+        (0, "9 cases ran\n== ERROR SUMMARY: 0 errors", "clean"),
+        (0, "0 cases ran\n== ERROR SUMMARY: 0 errors", "failed"),
+        (99, "Invalid __global__ read\n== ERROR SUMMARY: 2 errors", "2 errors"),
+        (1, "Error: Device not supported", "refused"),
+        (1, "Traceback", "failed"),
+        (None, "", "out of time"),
+    ],
+)
+def test_bench_gpu_memcheck_status(code, output, status):
+    assert checks._status(code, output) == status
+
+
+def test_bench_gpu_files_with_gpu_tests_are_found():
+    assert "tests/kernels/test_gated_mlp.py" in checks.other_tests()
+    assert "tests/bench/test_bench_gpu.py" not in checks.other_tests()
+    assert checks.KERNEL_TESTS not in checks.other_tests()
+    assert gpu_tests.pytestmark.name == "gpu"
+
+
+def test_bench_gpu_make_target_passes_its_options():
+    def dry(*options: str) -> str:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # of an outer make
+        command = ["make", "-n", "gpu", *options]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    options = dry("PART=targets", "OUTPUT=out", "GPU_PYTHON=some-python")
+    assert options == "some-python -m bench.gpu --part targets --output out"
+    assert dry() == "python3 -m bench.gpu"
+
+
+def test_bench_gpu_results_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file.json"
+    timing.write(path, {"a": 1})
+    monkeypatch.setattr(timing.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        timing.write(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_bench_gpu_a_stopped_process_leaves_nothing_behind():
+    child = "import time; print('child', flush=True); time.sleep(60)"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    code, output = checks._process([sys.executable, "-c", script], 2.0)
+    assert code is None and "child" in output
+    assert time.monotonic() - start < 30  # the pipe is closed: the child is gone too

@@ -1,0 +1,221 @@
+"""Recipes: strict parsing, overrides, paths, and what a run checks before it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from koff.commands.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
+from koff.commands.train import check_output, last_checkpoint
+from koff.model.arch import LINEARS
+from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+MINIMAL = {
+    "model": "some/model",
+    "data": {"en": {"train": "en.jsonl"}, "fr": {"train": "fr.jsonl"}},
+}
+
+
+def minimal(**changes):
+    return parse(json.loads(json.dumps(MINIMAL)) | changes, Path("/root-of-data"))
+
+
+def test_parse_defaults_follow_the_data_and_the_seed():
+    recipe = minimal(seed=7)
+    assert recipe.koff.memories == ("en", "fr")
+    assert (recipe.koff.seed, recipe.koff.target_sparsity) == (7, 0.2)
+    assert recipe.koff.lora.r == 16 and recipe.koff.kv.num_tokens == 128
+    assert (recipe.train.steps, recipe.train.batching, recipe.general) == (1000, "mixed", {})
+    assert minimal(koff={"seed": 3}, seed=7).koff.seed == 3
+    assert minimal(koff=None, train=None, general=None) == minimal()
+
+
+def test_parse_without_both_parts_learns_gates_alone():
+    recipe = minimal(koff={"lora": None, "kv": None, "memories": ["en", "fr"]})
+    assert recipe.koff.memories == () and recipe.koff.target_sparsity == 0.2
+    assert minimal(koff={"lora": None}).koff.memories == ("en", "fr")
+    assert minimal(koff={"target_sparsity": 0}).koff.target_sparsity == 0
+
+
+def test_parse_takes_pefts_word_for_all_linear_layers():
+    recipe = minimal(koff={"lora": {"target_modules": "all-linear"}})
+    assert recipe.koff.lora.target_modules == LINEARS
+    with pytest.raises(ValueError, match="must be a list or one of 'all-linear', got 'all'"):
+        minimal(koff={"lora": {"target_modules": "all"}})
+
+
+def test_parse_inverts_to_dict_through_json():
+    recipe = minimal(
+        koff={"kv": {"num_tokens": 4}, "lora": None},
+        general={"math": {"train": {"hub": "a/b", "field": ["q", "a"]}, "weight": 2}},
+        train={"fix_mask_at": None, "lora_learning_rate": "1e-3"},
+    )
+    again = parse(json.loads(json.dumps(recipe.to_dict())), recipe.root)
+    assert again == recipe
+    assert again.train.lora_learning_rate == 1e-3 and again.train.fix_mask_at is None
+    assert again.general["math"].weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle=x", r"modle must be one of the known keys \['data'.*did you mean 'model'\?"),
+        ("train.setps=1", r"train\.setps must be one of.*did you mean 'steps'\?"),
+        ("koff.lora.alhpa=1", r"koff\.lora\.alhpa must be one of.*did you mean 'alpha'\?"),
+        ("data.en.trian=x", r"data\.en\.trian must be one of.*did you mean 'train'\?"),
+        ("data.en.train.hbu=x", r"data\.en\.train must have keys to be set"),
+        ("data.en={test: a.jsonl}", r"data\.en\.train must be given, got nothing"),
+        ("train.steps=ten", r"train\.steps must be an integer, got 'ten' \(str\)"),
+        ("train.steps=true", r"train\.steps must be an integer, got True"),
+        ("train.steps=0", r"in train: steps must be at least 1, got 0"),
+        ("train.bf16=1", r"train\.bf16 must be true or false, got 1"),
+        ("train.batching=both", r"train\.batching must be one of 'mixed', 'single', got 'both'"),
+        (
+            "train.gate_learning_rate=fast",
+            r"train\.gate_learning_rate must be a number, got 'fast'",
+        ),
+        ("train.fix_mask_at=x", r"train\.fix_mask_at must be a number or null, got 'x'"),
+        ("koff.target_sparsity=2", r"in koff: KoffConfig: target_sparsity must lie in 0\.\.0\.953"),
+        ("koff.memories=[en]", r"koff\.memories must be the domains of data \['en', 'fr'\]"),
+        ("koff.memories=[1]", r"koff\.memories\[0\] must be a text, got 1"),
+        ("koff=3", r"koff must be a mapping of keys to values, got 3"),
+        ("data=null", r"data must name at least one domain, got none"),
+        ("data.a/b.train=x.jsonl", r"in koff: KoffConfig: a memory name must be .*'a/b'"),
+        ("data={true: {train: x}}", r"data \(a key\) must be a text, got True"),
+        ("general.m={train: x, weight: 0}", r"in general\.m: weight must be positive, got 0"),
+        ("dtype=int8", r"dtype must be one of 'auto', 'float32'.*got 'int8'"),
+        ("nothing", "an override must read KEY=VALUE, got 'nothing'"),
+        ("train.steps=1" + "0" * 30, r"in train: steps must be at most 1000000000, got 10+;"),
+        ("train.warmup_ratio=.nan", r"in train: warmup_ratio must lie in 0\.\.1, got nan"),
+        ("seed=-1", r"seed must lie in 0\.\.4294967295, got -1"),
+        ("seed=2001-13-45", r"the value of seed must be valid YAML, got '2001-13-45'"),
+        ("train.steps=" + "[" * 5000, r"the value of train\.steps must be valid YAML"),
+        ("train.steps=[1", r"the value of train\.steps must be valid YAML, got '\[1'"),
+    ],
+)
+def test_load_refuses_with_the_key_path(tmp_path, override, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), "utf-8")
+    with pytest.raises((KeyError, ValueError), match=message):
+        load_recipe(path, [override])
+
+
+def test_load_refuses_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be an existing file, got nothing there"):
+        load_recipe(tmp_path / "none.yaml")
+    path = tmp_path / "r.yaml"
+    path.write_text("model: x\ndata: [", "utf-8")
+    with pytest.raises(ValueError, match=r"r\.yaml line \d must be valid YAML"):
+        load_recipe(path)
+    path.write_text("- model", "utf-8")
+    with pytest.raises(ValueError, match="must hold a mapping of keys to values, got list"):
+        load_recipe(path)
+
+
+def test_overrides_read_yaml_and_leave_the_input_alone():
+    values = {"train": {"steps": 5}}
+    changed = apply_overrides(values, ["train.steps=10", "koff.kv=null", "koff.lora.r=4", "seed=2"])
+    assert changed == {"train": {"steps": 10}, "koff": {"kv": None, "lora": {"r": 4}}, "seed": 2}
+    assert values == {"train": {"steps": 5}}
+
+
+def test_paths_start_from_koff_data_or_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.delenv("KOFF_DATA", raising=False)
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), "utf-8")
+    assert load_recipe(path).sources("train")["en"].path == tmp_path / "en.jsonl"
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("KOFF_DATA", str(other))
+    recipe = load_recipe(path)
+    assert recipe.sources("train")["en"].path == other / "en.jsonl"
+    assert data_root(tmp_path) == other
+    with pytest.raises(FileNotFoundError, match=r"other/en\.jsonl must be an existing file"):
+        recipe.check_files()
+
+
+def test_model_is_a_folder_or_a_hub_id(tmp_path):
+    recipe = minimal(model="models/tiny")
+    recipe.root = tmp_path
+    assert recipe.model_path() == "models/tiny"
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    assert recipe.model_path() == str(tmp_path / "models/tiny")
+    recipe.model = "./none"
+    with pytest.raises(FileNotFoundError, match="model must be an existing folder or a hub id"):
+        recipe.model_path()
+
+
+def test_sources_know_hub_datasets_and_fields():
+    recipe = minimal(
+        general={
+            "arc": {
+                "train": {"hub": "a/arc", "name": "C", "split": "train", "limit": 5},
+                "test": {"hub": "a/arc", "split": "test", "field": "question"},
+                "field": "{question} {answer}",
+            }
+        }
+    )
+    source = recipe.sources("train", general=True)["arc"]
+    assert (source.hub, source.name, source.limit) == ("a/arc", "C", 5)
+    assert source.field == "{question} {answer}"
+    assert recipe.sources("test", general=True)["arc"].field == "question"
+    assert recipe.sources("validation", general=True) == {} and recipe.sources("test") == {}
+
+
+def test_first_difference_names_the_key():
+    assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}) is None
+    assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}) == "a.b"
+    assert first_difference({"a": 1}, {"a": 1, "c": 2}) == "c"
+
+
+def test_output_is_new_empty_or_the_same_run(tmp_path):
+    recipe = minimal()
+    out = tmp_path / "out"
+    assert check_output(out, recipe) is None
+    out.mkdir()
+    assert check_output(out, recipe) is None
+    (out / "notes.txt").write_text("mine", "utf-8")
+    with pytest.raises(ValueError, match=r"must be empty or hold an interrupted run, got \['notes"):
+        check_output(out, recipe)
+    (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": recipe.to_dict()}), "utf-8")
+    assert check_output(out, recipe) is None
+    for step, complete in ((5, True), (10, True), (15, False)):
+        folder = out / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in (WEIGHTS, FACTS, STATE):
+            (folder / name).write_text("{}", "utf-8")
+        if complete:
+            seal(folder)
+    assert check_output(out, recipe) == str(out / "checkpoints" / "checkpoint-10")
+    with pytest.raises(
+        ValueError, match=r"same recipe to resume, got one with another train\.steps"
+    ):
+        check_output(out, minimal(train={"steps": 3}))
+    (out / "koff.json").write_text("{}", "utf-8")
+    with pytest.raises(ValueError, match="must not hold a finished model"):
+        check_output(out, recipe)
+    with pytest.raises(ValueError, match="must be a folder, got a file"):
+        check_output(out / "notes.txt", recipe)
+
+
+def test_last_checkpoint_of_nothing_is_none(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse(path):
+    recipe = load_recipe(path)
+    assert recipe.koff.memories == ("en", "fr", "es")
+    assert recipe.koff.target_sparsity == 0.2 and recipe.koff.sparsity_scope == "mlp"
+    assert recipe.sources("test") and recipe.sources("test", general=True)
+    for name in recipe.koff.memories:  # train and test of one domain never overlap
+        train, test = (recipe.sources(split)[name] for split in ("train", "test"))
+        if train.hub is not None and train.split == test.split:
+            assert test.skip + test.limit <= train.skip
+
+
+def test_shipped_recipes_are_there():
+    names = {path.stem for path in RECIPES}
+    assert {"docs-llama", "llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"} <= names

@@ -1,0 +1,290 @@
+"""The operations on a GPU, on every route: values and gradients against the fp64 oracle on the CPU,
+CUDA graphs, torch.compile, bit equality, no synchronisation."""
+
+import contextlib
+
+import pytest
+import torch
+from support.gpu_cases import ATTENTION, BUILDERS, NAMES, SHAPES, Case, attention_case
+from support.oracle import (
+    assert_same,
+    compare,
+    cotangent_for,
+    leaves_of,
+    run,
+    run_oracle,
+    typical_of,
+)
+from support.tolerances import BACKWARD, FORWARD
+
+from koffkernels.dispatch import choose
+from koffkernels.routes import force_route
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+ROUTES = ("automatic", "vendor", "fused")
+OPS = ("lora_linear", "gated_mlp", "prefix_attention")
+every_op = pytest.mark.parametrize("op", OPS)
+every_dtype = pytest.mark.parametrize("dtype", NAMES)
+every_route = pytest.mark.parametrize("route", ROUTES)
+TYPICAL = {
+    "lora_linear": ((9, 33), 64, 160, 3, 8),
+    "gated_mlp": ((9, 33), 64, 160, 3, 8),
+    "prefix_attention": "longer",
+}
+DECODE = {  # at most 64 tokens
+    "lora_linear": [
+        ((1, 1), 520, 1416, 1, 16),
+        ((64, 1), 520, 1416, 8, 16),
+        ((61,), 67, 131, 40, 5),
+    ],
+    "gated_mlp": [((1, 1), 520, 1416, 1, 16), ((64, 1), 520, 1416, 8, 16), ((61,), 67, 131, 40, 5)],
+    "prefix_attention": ["one-token"],
+}
+
+
+@pytest.fixture(autouse=True)
+def fp32_accumulation():
+    """Tolerances assume products that accumulate in fp32; by default cuBLAS may split a sum and add
+    its parts in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
+
+
+def build(op: str, shape, dtype: str, **options) -> Case:
+    """The case of an operation at a shape (of attention: a name)."""
+    if op == "prefix_attention":
+        return attention_case(shape, NAMES[dtype], **options)
+    return BUILDERS[op](shape, NAMES[dtype])
+
+
+def routed(route: str):
+    """Force a route."""
+    return contextlib.nullcontext() if route == "automatic" else force_route(route)
+
+
+def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
+    """Output and gradients on the device against the oracle's on the CPU."""
+    with routed(route):
+        output, grads = run(call or case.call, case.on(DEVICE), case.frozen)
+    want, want_grads = run_oracle(case.call, case.tensors, case.frozen)
+    theirs = run(case.eager, case.on(DEVICE), case.frozen) if case.eager else (None, {})
+    compare("output", output, want, NAMES[dtype], FORWARD, theirs[0])
+    assert set(grads) == set(want_grads)
+    for name, grad in grads.items():
+        if want_grads[name] is None:
+            assert grad is None or not grad.any(), f"gradient of {name}: should be none or zero"
+            continue
+        assert grad is not None, f"gradient of {name} is missing"
+        assert grad.dtype == case.tensors[name].dtype and grad.device.type == DEVICE.type
+        typical = typical_of(name, case.tensors, want_grads)
+        compare(name, grad, want_grads[name], NAMES[dtype], BACKWARD, theirs[1].get(name), typical)
+
+
+@every_op
+def test_gpu_operations_run_on_triton(op):
+    assert choose(op, DEVICE).backend == "triton"
+
+
+def linear_cases():
+    """(op, dtype, shape) of the two linear operations."""
+    return [(op, dtype, shape) for op in OPS[:2] for dtype in NAMES for shape in SHAPES[dtype]]
+
+
+@every_route
+@pytest.mark.parametrize("op,dtype,shape", linear_cases(), ids=str)
+def test_gpu_linear_operations(op, dtype, shape, route):
+    check(build(op, shape, dtype), dtype, route)
+
+
+@every_route
+@every_dtype
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_gpu_prefix_attention(name, padding, dtype, route):
+    check(build("prefix_attention", name, dtype, padding=padding), dtype, route)
+
+
+def decode_cases():
+    """(op, shape) of one token per row."""
+    return [(op, shape) for op in OPS for shape in DECODE[op]]
+
+
+@every_dtype
+@pytest.mark.parametrize("op,shape", decode_cases(), ids=str)
+def test_gpu_decode(op, shape, dtype):
+    """Forward only: decode has no gradients. In fp32 with sums as long as tolerances.py assumes."""
+    if dtype == "fp32" and op != "prefix_attention":
+        lead, _, _, memories, rank = shape
+        shape = (lead, 64, 160, memories, rank)
+    case = build(op, shape, dtype)
+    with torch.no_grad(), routed("decode"):
+        got = case.call(case.on(DEVICE))
+    want, _ = run_oracle(case.call, case.tensors, case.frozen)
+    compare("output", got, want, NAMES[dtype], FORWARD)
+
+
+@every_route
+@every_dtype
+@every_op
+def test_gpu_two_runs_are_bit_equal(op, dtype, route):
+    torch.use_deterministic_algorithms(False)
+    case = build(op, TYPICAL[op], dtype)
+    with routed(route):
+        first = run(case.call, case.on(DEVICE), case.frozen)
+        for _ in range(3):
+            assert_same(first, run(case.call, case.on(DEVICE), case.frozen))
+
+
+def poisoned(case: Case, op: str) -> dict:
+    """The tensors on the device with NaN in memory 0: the one that -1 would read if clamped."""
+    tensors = case.on(DEVICE)
+    names = ("prefix.",) if op == "prefix_attention" else (".a", ".b")
+    for name, tensor in tensors.items():
+        if any(part in name for part in names):
+            tensor[0] = float("nan")
+    return tensors
+
+
+@every_route
+@every_dtype
+@every_op
+def test_gpu_a_bad_memory_stays_in_its_rows(op, dtype, route):
+    case = build(op, TYPICAL[op], dtype)
+    others = (case.tensors["ids"] != 0).nonzero()[:, 0].to(DEVICE)
+    assert 0 < len(others) < len(case.tensors["ids"])
+    first = next(iter(case.tensors))  # x or q
+    with routed(route):
+        clean = run(case.call, case.on(DEVICE), case.frozen)
+        broken = run(case.call, poisoned(case, op), case.frozen)
+    assert torch.equal(clean[0][others], broken[0][others])
+    assert torch.equal(clean[1][first][others], broken[1][first][others])
+
+
+@contextlib.contextmanager
+def no_sync():
+    """Let torch raise at whatever makes the host wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def trained(case: Case) -> tuple[dict, list]:
+    """(leaves on the device, those of them that train)."""
+    tensors = leaves_of(case.on(DEVICE), case.frozen)
+    return tensors, [tensor for tensor in tensors.values() if tensor.requires_grad]
+
+
+@every_route
+@every_op
+def test_gpu_nothing_synchronises(op, route):
+    torch.use_deterministic_algorithms(False)
+    case = build(op, TYPICAL[op], "bf16")
+    tensors, leaves = trained(case)
+
+    def step():
+        y = case.call(tensors)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    with routed(route):
+        step()
+        with no_sync():
+            step()
+
+
+@pytest.mark.parametrize("op,shape", decode_cases(), ids=str)
+def test_gpu_decode_does_not_synchronise(op, shape):
+    torch.use_deterministic_algorithms(False)
+    case = build(op, shape, "bf16")
+    tensors = case.on(DEVICE)
+    with torch.no_grad(), routed("decode"):
+        case.call(tensors)
+        with no_sync():
+            case.call(tensors)
+
+
+def captured(function, inputs):
+    """(graph, its output) of a call after a warm-up on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function(inputs)
+    return graph, output
+
+
+def graph_cases():
+    """(op, shape, route) of forwards that decode captures, and of larger ones."""
+    decode = [
+        (op, shape, route) for op, shape in decode_cases() for route in ("automatic", "decode")
+    ]
+    return decode + [(op, TYPICAL[op], route) for op in OPS for route in ROUTES]
+
+
+@pytest.mark.parametrize("op,shape,route", graph_cases(), ids=str)
+def test_gpu_graph_replays_with_other_inputs_and_memories(op, shape, route):
+    torch.use_deterministic_algorithms(False)
+    case = build(op, shape, "bf16")
+    tensors = case.on(DEVICE)
+    first = next(iter(tensors))
+    with torch.no_grad(), routed(route):
+        graph, output = captured(case.call, tensors)
+        tensors[first].normal_()
+        if "ids" in tensors:
+            tensors["ids"].copy_(tensors["ids"].flip(0))
+        graph.replay()
+        got = output.clone()
+        graph.replay()
+        assert torch.equal(got, output)
+    moved = {name: tensor.cpu() for name, tensor in tensors.items()}
+    want, _ = run_oracle(case.call, moved, case.frozen)
+    compare("replayed output", got, want, torch.bfloat16, FORWARD)
+
+
+@every_route
+@every_op
+def test_gpu_graph_of_forward_and_backward(op, route):
+    torch.use_deterministic_algorithms(False)
+    case = build(op, TYPICAL[op], "bf16")
+    tensors, leaves = trained(case)
+    dy = cotangent_for(case.call(tensors)).to(torch.bfloat16)
+
+    def step(held):
+        y = case.call(held)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    with routed(route):
+        graph, outputs = captured(step, tensors)
+        graph.replay()
+        got = [output.clone() for output in outputs]
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, outputs, strict=True))
+    want, grads = run_oracle(case.call, case.tensors, case.frozen)
+    compare("replayed output", got[0], want, torch.bfloat16, FORWARD)
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    for name, grad in zip(names, got[1:], strict=True):
+        typical = typical_of(name, case.tensors, grads)
+        compare(f"replayed {name}", grad, grads[name], torch.bfloat16, BACKWARD, typical=typical)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@every_op
+def test_gpu_compiled_in_one_graph(op):
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    case = build(op, TYPICAL[op], "bf16")
+    check(case._replace(eager=None), "bf16", call=torch.compile(case.call, fullgraph=True))

@@ -1,0 +1,91 @@
+"""The training schedule: balanced, repeatable, aligned over ranks, resumable."""
+
+import collections
+
+import pytest
+import torch
+
+from koff.training.schedule import Mixture, MixtureDataset, MixtureSampler, Source, collate
+
+
+def mixture(general_every=4, mixed=True, seed=0, memories=3):
+    domains = [Source(f"d{i}", torch.full((10 + i, 4), i), i if memories else -1) for i in range(3)]
+    general = [
+        Source("general/a", torch.full((7, 4), 10)),
+        Source("general/b", torch.full((5, 4), 11)),
+    ]
+    return Mixture(domains, general, [0.8, 0.2], memories, general_every, mixed, seed)
+
+
+def batches(mix, size=6, steps=16, accumulation=1, ranks=1):
+    return list(MixtureSampler(mix, size, steps, accumulation, ranks))
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_the_order_depends_on_the_seed_alone(mixed):
+    assert batches(mixture(mixed=mixed)) == batches(mixture(mixed=mixed))
+    assert batches(mixture(mixed=mixed)) != batches(mixture(mixed=mixed, seed=1))
+
+
+def test_every_nth_step_is_general():
+    for step, batch in enumerate(batches(mixture())):
+        assert all((source >= 3) == ((step + 1) % 4 == 0) for source, _, _ in batch)
+    assert all(s < 3 for b in batches(mixture(general_every=0)) for s, _, _ in b)
+
+
+def test_mixed_rows_are_balanced_and_use_their_own_memory():
+    rows = [r for b in batches(mixture(general_every=0), size=5, steps=30) for r in b]
+    counts = collections.Counter(source for source, _, _ in rows)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all(memory == source for source, _, memory in rows)
+
+
+def test_single_batches_have_one_domain_and_all_come_round():
+    order = [{s for s, _, _ in b} for b in batches(mixture(general_every=0, mixed=False), steps=9)]
+    assert all(len(o) == 1 for o in order)
+    cycles = [set().union(*order[i : i + 3]) for i in (0, 3, 6)]
+    assert all(c == {0, 1, 2} for c in cycles)
+
+
+def test_each_source_is_seen_whole_before_it_repeats():
+    rows = [r for b in batches(mixture(general_every=0), steps=20) for r in b]
+    for source, size in ((0, 10), (1, 11), (2, 12)):
+        seen = [row for s, row, _ in rows if s == source]
+        assert sorted(seen[:size]) == list(range(size))
+        assert (
+            sorted(seen[size : 2 * size]) == list(range(size))
+            and seen[:size] != seen[size : 2 * size]
+        )
+
+
+def test_general_rows_follow_the_weights_and_random_memories():
+    rows = [r for b in batches(mixture(general_every=1), size=50, steps=20) for r in b]
+    share = sum(s == 3 for s, _, _ in rows) / len(rows)
+    assert abs(share - 0.8) < 0.05  # 1000 draws: standard deviation 0.013
+    assert {m for _, _, m in rows} == {0, 1, 2}
+    single = batches(mixture(general_every=1, mixed=False), steps=12)
+    assert all(len({m for _, _, m in b}) == 1 for b in single)
+    assert all(m == -1 for b in batches(mixture(memories=0)) for _, _, m in b)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_ranks_take_batches_of_one_kind_in_turn(mixed):
+    ranks, accumulation = 4, 2
+    got = batches(mixture(mixed=mixed), steps=8, accumulation=accumulation, ranks=ranks)
+    assert len(got) == 8 * accumulation * ranks
+    for micro in range(0, len(got), ranks):
+        group = got[micro : micro + ranks]
+        step = micro // ranks // accumulation
+        assert all((s >= 3) == ((step + 1) % 4 == 0) for b in group for s, _, _ in b)
+        if not mixed and group[0][0][0] < 3:
+            assert len({s for b in group for s, _, _ in b}) == 1
+    rows = [r for b in got for r in b if r[0] == 0][:10]
+    assert len({row for _, row, _ in rows}) == 10  # no rank sees another's rows
+
+
+def test_rows_and_batches():
+    data = MixtureDataset(mixture(), ["en", "fr", "es"])
+    assert len(data) == 10 + 11 + 12 + 7 + 5
+    batch = collate([data[(1, 0, 1)], data[(4, 2, -1)]])
+    assert batch["input_ids"].tolist() == [[1] * 4, [11] * 4]
+    assert batch["memory"] == ["fr", None] and batch["source"] == [1, 4]

@@ -1,0 +1,153 @@
+"""What users of transformers' Trainer do with a KoffTrainer beside calling train once."""
+
+import copy
+import math
+
+import pytest
+import torch
+from support.models import NAMES, VOCAB, tiny, tokens
+from training.test_trainer import DOMAINS, GENERAL, arguments, fresh, learned, trainer
+from transformers import TrainingArguments
+
+import koff
+
+
+def test_resuming_before_the_mask_was_fixed_trains_the_gates_again(tmp_path):
+    """On the trainer that has fixed it, and to the same end."""
+    run = trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, fix_mask_at=0.5)
+    run.train()
+    first = learned(run.model)
+    assert koff.sparsity(run.model).hard
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert koff.sparsity(run.model).hard
+    assert koff.sparsity(run.model).mlp == pytest.approx(round(0.2 * 288) / 288)
+    again = learned(run.model)
+    assert all(torch.equal(again[name], t) for name, t in first.items())
+
+
+@pytest.mark.parametrize(("every", "general"), [(0, None), (2, GENERAL), (4, GENERAL)])
+def test_epochs_count_passes_over_the_domains(tmp_path, every, general):
+    args = arguments(tmp_path, max_steps=-1, num_train_epochs=2, general_every=every)
+    run = koff.KoffTrainer(fresh(), args, DOMAINS, general)
+    rows = sum(len(source.blocks) for source in run.mixture.domains)
+    steps = [batch[0][0] < len(NAMES) for batch in run.get_train_dataloader().batch_sampler]
+    assert sum(steps) == math.ceil(2 * rows / 4) and steps[-1]
+    few = {name: docs[:2] for name, docs in DOMAINS.items()}
+    assert args.max_steps == -1  # the caller's own: the next trainer counts anew
+    assert koff.KoffTrainer(fresh(), args, few, general).args.max_steps < run.args.max_steps
+
+
+def test_mixed_precision_ends_with_the_training(tmp_path):
+    run = trainer(tmp_path, bf16=True, max_steps=2)
+    run.train()
+    assert "forward" not in vars(run.model)
+    again, ids = copy.deepcopy(run.model).eval(), tokens()
+    assert torch.equal(again(ids, memory="en").logits, run.model.eval()(ids, memory="en").logits)
+    koff.save(koff.compact(again, inplace=True), tmp_path / "out")
+    loaded = koff.load(tmp_path / "out")
+    assert torch.equal(loaded(ids, memory="en").logits, again(ids, memory="en").logits)
+    seen = []
+    run.model.model.register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    run.train()  # once more, under autocast again
+    other = trainer(tmp_path / "other", model=run.model, bf16=True, max_steps=2)
+    other.train()
+    assert len(seen) == 8 and all(seen)  # teacher and student of 2 steps, twice
+    run.model(ids)
+    assert not seen[-1] and "forward" not in vars(run.model)
+
+
+def test_save_model_saves_what_koff_loads_or_says_how(tmp_path):
+    run = trainer(tmp_path / "run", max_steps=2)
+    run.train()
+    with pytest.raises(ValueError, match=r"be without gates.*koff\.compact\(trainer\.model\)"):
+        run.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    run = trainer(tmp_path / "dense", model=fresh(target_sparsity=0.0), max_steps=2)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    want = run.model.eval()(tokens(), memory="en").logits
+    assert torch.equal(koff.load(tmp_path / "out")(tokens(), memory="en").logits, want)
+
+
+def test_gates_alone_end_with_a_checkpoint_and_an_evaluation(tmp_path):
+    run = koff.KoffTrainer(
+        fresh(memories=(), lora=None, kv=None),
+        arguments(
+            tmp_path,
+            max_steps=8,
+            save_strategy="steps",
+            save_steps=100,
+            eval_strategy="steps",
+            eval_steps=100,
+        ),
+        DOMAINS,
+        eval_datasets={"en": DOMAINS["en"][:4]},
+    )
+    run.train()
+    steps = run.state.global_step
+    assert steps < 8 and (tmp_path / f"checkpoint-{steps}").is_dir()
+    assert [e["step"] for e in run.state.log_history if "eval_loss" in e] == [steps]
+
+
+def test_evaluate_takes_domains_and_predict_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    assert run.evaluate({"en": DOMAINS["en"][:2]})["eval_en_perplexity"] > 1
+    with pytest.raises(TypeError, match="eval_datasets must be a mapping, got list"):
+        run.evaluate(DOMAINS["en"])
+    with pytest.raises(ValueError, match="eval_datasets must be given, got none"):
+        run.evaluate()
+    with pytest.raises(ValueError, match="eval_datasets must name a domain, got none"):
+        run.evaluate({})
+    with pytest.raises(NotImplementedError, match="predict must not be called"):
+        run.predict(DOMAINS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1),
+            "lr_scheduler_type must be a function",
+        ),
+        (
+            dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-4}),
+            "min_lr of lr_scheduler_kwargs must not be set.*set min_lr_rate",
+        ),
+        (dict(save_strategy="epoch"), "save_strategy must be 'steps' or 'no'.*got 'epoch'"),
+        (dict(eval_strategy="epoch"), "eval_strategy must be 'steps' or 'no'.*got 'epoch'"),
+    ],
+)
+def test_settings_that_a_run_cannot_honour_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_share_of_each_rate_is_kept_by_cosine_with_min_lr_rate(tmp_path):
+    kind = dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.5})
+    run = trainer(tmp_path, max_steps=4, fix_mask_at=None, **kind)
+    run.train()
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    assert rates == pytest.approx([0.5e-2, 0.5e-2, 0.1, 0.01])
+
+
+def test_users_arguments_stay_as_they_are(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no")
+    before = copy.deepcopy(args.to_dict())
+    koff.KoffTrainer(fresh(kv=None), args, {n: d * 40 for n, d in DOMAINS.items()})
+    assert args.to_dict() == before
+
+
+def test_arguments_of_other_kinds_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="args must be TrainingArguments, got NoneType"):
+        koff.KoffTrainer(fresh(), None, DOMAINS)
+    with pytest.raises(TypeError, match="general_datasets must be a mapping, got list"):
+        koff.KoffTrainer(fresh(), arguments(tmp_path), DOMAINS, [["a"]])
+    with pytest.raises(TypeError, match=r"config must be a koff\.KoffConfig, got dict"):
+        koff.attach(tiny("llama"), {"memories": ["en"]})
+    foreign = {**DOMAINS, "en": [{"input_ids": [VOCAB] * 40}]}
+    with pytest.raises(ValueError, match=rf"text of 'en' must have token ids in 0..{VOCAB - 1}"):
+        koff.KoffTrainer(fresh(), arguments(tmp_path / "run"), foreign)
+    assert not (tmp_path / "run").exists()
