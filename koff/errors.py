@@ -1,5 +1,40 @@
-"""The one wording of koff's errors, shared with the kernels."""
+"""Who asked: the first words of an error, said once around a public function.
+
+Every error of koff is one sentence, ``<who asked>: <what> must <rule>, got <value>; <next step>``. A
+function deep inside, which serves several callers, cannot know who asked, and need not be told:
+
+    with asked_by("koff.load"):  # or @asked_by("koff.load")
+        ...
+            raise ValueError(f"{asker()}: koff.json must be JSON, got ...; copy the folder again")
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 from koffkernels.checks import refuse, require
 
-__all__ = ["refuse", "require"]
+__all__ = ["asked_by", "asker", "refuse", "require"]
+
+_ASKER: ContextVar[str] = ContextVar("koff_asker", default="koff")
+
+
+@contextlib.contextmanager
+def asked_by(name: str) -> Iterator[None]:
+    """Let errors raised inside begin with ``name``; a context manager, and a decorator.
+
+    Args:
+        name: what a user would recognise: "koff.load", "memory 'fr'".
+    """
+    token = _ASKER.set(name)
+    try:
+        yield
+    finally:
+        _ASKER.reset(token)
+
+
+def asker() -> str:
+    """Return who asked, for the beginning of an error."""
+    return _ASKER.get()
