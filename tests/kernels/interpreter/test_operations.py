@@ -9,7 +9,7 @@ from support.oracle import assert_same, check, run
 import koffkernels
 from koffkernels import dispatch
 from koffkernels._triton.lora import linear
-from koffkernels._triton.mlp.mlp import mlp
+from koffkernels._triton.mlp import mlp
 
 # fp16 needs sizes at which errors average out.
 DTYPES = (torch.float32, torch.float16)
