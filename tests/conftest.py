@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import bare
+
+# Before anything of it is imported: its assertions say what was compared, as those of tests do.
+# Fixtures import it, and koff, when they run, so that collecting tests stays cheap.
+pytest.register_assert_rewrite("support")
 
 torch.set_num_threads(1)
 
@@ -29,13 +32,15 @@ def seeded_and_poisoned():
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory):
     """A Python with transformers and peft, but no koff."""
+    from support import bare
+
     return bare.make_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """The folder of a saved model that no test changes."""
-    from storage.test_save_load import compacted
+    from support.widths import compacted
 
     import koff
 
@@ -46,6 +51,20 @@ def original(tmp_path_factory):
 def saved(original, tmp_path):
     """A copy of ``original`` of a test's own."""
     return shutil.copytree(original, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a tiny model, its tokenizer, data of three domains and a recipe."""
+    from support.command_line import fill_root
+
+    return fill_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def no_data_root(monkeypatch):
+    """For tests of recipes' data: they lie where the recipe says, whatever KOFF_DATA is here."""
+    monkeypatch.delenv("KOFF_DATA", raising=False)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from pruning.test_compact import spread
 from support.kills import report, run_child
 from support.models import ARCHITECTURES, attached, tokens
+from support.widths import spread
 from transformers import TrainerCallback
 
 import koff

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, PeftModel, get_peft_model
-from pruning.test_compact import spread
 from safetensors.torch import load_file, save_file
 from support.models import ARCHITECTURES, attached, tiny, tokens
+from support.widths import spread
 from transformers import AutoModelForCausalLM
 
 import koff

@@ -4,39 +4,16 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.imports import ROOT, imports_of, top, tree_of
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("koffkernels", "koff", "bench")
 FILES = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 every_test = pytest.mark.parametrize("path", TESTS, ids=lambda p: p.name)
-
-
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file names in an import, at any depth, relative ones made absolute."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = set()
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def top(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
 
 
 @every_file

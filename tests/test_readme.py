@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import torch
-from data.test_blocks import make_tokenizer
+from support.character_tokenizer import make_tokenizer
 from support.models import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from kernels import test_gpu_kernels as gpu_tests
+from support import gpu_checks
+from support.gpu_cases import NAMES
 
 import koffkernels
 from bench.gpu import attention, clock, context, layers, training
@@ -164,15 +165,15 @@ def test_bench_gpu_attention_rows_compare_the_same_function(bench):
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", gpu_tests.NAMES)
-@pytest.mark.parametrize("op", gpu_tests.OPS)
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("op", gpu_checks.OPS)
 def test_bench_gpu_tests_check_what_they_should(op, dtype, monkeypatch):
     """The GPU tests' own comparison, on the CPU: passes, and fails for a wrong result."""
-    monkeypatch.setattr(gpu_tests, "DEVICE", torch.device("cpu"))
-    case = gpu_tests.build(op, gpu_tests.TYPICAL[op], dtype)
-    gpu_tests.check(case, dtype)
+    monkeypatch.setattr(gpu_checks, "DEVICE", torch.device("cpu"))
+    case = gpu_checks.build(op, gpu_checks.TYPICAL[op], dtype)
+    gpu_checks.check(case, dtype)
     with pytest.raises(AssertionError, match="forward error"):
-        gpu_tests.check(case, dtype, call=lambda t: case.call(t) * 1.05)
+        gpu_checks.check(case, dtype, call=lambda t: case.call(t) * 1.05)
     first = next(iter(case.tensors))
 
     class Off(torch.autograd.Function):
@@ -180,4 +181,4 @@ def test_bench_gpu_tests_check_what_they_should(op, dtype, monkeypatch):
         backward = staticmethod(lambda ctx, dx: dx * 1.05)
 
     with pytest.raises(AssertionError, match=f"{first}: backward error"):
-        gpu_tests.check(case, dtype, call=lambda t: case.call(t | {first: Off.apply(t[first])}))
+        gpu_checks.check(case, dtype, call=lambda t: case.call(t | {first: Off.apply(t[first])}))

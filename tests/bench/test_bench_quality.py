@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands.test_cli import _no_data_root, invoke, root  # noqa: F401
+from support.command_line import invoke
 from transformers import AutoModelForCausalLM
 
 import koff
@@ -19,6 +19,8 @@ from bench.quality.collect import budget
 from bench.quality.plan import Plan, Run
 from bench.quality.runner import Runner
 from bench.quality.text import _budget
+
+pytestmark = pytest.mark.usefixtures("no_data_root")
 
 OPTIONS = ("--sparsity", "0.25", "--seeds", "0", "1", "--set", "train.save_every=0")
 
@@ -39,14 +41,14 @@ def in_this_process(monkeypatch):
     return calls
 
 
-def bench(root: Path, output: Path, *options: str) -> int:  # noqa: F811
+def bench(root: Path, output: Path, *options: str) -> int:
     folders = ("--output", output, "--results", output / "results")
     parts = ("--recipe", root / "recipe.yaml", *folders, "--device", "cpu", *OPTIONS, *options)
     return command.main([str(part) for part in parts])
 
 
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):  # noqa: F811
+def finished(root, tmp_path_factory):
     """The output of a whole plan, and what was printed."""
     output = tmp_path_factory.mktemp("quality") / "runs"
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +88,7 @@ def test_bench_quality_makes_every_run_by_the_users_commands(finished):
     assert str(finished.parent) not in json.dumps(record)
 
 
-def test_bench_quality_counts_what_is_in_the_models(finished, root):  # noqa: F811
+def test_bench_quality_counts_what_is_in_the_models(finished, root):
     dense = AutoModelForCausalLM.from_pretrained(root / "model").num_parameters()
     for run in record_of(finished)["runs"]:
         model = koff.load(finished / run["name"])
@@ -123,7 +125,7 @@ def rewrite(output: Path, perplexities: dict) -> None:
         file.write_text(json.dumps(rows), "utf-8")
 
 
-def test_bench_quality_table_by_hand(finished, root, tmp_path, capsys):  # noqa: F811
+def test_bench_quality_table_by_hand(finished, root, tmp_path, capsys):
     output = Path(shutil.copytree(finished, tmp_path / "runs"))
     rewrite(output, PERPLEXITIES)
     assert bench(root, output) == 0
@@ -160,7 +162,7 @@ def test_bench_quality_table_by_hand(finished, root, tmp_path, capsys):  # noqa:
     assert "    OMP_NUM_THREADS=" in text and str(finished.parent) not in text
 
 
-def test_bench_quality_says_what_has_no_value(finished, root, tmp_path):  # noqa: F811
+def test_bench_quality_says_what_has_no_value(finished, root, tmp_path):
     output = Path(shutil.copytree(finished, tmp_path / "runs"))
     gained_nothing = [(20.0, 10.0, 24.0, 21.0, 26.0), (20.0, 10.0, 19.0, 18.0, 27.0)]
     rewrite(output, PERPLEXITIES | {"en": gained_nothing})
@@ -188,7 +190,7 @@ def test_bench_quality_budget_is_that_of_the_worst_seed(sizes, text):
     assert _budget(budget(runs)).startswith(text)
 
 
-def test_bench_quality_leaves_finished_runs_alone(finished, root, in_this_process, capsys):  # noqa: F811
+def test_bench_quality_leaves_finished_runs_alone(finished, root, in_this_process, capsys):
     before = record_of(finished)
     assert bench(root, finished) == 0
     assert not in_this_process and "6 runs, 6 finished before" in capsys.readouterr().out
@@ -207,7 +209,7 @@ def test_bench_quality_leaves_finished_runs_alone(finished, root, in_this_proces
     assert [(a[0], "--base" in a) for a in in_this_process] == [("eval", False), ("eval", True)]
 
 
-def test_bench_quality_refuses_holes_and_says_where(finished, root, capsys):  # noqa: F811
+def test_bench_quality_refuses_holes_and_says_where(finished, root, capsys):
     file = finished / "koff-0.25-seed1" / "eval-test.json"
     text = file.read_text("utf-8")
     rows = json.loads(text)
@@ -255,7 +257,7 @@ def test_bench_quality_refuses_holes_and_says_where(finished, root, capsys):  # 
     ],
 )  # fmt: skip
 def test_bench_quality_refuses_a_plan_before_it_starts(
-    finished, root, in_this_process, options, message, capsys  # noqa: F811
+    finished, root, in_this_process, options, message, capsys
 ):  # fmt: skip
     folder = finished if "train.steps=5" in options else finished / "new"
     assert bench(root, folder, *options) == 2
@@ -264,7 +266,7 @@ def test_bench_quality_refuses_a_plan_before_it_starts(
     assert not in_this_process and not (finished / "new").exists()
 
 
-def test_bench_quality_tables_of_one_recipe_may_have_names(finished, root):  # noqa: F811
+def test_bench_quality_tables_of_one_recipe_may_have_names(finished, root):
     before = record_of(finished)
     assert bench(root, finished, "--name", "other-0.25") == 0
     files = finished / "results"
@@ -274,14 +276,14 @@ def test_bench_quality_tables_of_one_recipe_may_have_names(finished, root):  # n
     assert named["sparsities"] == before["sparsities"] and record_of(finished) == before
 
 
-def test_bench_quality_refuses_a_foreign_model(root, tmp_path, finished, capsys):  # noqa: F811
+def test_bench_quality_refuses_a_foreign_model(root, tmp_path, finished, capsys):
     (tmp_path / "koff-0.25-seed0").mkdir()
     (tmp_path / "koff-0.25-seed0" / "koff.json").write_text("{}", "utf-8")
     assert bench(root, tmp_path) == 2
     assert "be a folder of this table, got a model without a recipe" in capsys.readouterr().err
 
 
-def test_bench_quality_failed_runs_cost_no_others(root, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_bench_quality_failed_runs_cost_no_others(root, tmp_path, monkeypatch, capsys):
     run = Runner._run
 
     def some_fail(self, arguments, log):

@@ -6,18 +6,18 @@ import shutil
 
 import pytest
 import torch
-from commands.test_cli import _no_data_root, fail, root, succeed, trained, write_split  # noqa: F401
 from peft import LoraConfig, get_peft_model
 from support import bare
+from support.command_line import fail, succeed, write_split
 from transformers import AutoModelForCausalLM
 
 import koff
 
-pytestmark = pytest.mark.usefixtures("no_real_fsync")
+pytestmark = pytest.mark.usefixtures("no_real_fsync", "no_data_root")
 
 
 @pytest.fixture
-def folder(trained, tmp_path):  # noqa: F811
+def folder(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoints"))
     return tmp_path / "out"
 
@@ -31,7 +31,7 @@ def contents(folder):
     }
 
 
-def test_add_eval_generate_and_remove_a_memory(root, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_add_eval_generate_and_remove_a_memory(root, folder, tmp_path, monkeypatch):
     before = contents(folder)
     for split, letters in (("train", "gh é"), ("test", "gh é")):
         write_split(tmp_path, f"de.{split}", letters, random.Random(1))
@@ -80,7 +80,7 @@ def test_add_eval_generate_and_remove_a_memory(root, folder, tmp_path, monkeypat
     ],
 )
 def test_add_memory_errors_are_one_line_and_change_nothing(
-    trained, tmp_path, monkeypatch, options, message  # noqa: F811
+    trained, tmp_path, monkeypatch, options, message
 ):  # fmt: skip
     write_split(tmp_path, "de", "gh é", random.Random(1))
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_add_memory_errors_are_one_line_and_change_nothing(
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
-def test_import_memory(root, folder, tmp_path):  # noqa: F811
+def test_import_memory(root, folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(root / "model")
     config = LoraConfig(r=2, target_modules=["up_proj", "down_proj"])
     get_peft_model(base, config).save_pretrained(tmp_path / "lora")
@@ -106,7 +106,7 @@ def test_import_memory(root, folder, tmp_path):  # noqa: F811
 
 
 @torch.no_grad()
-def test_export(trained, tmp_path):  # noqa: F811
+def test_export(trained, tmp_path):
     output, ids = tmp_path / "exported", torch.arange(3, 9)[None]
     succeed("export", trained, "--merged", "fr", "--output", output)
     names = {path.name for path in output.iterdir()}
@@ -125,7 +125,7 @@ def test_export(trained, tmp_path):  # noqa: F811
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
 
 
-def test_eval_of_a_hub_id_from_an_offline_cache(root, trained, tmp_path):  # noqa: F811
+def test_eval_of_a_hub_id_from_an_offline_cache(root, trained, tmp_path):
     """The layout of huggingface_hub's cache, made by hand: blobs, refs, snapshots full of links."""
     repo = tmp_path / "hub/models--someone--model"
     snapshot = repo / "snapshots/0123456789"

@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from support.character_tokenizer import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from koff.data.blocks import DataSource, load_documents, pack
-
-
-def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per character: ids are easy to work out by hand."""
-    vocabulary = {
-        name: index for index, name in enumerate(["<unk>", "<s>", "</s>", *"abcdefgh éX"])
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
 
 
 @pytest.fixture

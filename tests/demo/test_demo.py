@@ -1,23 +1,13 @@
 """The demo's corpus and base model, at a size that takes seconds."""
 
-import copy
-
 import pytest
 import torch
+from support.demo_settings import SMALL
 
 from koff.commands.train import check_model
 from koff.demo import base_model as demo_base
 from koff.demo import corpus as demo_data
 from koff.demo.run import demo_recipe
-
-SMALL = copy.deepcopy(demo_base.SETTINGS) | {
-    "vocab_size": 300,
-    "block_size": 32,
-    "batch_size": 3,
-    "steps": 3,
-    "warmup_steps": 1,
-}
-SMALL["model"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
 @pytest.fixture(autouse=True)

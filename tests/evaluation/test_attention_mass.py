@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
+from support.character_tokenizer import make_tokenizer
 from support.models import ARCHITECTURES, attached, tokens
 from transformers import DynamicCache
 

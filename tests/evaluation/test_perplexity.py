@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
+from support.character_tokenizer import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import koff

@@ -5,7 +5,8 @@ import contextlib
 
 import pytest
 import torch
-from support.gpu_cases import ATTENTION, BUILDERS, NAMES, SHAPES, Case, attention_case
+from support.gpu_cases import ATTENTION, NAMES, SHAPES, Case
+from support.gpu_checks import DEVICE, OPS, TYPICAL, build, check, routed
 from support.oracle import (
     assert_same,
     compare,
@@ -18,21 +19,13 @@ from support.oracle import (
 from support.tolerances import BACKWARD, FORWARD
 
 from koffkernels.dispatch import choose
-from koffkernels.routes import force_route
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = torch.device("cuda")
 ROUTES = ("automatic", "vendor", "fused")
-OPS = ("lora_linear", "gated_mlp", "prefix_attention")
 every_op = pytest.mark.parametrize("op", OPS)
 every_dtype = pytest.mark.parametrize("dtype", NAMES)
 every_route = pytest.mark.parametrize("route", ROUTES)
-TYPICAL = {
-    "lora_linear": ((9, 33), 64, 160, 3, 8),
-    "gated_mlp": ((9, 33), 64, 160, 3, 8),
-    "prefix_attention": "longer",
-}
 DECODE = {  # at most 64 tokens
     "lora_linear": [
         ((1, 1), 520, 1416, 1, 16),
@@ -56,36 +49,6 @@ def fp32_accumulation():
     yield
     for name, value in zip(names, before, strict=True):
         setattr(matmul, name, value)
-
-
-def build(op: str, shape, dtype: str, **options) -> Case:
-    """The case of an operation at a shape (of attention: a name)."""
-    if op == "prefix_attention":
-        return attention_case(shape, NAMES[dtype], **options)
-    return BUILDERS[op](shape, NAMES[dtype])
-
-
-def routed(route: str):
-    """Force a route."""
-    return contextlib.nullcontext() if route == "automatic" else force_route(route)
-
-
-def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
-    """Output and gradients on the device against the oracle's on the CPU."""
-    with routed(route):
-        output, grads = run(call or case.call, case.on(DEVICE), case.frozen)
-    want, want_grads = run_oracle(case.call, case.tensors, case.frozen)
-    theirs = run(case.eager, case.on(DEVICE), case.frozen) if case.eager else (None, {})
-    compare("output", output, want, NAMES[dtype], FORWARD, theirs[0])
-    assert set(grads) == set(want_grads)
-    for name, grad in grads.items():
-        if want_grads[name] is None:
-            assert grad is None or not grad.any(), f"gradient of {name}: should be none or zero"
-            continue
-        assert grad is not None, f"gradient of {name} is missing"
-        assert grad.dtype == case.tensors[name].dtype and grad.device.type == DEVICE.type
-        typical = typical_of(name, case.tensors, want_grads)
-        compare(name, grad, want_grads[name], NAMES[dtype], BACKWARD, theirs[1].get(name), typical)
 
 
 @every_op

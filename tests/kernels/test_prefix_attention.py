@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.attention_shapes import BOUNDS, LAYOUTS, lengths_of, shape_of
 from support.kernel_inputs import (
     FP,
     LOW,
@@ -21,19 +22,6 @@ from support.tolerances import BACKWARD, FORWARD
 from torch.utils.checkpoint import checkpoint
 
 from koffkernels import Prefix, RowBounds, prefix_attention
-
-NAMES = ("B", "Hq", "Hkv", "T", "S", "D", "n", "P")
-
-
-def shape_of(*sizes: int) -> dict:
-    return dict(zip(NAMES, sizes, strict=False))
-
-
-def lengths_of(shape: dict) -> torch.Tensor:
-    """P, then ever fewer, and 0 for the last of three or more."""
-    n, length = shape.get("n", 1), shape.get("P", 1)
-    lengths = [max(1, length - m * max(1, length // 3)) for m in range(n)]
-    return torch.tensor(lengths[: n - 1] + [0] if n > 2 else lengths)
 
 
 def caller(ids, lengths, bounds=None, scale=None, layout=lambda x: x):
@@ -85,32 +73,6 @@ def test_prefix_attention_without_prefix(unwritten, sizes, dtype):
     bounds = None if unwritten is None else padded(3, shape["T"], shape["S"], unwritten)
     tensors, _ = make(shape, dtype)
     check(caller(None, None, bounds), tensors, dtype)
-
-
-BOUNDS = {
-    "left padding": lambda s: padded(s["B"], s["T"], s["S"]),
-    "unwritten": lambda s: padded(s["B"], s["T"], s["S"], s["S"] - s["T"]),
-    "some rows see nothing": lambda s: RowBounds(
-        torch.tensor([0, s["S"], 2, s["S"] + 5, 0])[: s["B"]],
-        torch.full((s["B"],), s["S"]),
-        torch.tensor([s["S"] - s["T"], 0, -s["T"] - 1, 3, -2])[: s["B"]],
-    ),
-    "nobody sees anything": lambda s: RowBounds(
-        *(torch.zeros(s["B"], dtype=torch.int64) for _ in range(3))
-    ),
-    "every row another": lambda s: RowBounds(
-        torch.arange(s["B"]), s["S"] - torch.arange(s["B"]), torch.arange(s["B"]) % s["T"]
-    ),
-    "past the end": lambda s: RowBounds(
-        torch.full((s["B"],), -3), torch.full((s["B"],), s["S"] + 9), torch.full((s["B"],), s["S"])
-    ),
-    "like none": lambda s: RowBounds(
-        torch.zeros(s["B"], dtype=torch.int64),
-        torch.full((s["B"],), s["S"]),
-        torch.full((s["B"],), s["S"] - s["T"]),
-    ),
-    "int32": lambda s: RowBounds(*(b.int() for b in padded(s["B"], s["T"], s["S"], 2))),
-}
 
 
 @pytest.mark.parametrize("dtype", FP)
@@ -225,15 +187,6 @@ def test_prefix_attention_large_scores():
     torch.testing.assert_close(output.double(), want, rtol=1e-3, atol=1e-3)
     assert all(torch.isfinite(grad).all() for grad in grads.values())
     torch.testing.assert_close(grads["v"].double(), want_grads["v"], rtol=1e-3, atol=1e-3)
-
-
-LAYOUTS = {
-    "[B, T, H, D]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "last stride 2": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-    "column-major": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "rows expanded": lambda x: x[:1].expand(3, -1, -1, -1),
-    "strided tokens": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-}
 
 
 @pytest.mark.parametrize("bounded", [False, True])

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
-from pruning.test_compact import spread
-from storage.test_hostile import reseal
+from support.character_tokenizer import make_tokenizer
+from support.damage import edit, reseal
+from support.imports import ROOT, imports_of, top
 from support.models import ARCHITECTURES, attached, tokens
-from test_layering import ROOT, imports_of, top
+from support.widths import spread
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import koff
@@ -31,10 +31,6 @@ def saved(request, tmp_path):
     koff.binarize(model, multiple_of=8)
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>")
     return koff.save(koff.compact(model, inplace=True), tmp_path / "out", tokenizer=tokenizer)
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": False}, {"trust_remote_code": True}])

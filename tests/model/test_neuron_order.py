@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from pruning.test_compact import spread
 from support.models import ARCHITECTURES, attached, tiny, tokens
+from support.widths import spread
 
 import koff
 from koff.model import arch

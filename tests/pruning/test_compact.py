@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import ARCHITECTURES, attached, perturb, tokens
+from support.widths import spread
 from transformers import AutoModelForCausalLM
 
 import koff
@@ -15,15 +16,6 @@ from koff.pruning.binarize import round_widths
 
 MEMORIES = ("en", "keys", "es", None, ["es", None, "keys"])
 FP32 = 1e-5  # removed neurons contribute exact zeros; only the order of the sums changes
-
-
-def spread(model):
-    """Gates that differ enough for layers of different widths."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for index, p in enumerate(model.koff.gates.log_alpha):
-            p.copy_(torch.randn(p.shape, generator=generator) + 0.3 * index)
-    return model
 
 
 @pytest.mark.parametrize("inplace", [False, True])

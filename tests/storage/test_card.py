@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
-from pruning.test_compact import spread
 from support import bare
+from support.character_tokenizer import make_tokenizer
 from support.models import attached
+from support.widths import spread
 
 import koff
 

@@ -3,9 +3,9 @@ libraries compute with them is in test_without_koff.py."""
 
 import pytest
 import torch
-from pruning.test_compact import spread
 from safetensors.torch import load_file
 from support.models import attached, tokens
+from support.widths import spread
 from transformers import AutoModelForCausalLM
 
 import koff

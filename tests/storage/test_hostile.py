@@ -7,35 +7,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from storage.test_save_load import DAMAGES, edit
+from support.damage import DAMAGES, HOUSE, cut, edit, flip, reseal
 from support.models import tokens
 
 import koff
 from koff.commands import saved as runs
-from koff.storage import layout as folder
 
 LORA, KV = "memories/es/lora", "memories/es/kv"
 WEIGHTS = "adapter_model.safetensors"
-
-
-def reseal(directory):
-    """What a forger would do: make every hash agree with what lies there now."""
-    facts = json.loads((directory / "koff.json").read_text())
-    if isinstance(facts["files"], dict):
-        known = [name for name in facts["files"] if (directory / name).is_file()]
-        facts["files"] |= folder.digests(directory, known)
-    facts["checksum"] = folder.seal_of(facts)
-    (directory / "koff.json").write_text(json.dumps(facts))
-
-
-def flip(path, where=-1):
-    data = bytearray(path.read_bytes())
-    data[where] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-5])
 
 
 def config(**changes):
@@ -187,7 +166,6 @@ FORGERIES = {
         "config.json must be there",
     ),
 }
-HOUSE = r"(?s)^[^:]+: .+ must .+, got .*; .+"
 
 
 @pytest.mark.parametrize("damage", [*ACCIDENTS, *FORGERIES])

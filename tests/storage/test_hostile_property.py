@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from storage.test_hostile import HOUSE, reseal
-from storage.test_kill import outputs, same, small
+from support.damage import HOUSE, reseal
+from support.models import same
+from support.small_models import outputs, small
 
 import koff
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
-from pruning.test_compact import spread
 from safetensors.torch import load_file, save_file
 from support import bare
+from support.character_tokenizer import make_tokenizer
 from support.fake_hub import Hub
 from support.models import attached
+from support.widths import spread
 
 import koff
 from koff.storage import change as revise

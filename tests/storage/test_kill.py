@@ -4,39 +4,14 @@ new model loads completely."""
 import shutil
 
 import pytest
-import torch
 from support.kills import report, run_child, tree_digest
-from support.models import attached, tokens
+from support.models import same
+from support.small_models import outputs, small
 
 import koff
 
-IDS = tokens(2, 5)
 # What differs between two saves of the same model.
 DATED = ("koff.json", "README.md")
-
-
-def small(names, seed, sparsity):
-    model = attached(
-        "llama",
-        changes=dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24),
-        memories=names,
-        seed=seed,
-        target_sparsity=sparsity,
-        lora=koff.LoRAConfig(r=2, target_modules=("q_proj", "down_proj")),
-        kv=koff.KVConfig(num_tokens=2, init="tokens"),
-    )
-    koff.binarize(model, multiple_of=1)
-    return koff.compact(model, inplace=True)
-
-
-def outputs(model):
-    """Logits with every memory and with none."""
-    memories = (None, *model.koff.memory_names)
-    return {memory: model(IDS, memory=memory).logits for memory in memories}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")

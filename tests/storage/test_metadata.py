@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from storage.test_hostile import HOUSE, reseal
-from storage.test_save_load import edit
+from support.damage import HOUSE, edit, reseal
 from support.models import attached
 from typer.testing import CliRunner
 

@@ -7,7 +7,8 @@ import stat
 
 import pytest
 import torch
-from storage.test_kill import outputs, same, small
+from support.models import same
+from support.small_models import outputs, small
 
 import koff
 from koff.commands import train as pipeline

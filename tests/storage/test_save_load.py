@@ -1,25 +1,18 @@
 """save and load: bit-equal, in formats that PEFT opens, and never half done."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from pruning.test_compact import spread
-from safetensors.torch import load_file, save_file
+from support.damage import DAMAGES, edit
 from support.models import ARCHITECTURES, attached, tiny, tokens
+from support.widths import compacted
 
 import koff
 from koff.model import modeling_koff
 
 MIX = ["es", None, "keys"]
-
-
-def compacted(architecture="qwen3", **config):
-    model = spread(attached(architecture, target_sparsity=0.4, **config))
-    koff.binarize(model, multiple_of=1)
-    return koff.compact(model, inplace=True)
 
 
 @pytest.fixture
@@ -142,82 +135,6 @@ def test_a_saved_model_is_not_overwritten_by_accident(saved):
     ids = tokens()
     assert torch.equal(koff.load(saved)(ids, memory="en").logits, model(ids, memory="en").logits)
     assert not [p for p in saved.parent.iterdir() if p != saved]  # no staging folder is left
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def reshape(path, name=None, shape=None):
-    tensors = load_file(path)
-    name = name or sorted(tensors)[0]
-    tensors[name] = torch.zeros(shape or [n + 1 for n in tensors[name].shape])
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-DAMAGES = {
-    "no marker": (
-        lambda d: (d / "koff.json").unlink(),
-        FileNotFoundError,
-        "koff.json must be there",
-    ),
-    "format": (
-        lambda d: edit(d / "koff.json", format=9),
-        ValueError,
-        "must be 1, got 9; update koff",
-    ),
-    "not json": (lambda d: (d / "koff.json").write_text("{"), ValueError, "must be JSON, got"),
-    "bad name": (
-        lambda d: edit(d / "koff.json", memories=["../x"]),
-        ValueError,
-        "must be 1 to 64 letters",
-    ),
-    "other widths": (
-        lambda d: edit(d / "koff.json", widths=[1, 2, 3]),
-        ValueError,
-        "the backbone's widths must be",
-    ),
-    "no memory": (
-        lambda d: shutil.rmtree(d / "memories/es"),
-        FileNotFoundError,
-        "memory 'es': memory.json must be there",
-    ),
-    "foreign memory": (
-        lambda d: edit(d / "memories/es/memory.json", backbone_sha256="0" * 64),
-        ValueError,
-        "memory 'es': the memory must belong to this backbone",
-    ),
-    "lora shape": (
-        lambda d: reshape(d / "memories/es/lora/adapter_model.safetensors"),
-        ValueError,
-        "an unpruned LoRA does not fit a pruned backbone",
-    ),
-    "kv shape": (
-        lambda d: reshape(d / "memories/es/kv/adapter_model.safetensors"),
-        ValueError,
-        "this model has 3 layers, 2 kv heads and head_dim 16",
-    ),
-    "rank": (
-        lambda d: edit(d / "memories/es/lora/adapter_config.json", r=-3),
-        ValueError,
-        "r must be a whole number",
-    ),
-    "dora": (
-        lambda d: edit(d / "memories/es/lora/adapter_config.json", use_dora=True),
-        ValueError,
-        "use_dora must be unset",
-    ),
-    "cut short": (
-        lambda d: (d / "memories/es/kv/adapter_model.safetensors").write_bytes(b"\x00" * 7),
-        ValueError,
-        "must be a safetensors file",
-    ),
-    "wrong kind": (
-        lambda d: edit(d / "memories/es/kv/adapter_config.json", peft_type="LORA"),
-        ValueError,
-        "peft_type must be 'CARTRIDGE', got 'LORA'",
-    ),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -5,8 +5,8 @@ import os
 import shutil
 
 import pytest
-from data.test_blocks import make_tokenizer
-from storage.test_hostile import HOUSE, reseal
+from support.character_tokenizer import make_tokenizer
+from support.damage import HOUSE, reseal
 from support.models import attached
 
 import koff

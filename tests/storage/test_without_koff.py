@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from data.test_blocks import make_tokenizer
-from pruning.test_compact import spread
 from safetensors.torch import load_file, save_file
 from support import bare
+from support.character_tokenizer import make_tokenizer
 from support.models import ARCHITECTURES, attached
+from support.widths import spread
 from transformers import AutoTokenizer
 
 import koff

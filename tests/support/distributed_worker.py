@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.models import NAMES, tiny, tokens
-from training.test_trainer import DOMAINS, LORA, arguments
+from support.trainings import DOMAINS, LORA, arguments
 
 import koff
 

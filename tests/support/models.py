@@ -78,3 +78,8 @@ def tokens(rows: int = 3, length: int = 11, seed: int = 3) -> torch.Tensor:
     """Random token ids without the special ones, int64 [rows, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def same(a, b):
+    """Whether the same names have bit-equal tensors."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

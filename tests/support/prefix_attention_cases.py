@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from kernels.test_prefix_attention import lengths_of, shape_of
 from support import bf16
+from support.attention_shapes import lengths_of, shape_of
 from support.kernel_inputs import attention_tensors, ids_of, prefix_from
 from support.oracle import Tensors, compare, run
 from support.tolerances import BACKWARD, FORWARD

@@ -5,16 +5,14 @@ import logging
 import shutil
 
 import pytest
-import torch
 from support.kills import report, run_child, tree_digest
-from support.models import attached
-from training.test_trainer import DOMAINS, arguments, learned
+from support.models import same
+from support.trainings import STEPS, learned, tiny_run
 
 import koff
 from koff.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
-STEPS = 3
 
 
 class KilledTrainer(koff.KoffTrainer):
@@ -43,27 +41,6 @@ class KilledTrainer(koff.KoffTrainer):
         return done
 
 
-def tiny_run(folder, kind=koff.KoffTrainer, **changes):
-    model = attached(
-        "llama",
-        shift=False,
-        changes=dict(
-            num_hidden_layers=1, hidden_size=16, intermediate_size=8, initializer_range=1.0
-        ),
-        memories=("en", "es"),
-        lora=koff.LoRAConfig(r=2, target_modules=("q_proj",)),
-        kv=koff.KVConfig(2, "normal"),
-    )
-    settings = dict(max_steps=STEPS, save_strategy="steps", save_steps=1, fix_mask_at=0.5)
-    settings |= dict(block_size=4, per_device_train_batch_size=2, general_every=0)
-    args = arguments(folder, **{**settings, **changes})
-    return kind(model, args, train_datasets={name: DOMAINS[name] for name in ("en", "es")})
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run = tiny_run(tmp_path_factory.mktemp("whole"), save_strategy="no")
@@ -90,7 +67,7 @@ def test_killed_checkpoint(scenario, lose, in_memory, whole, record_property):
     run = tiny_run(folder, KilledTrainer, save_total_limit=1, save_steps=every)
     run.kill_step, run.lose = step, lose
     run.train()
-    assert equal(learned(run.model), whole)
+    assert same(learned(run.model), whole)
     states, found = set(), set()
     for case in map(type(in_memory), run.cases):
         last = checkpoint.last_complete(case)
@@ -109,7 +86,7 @@ def test_killed_checkpoint(scenario, lose, in_memory, whole, record_property):
 def resume(case, last, whole):
     again = tiny_run(case, save_total_limit=1, save_steps=STEPS)
     again.train(resume_from_checkpoint=None if last is None else True)
-    assert equal(learned(again.model), whole), case
+    assert same(learned(again.model), whole), case
     assert [path.name for path in case.iterdir()] == [f"checkpoint-{STEPS}"]
 
 
@@ -120,7 +97,7 @@ def test_incomplete_checkpoints_are_ignored_with_a_message(tmp_path, whole, capl
     with caplog.at_level(logging.WARNING, logger="koff"):
         again = tiny_run(tmp_path)
         again.train(resume_from_checkpoint=True)
-    assert equal(learned(again.model), whole)
+    assert same(learned(again.model), whole)
     assert "checkpoint-99 is ignored: resume: checkpoint checkpoint-99 must hold" in caplog.text
     assert "checkpoint-3 is ignored: resume: checkpoint checkpoint-3 must hold opt" in caplog.text
     with pytest.raises(FileNotFoundError, match="must hold koff_state.safetensors, got none; res"):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from storage.test_hostile import HOUSE, flip
-from storage.test_save_load import edit
-from training.test_kill_checkpoint import equal, tiny_run
-from training.test_trainer import learned
+from support.damage import HOUSE, cut, edit, flip
+from support.models import same
+from support.trainings import learned, tiny_run
 
 from koff.training import checkpoint
 
@@ -43,7 +42,7 @@ def refused(folder, message, error=ValueError):
     with pytest.raises(error, match=message) as caught:
         run.train(resume_from_checkpoint=str(folder))
     caught.match(HOUSE)
-    assert equal(learned(run.model), before) and run.optimizer is None
+    assert same(learned(run.model), before) and run.optimizer is None
 
 
 class Bomb:
@@ -99,10 +98,6 @@ def test_every_file_is_checked(saved, tmp_path):
             harm(copy / name)
             with pytest.raises((ValueError, FileNotFoundError), match=HOUSE):
                 checkpoint.check_complete(copy)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-5])
 
 
 def link_away(path):
@@ -235,7 +230,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(saved):
     before = learned(run.model)
     with pytest.raises(ValueError, match="must be finite, got NaN or infinity; resume from an ear"):
         run.train(resume_from_checkpoint=str(saved))
-    assert equal(learned(run.model), before)
+    assert same(learned(run.model), before)
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path):

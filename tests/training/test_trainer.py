@@ -6,74 +6,14 @@ import math
 
 import pytest
 import torch
-from support.models import NAMES, VOCAB, attached, tiny
+from support.models import NAMES, attached
+from support.trainings import DOMAINS, arguments, documents, fresh, learned, trainer
 from transformers import TrainerCallback
 
 import koff
 from koff.data.losses import token_losses
 from koff.model.neuron_order import unpack
 from koff.training.arguments import Settings
-
-WORDS = 40
-
-
-def documents(seed: int, count: int = 12):
-    """Token ids of a domain: each follows a fixed random successor most of the time."""
-    generator = torch.Generator().manual_seed(seed)
-    successor = torch.randperm(VOCAB - 3, generator=generator) + 3
-    docs = []
-    for _ in range(count):
-        ids = [int(torch.randint(3, VOCAB, (), generator=generator))]
-        for _ in range(WORDS):
-            jump = torch.rand((), generator=generator) < 0.1
-            last = int(torch.randint(3, VOCAB, (), generator=generator)) if jump else ids[-1]
-            ids.append(int(successor[last - 3]))
-        docs.append({"input_ids": ids})
-    return docs
-
-
-DOMAINS = {name: documents(i) for i, name in enumerate(NAMES)}
-GENERAL = {"math": documents(7), "en": documents(8)}
-
-
-def arguments(folder, **changes):
-    values = dict(
-        output_dir=str(folder),
-        max_steps=12,
-        per_device_train_batch_size=4,
-        block_size=16,
-        logging_steps=2,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        kv_learning_rate=1e-2,
-        lora_learning_rate=1e-2,
-        width_multiple_of=1,
-    )
-    return koff.KoffTrainingArguments(**{**values, **changes})
-
-
-LORA = koff.LoRAConfig(r=4, target_modules="all-linear")
-
-
-def fresh(initializer_range=0.3, **config):
-    config = {"kv": koff.KVConfig(5, "text"), "lora": LORA, **config}
-    # Large initial weights: with the usual 0.02 the frozen head could not tell tokens apart.
-    base = tiny("llama", initializer_range=initializer_range, max_position_embeddings=1024)
-    return koff.attach(base, koff.KoffConfig(**{"memories": NAMES, **config}))
-
-
-def trainer(folder, model=None, domains=None, general=None, **changes):
-    return koff.KoffTrainer(
-        fresh() if model is None else model,
-        arguments(folder, **changes),
-        train_datasets=DOMAINS if domains is None else domains,
-        general_datasets=GENERAL if general is None else general or None,
-    )
-
-
-def learned(model):
-    return {name: t.clone() for name, t in model.koff.state_dict().items()}
 
 
 def test_training_learns_and_logs(tmp_path):

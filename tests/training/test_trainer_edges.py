@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from support.models import NAMES, VOCAB, tiny, tokens
-from training.test_trainer import DOMAINS, GENERAL, arguments, fresh, learned, trainer
+from support.trainings import DOMAINS, GENERAL, arguments, fresh, learned, trainer
 from transformers import TrainingArguments
 
 import koff

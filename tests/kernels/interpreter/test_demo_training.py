@@ -4,7 +4,7 @@ import copy
 import dataclasses
 
 import pytest
-from demo.test_demo import SMALL
+from support.demo_settings import SMALL
 
 import koffkernels
 from koff.commands.train import LOG_FILE, run

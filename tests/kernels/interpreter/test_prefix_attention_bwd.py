@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.test_prefix_attention import BOUNDS
+from support.attention_shapes import BOUNDS
 from support.oracle import compare, cotangent_for, run
 from support.prefix_attention_cases import DTYPES, Case, spoiled
 from support.tolerances import BACKWARD

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernels.test_prefix_attention import BOUNDS, LAYOUTS
+from support.attention_shapes import BOUNDS, LAYOUTS
 from support.oracle import compare
 from support.prefix_attention_cases import DTYPES, Case, spoiled
 from support.tolerances import FORWARD

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.test_prefix_attention import BOUNDS
+from support.attention_shapes import BOUNDS
 from support.kernel_inputs import prefix_from
 from support.oracle import assert_same, run
 from support.prefix_attention_cases import DTYPES, Case
