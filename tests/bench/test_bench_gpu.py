@@ -322,8 +322,8 @@ def test_bench_gpu_files_with_gpu_tests_are_found():
     assert "tests/kernels/test_gated_mlp.py" in checks.other_tests()
     assert "tests/bench/test_bench_gpu.py" not in checks.other_tests()
     assert checks.KERNEL_TESTS not in checks.other_tests()
-    marked = (ROOT / checks.KERNEL_TESTS).read_text("utf-8")
-    assert "\npytestmark = pytest.mark.gpu\n" in marked
+    source = (ROOT / checks.KERNEL_TESTS).read_text("utf-8")
+    assert f"\npytestmark = pytest.{checks.MARK}\n" in source  # all of them
 
 
 def test_bench_gpu_make_target_passes_its_options():
