@@ -1,7 +1,7 @@
 """Who asked: the first words of an error, said once around a public function.
 
-Every error of koff is one sentence, ``<who asked>: <what> must <rule>, got <value>; <next step>``. A
-function deep inside, which serves several callers, cannot know who asked, and need not be told:
+Every error of koff is one sentence: ``<who asked>: <what> must <rule>, got <value>; <next step>``.
+A function deep inside, which serves several callers, cannot know who asked, and need not be told:
 
     with asked_by("koff.load"):  # or @asked_by("koff.load")
         ...
