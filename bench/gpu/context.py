@@ -16,7 +16,7 @@ import koffkernels
 
 from ..models import Shape
 from . import device as devices
-from .clock import Clock, EventClock, Variant, WallClock, measure
+from .clock import Clock, EventClock, Variant, WallClock, WarmClock, measure
 
 # Llama-3.1-8B, from its config.json; tokens per batch of the training and prefill rows: 8 x 1024.
 LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128256, rows=8, tokens=1024)
@@ -42,6 +42,7 @@ class Bench:
         l2: bytes of the L2 cache.
         rank: LoRA rank.
         dtype: of base weights and activations.
+        warm: nothing is timed, everything is compiled.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Bench:
     l2: int
     rank: int = RANK
     dtype: torch.dtype = torch.bfloat16
+    warm: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -99,9 +101,15 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(dry: bool) -> Iterator[Bench]:
-    """The context of a run; a dry one keeps to the torch backend."""
+def bench(dry: bool, warm: bool = False) -> Iterator[Bench]:
+    """The context of a run; a dry one keeps to the torch backend, a warm one times nothing."""
     torch.manual_seed(0)
+    if warm:
+        clock, shape = WarmClock(), TINY if dry else LLAMA_8B
+        where = torch.device("cpu" if dry else "cuda")
+        with koffkernels.force_backend("torch") if dry else contextlib.nullcontext():
+            yield Bench(where, dry, shape, clock, 0, warm=True)
+        return
     if not dry:
         l2 = int(devices.describe(False)["l2_bytes"])
         yield Bench(torch.device("cuda"), False, LLAMA_8B, EventClock(), l2)

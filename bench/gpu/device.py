@@ -5,21 +5,34 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import traceback
 
 import torch
 
 from .. import timing
 
 # name to import -> distribution to install
-NEEDED = {"triton": "triton", "pytest": "pytest", "transformers": "transformers", "peft": "peft"}
+NEEDED = {
+    "triton": "triton",
+    "pytest": "pytest",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",  # this one and the rest are koff's own
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+    "typer": "typer",
+    "rich": "rich",
+}
 DRY_NAME = "dry"
 _QUERY = (
     "clocks.sm",
     "clocks.mem",
     "power.draw",
     "temperature.gpu",
-    "clocks_throttle_reasons.active",
+    "clocks_event_reasons.active",
 )
+_OLD_QUERY = (*_QUERY[:-1], "clocks_throttle_reasons.active")  # its name before driver 535
 
 
 def missing(dry: bool) -> str | None:
@@ -50,7 +63,7 @@ def describe(dry: bool) -> dict[str, object]:
         "capability": [properties.major, properties.minor],
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": getattr(properties, "L2_cache_size", 50 << 20),
         "cuda": torch.version.cuda,
         "driver": (_smi("driver_version") or [None])[0],
     }
@@ -69,7 +82,7 @@ def _smi(*fields: str) -> list[str] | None:
 
 def condition() -> dict[str, str] | None:
     """Clocks, power, temperature and throttle reasons now, None where nvidia-smi is silent."""
-    values = _smi(*_QUERY)
+    values = _smi(*_QUERY) or _smi(*_OLD_QUERY)
     return None if values is None else dict(zip(_QUERY, values, strict=True))
 
 
@@ -81,3 +94,16 @@ def environment(dry: bool) -> dict[str, object]:
 def without_paths(text: str, limit: int) -> str:
     """The end of ``text``, at most ``limit`` characters, with folders cut off its file names."""
     return re.sub(r"(?<![\w.])/(?:[\w.+@-]+/)+", "", text).strip()[-limit:]
+
+
+def words(error: BaseException) -> str:
+    """An error in one line: its type, its first line and, of a long one, its last."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    text = lines[0] if len(lines) == 1 else f"{lines[0][:200]} ... {lines[-1][-150:]}"
+    return f"{type(error).__name__}: {without_paths(text, 400)}"
+
+
+def trace(error: BaseException) -> str:
+    """Where it was raised, and the end of what it says."""
+    text = "".join(traceback.format_exception(error))
+    return without_paths(text, 4000)

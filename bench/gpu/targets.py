@@ -18,7 +18,6 @@ from .layers import Koff, Layer, Plain
 from .results import Case, Deadline, Results, judged
 
 FEW_TOKENS = (1, 8, 16)
-MIXED_TOKENS = (16, 64)
 MEMORIES = 8
 
 
@@ -224,20 +223,25 @@ def mixed_decode(bench: Bench, tokens: int) -> list[dict]:
 
 def cases(bench: Bench) -> Iterator[Case]:
     """All target rows, the most telling first."""
+    attend = dict(attention.cases(bench))
     yield "mlp-pruned-prefill", lambda: pruned_mlp(bench, masked=False)
-    for tokens in FEW_TOKENS:
-        yield f"mlp-pruned-decode-{tokens}", lambda t=tokens: pruned_mlp_few_tokens(bench, t)
-    yield "lora-overhead-prefill", lambda: overhead_prefill(bench)
-    for tokens in FEW_TOKENS:
-        yield f"lora-overhead-decode-{tokens}", lambda t=tokens: overhead_decode(bench, t)
-    for tokens in MIXED_TOKENS:
-        yield f"mixed-decode-{tokens}", lambda t=tokens: mixed_decode(bench, t)
+    yield "mlp-pruned-decode-1", lambda: pruned_mlp_few_tokens(bench, 1)
+    yield "attention-prefill", attend.pop("attention-prefill")
     yield from training.cases(bench)
-    yield from attention.cases(bench)
+    yield "lora-overhead-decode-1", lambda: overhead_decode(bench, 1)
+    yield "mixed-decode-64", lambda: mixed_decode(bench, 64)
+    yield "lora-overhead-prefill", lambda: overhead_prefill(bench)
+    yield "attention-training", attend.pop("attention-training")
+    yield from attend.items()
+    yield "mixed-decode-16", lambda: mixed_decode(bench, 16)
+    for tokens in FEW_TOKENS[1:]:
+        yield f"mlp-pruned-decode-{tokens}", lambda t=tokens: pruned_mlp_few_tokens(bench, t)
+        yield f"lora-overhead-decode-{tokens}", lambda t=tokens: overhead_decode(bench, t)
     yield "mlp-masked-prefill", lambda: pruned_mlp(bench, masked=True)
 
 
 def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...]) -> None:
     """Measure the limits, then every target row."""
-    results.note(limits=bench.limits(), dtype=bench.dtype_name)
+    limits = {} if bench.warm else bench.limits()
+    results.note(limits=limits, dtype=bench.dtype_name)
     results.run(cases(bench), deadline, only)

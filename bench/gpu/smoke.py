@@ -1,0 +1,337 @@
+"""Is it right at real sizes? Every operation and route, forward and backward, at the shapes of
+Llama-3.1-8B and at small awkward ones, in bf16, against plain torch in fp32 on the same GPU.
+
+A row holds the relative error (RMS of the difference over RMS of the reference) of the output and
+of every gradient, and whether two runs give the same bits. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import koffkernels
+from koffkernels import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from koffkernels.routes import force_route
+
+from .context import Bench, pruned
+from .results import Case, Deadline, Results
+
+# A bf16 number is off by 0.17 % (RMS); an output has two or three such roundings behind it, a
+# gradient up to five.
+FORWARD_TOLERANCE = 0.01
+BACKWARD_TOLERANCE = 0.02
+Call = Callable[[dict[str, Tensor]], Tensor]
+
+
+class Problem(NamedTuple):
+    """Arguments by name, the operation, and the same in plain torch of any dtype.
+
+    Args:
+        tensors: arguments; base weights in ``frozen`` have no gradient.
+        ours, plain: functions of such tensors.
+        frozen: names without a gradient.
+    """
+
+    tensors: dict[str, Tensor]
+    ours: Call
+    plain: Call
+    frozen: tuple[str, ...]
+
+
+def _ids(bench: Bench, rows: int, memories: int) -> Tensor | None:
+    """int64 [rows]: no memory and all of them in turn; None with one memory."""
+    if memories == 1:
+        return None
+    return torch.arange(rows, device=bench.device) % (memories + 1) - 1
+
+
+def _lora(bench: Bench, name: str, n: int, r: int, k: int, out: int) -> dict[str, Tensor]:
+    """fp32 LoRA whose delta is about as large as the base output."""
+    return {
+        f"{name}.a": bench.normal(n, r, k, scale=k**-0.5, dtype=torch.float32),
+        f"{name}.b": bench.normal(n, out, r, scale=r**-0.5, dtype=torch.float32),
+        f"{name}.s": torch.linspace(0.5, 1.5, n, device=bench.device),
+    }
+
+
+def _of(t: dict[str, Tensor], name: str) -> LoRA:
+    return LoRA(t[f"{name}.a"], t[f"{name}.b"], t[f"{name}.s"])
+
+
+def _plain_linear(x: Tensor, w: Tensor, lora: LoRA, ids: Tensor | None) -> Tensor:
+    """Each memory on its own rows."""
+    y = F.linear(x, w)
+    if ids is None:
+        return y + lora.scaling[0] * F.linear(F.linear(x, lora.a[0]), lora.b[0])
+    for m in range(lora.a.shape[0]):
+        rows = (ids == m).nonzero()[:, 0]
+        if len(rows):
+            delta = F.linear(F.linear(x[rows], lora.a[m]), lora.b[m])
+            y = y.index_add(0, rows, lora.scaling[m] * delta)
+    return y
+
+
+def linear(bench: Bench, lead: tuple[int, int], k: int, out: int, n: int, r: int) -> Problem:
+    """lora_linear."""
+    ids = _ids(bench, lead[0], n)
+    tensors = {
+        "x": bench.normal(*lead, k),
+        "w": bench.normal(out, k, scale=k**-0.5),
+        **_lora(bench, "lora", n, r, k, out),
+    }
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        return koffkernels.lora_linear(t["x"], t["w"], lora=_of(t, "lora"), memory_ids=ids)
+
+    def plain(t: dict[str, Tensor]) -> Tensor:
+        return _plain_linear(t["x"], t["w"], _of(t, "lora"), ids)
+
+    return Problem(tensors, ours, plain, ("w", "lora.s"))
+
+
+def mlp(
+    bench: Bench, lead: tuple[int, int], width: int, n: int, r: int, recompute: bool = False
+) -> Problem:
+    """gated_mlp with gates, of which some are 0."""
+    hidden, ids = bench.shape.hidden, _ids(bench, lead[0], n)
+    sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    z = (torch.rand(width, device=bench.device) * 2 - 0.5).clamp(0, 1)
+    tensors = {"x": bench.normal(*lead, hidden), "z": z}
+    for name, (out, k) in sizes.items():
+        tensors[name] = bench.normal(out, k, scale=k**-0.5)
+        tensors |= _lora(bench, f"{name}.lora", n, r, k, out)
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        lora = GatedMLPLoRA(*(_of(t, f"{name}.lora") for name in sizes))
+        weights = [t[name] for name in sizes]
+        with koffkernels.recompute_hidden(recompute):
+            return koffkernels.gated_mlp(t["x"], *weights, gates=t["z"], lora=lora, memory_ids=ids)
+
+    def plain(t: dict[str, Tensor]) -> Tensor:
+        g, u = (_plain_linear(t["x"], t[p], _of(t, f"{p}.lora"), ids) for p in ("gate", "up"))
+        return _plain_linear(F.silu(g) * u * t["z"], t["down"], _of(t, "down.lora"), ids)
+
+    frozen = (*sizes, *(f"{name}.lora.s" for name in sizes))
+    return Problem(tensors, ours, plain, frozen)
+
+
+class Attention(NamedTuple):
+    """Sizes: rows, heads, key-value heads, queries, own keys, prefix, width, memories; padded?"""
+
+    rows: int
+    heads: int
+    kv: int
+    queries: int
+    keys: int
+    prefix: int
+    width: int
+    n: int
+    padded: bool = False
+
+
+def attention(bench: Bench, size: Attention) -> Problem:
+    """prefix_attention; memories of different length, and rows without one."""
+    rows, t, s = size.rows, size.queries, size.keys
+    ids = _ids(bench, rows, max(size.n, 1))
+    tensors = {
+        "q": bench.normal(rows, size.heads, t, size.width),
+        "k": bench.normal(rows, size.kv, s, size.width),
+        "v": bench.normal(rows, size.kv, s, size.width),
+    }
+    lengths = [max(1, size.prefix - 3 * m) for m in range(size.n)]
+    if size.n:
+        shape = (size.n, size.kv, size.prefix, size.width)
+        tensors["pk"] = bench.normal(*shape, dtype=torch.float32)
+        tensors["pv"] = bench.normal(*shape, dtype=torch.float32)
+    at = torch.tensor(lengths, device=bench.device)
+    bounds, start, end = None, [0] * rows, [s] * rows
+    if size.padded:
+        start, end = [(3 * b) % (s - t + 1) for b in range(rows)], [s - 2] * rows
+        parts = (start, end, [s - 2 - t] * rows)
+        bounds = RowBounds(*(torch.tensor(part, device=bench.device) for part in parts))
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        prefix = Prefix(t["pk"], t["pv"], at) if size.n else None
+        return koffkernels.prefix_attention(
+            t["q"], t["k"], t["v"], prefix, memory_ids=ids, bounds=bounds
+        )
+
+    chosen = [0] * rows if ids is None else ids.tolist()
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        """Row by row over the concatenation."""
+        out = []
+        for b in range(rows):
+            m = chosen[b] if size.n else -1
+            length = lengths[m] if m >= 0 else 0
+            k, v = tensors["k"][b : b + 1], tensors["v"][b : b + 1]
+            if length:
+                k = torch.cat([tensors["pk"][m : m + 1, :, :length], k], 2)
+                v = torch.cat([tensors["pv"][m : m + 1, :, :length], v], 2)
+            j = torch.arange(s, device=bench.device)
+            first = end[b] - t
+            last = first + torch.arange(t, device=bench.device)
+            mask = (j >= start[b]) & (j < end[b]) & (j <= last[:, None])
+            mask = torch.cat([mask.new_ones(t, length), mask], 1)
+            nothing = ~mask.any(1, keepdim=True)  # such a query is to give 0, and no gradient
+            y = F.scaled_dot_product_attention(
+                tensors["q"][b : b + 1], k, v, attn_mask=mask | nothing, enable_gqa=True
+            )
+            out.append(y.masked_fill(nothing, 0.0))
+        return torch.cat(out)
+
+    return Problem(tensors, ours, plain, ())
+
+
+def _routed(bench: Bench, route: str) -> AbstractContextManager:
+    if route == "auto" or bench.dry:
+        return contextlib.nullcontext()
+    return force_route(route)
+
+
+def _run(call: Call, problem: Problem, train: bool, wide: bool) -> dict[str, Tensor]:
+    """The output and, in training, all gradients."""
+    leaves = {}
+    for name, tensor in problem.tensors.items():
+        leaf = tensor.detach()
+        leaf = leaf.float() if wide and leaf.is_floating_point() else leaf
+        trains = train and name not in problem.frozen
+        leaves[name] = leaf.clone().requires_grad_() if trains else leaf
+    with torch.set_grad_enabled(train):
+        y = call(leaves)
+    found = {"y": y.detach()}
+    if train:
+        trained = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        generator = torch.Generator(y.device).manual_seed(1)
+        dy = torch.randn(y.shape, device=y.device, generator=generator).to(torch.bfloat16)
+        grads = torch.autograd.grad(
+            y, [leaves[name] for name in trained], dy.to(y.dtype), allow_unused=True
+        )
+        found |= {
+            f"d{name}": torch.zeros_like(leaves[name]) if grad is None else grad
+            for name, grad in zip(trained, grads, strict=True)
+        }
+    return found
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """RMS of the difference over RMS of what it should be; inf where that is 0 and it is not."""
+    got, want = got.float(), want.float()
+    if not bool(got.isfinite().all()):
+        return float("inf")
+    size, off = float(want.norm()), float((got - want).norm())
+    return off / size if size else (0.0 if off == 0.0 else float("inf"))
+
+
+def check(bench: Bench, name: str, make: Callable[[], Problem], route: str, train: bool) -> dict:
+    """One row: errors against fp32, and whether a second run gives the same bits."""
+    torch.manual_seed(7)
+    problem = make()
+    with _routed(bench, route):
+        got = _run(problem.ours, problem, train, False)
+        again = _run(problem.ours, problem, train, False)
+    varies = [key for key in got if not torch.equal(got[key], again[key])]
+    shapes = {key: list(value.shape) for key, value in problem.tensors.items()}
+    row = {"name": name, "route": route, "train": train, "shapes": shapes, "varies": varies}
+    del again
+    if bench.warm:
+        return row | {"text": "ran"}
+    want = _run(problem.plain, problem, train, True)
+    errors = {key: relative_error(got[key], want[key]) for key in got}
+    limits = {key: FORWARD_TOLERANCE if key == "y" else BACKWARD_TOLERANCE for key in got}
+    bad = [key for key in got if not errors[key] <= limits[key]]
+    worst = max(errors, key=lambda key: errors[key] / limits[key])
+    row |= {"errors": errors, "tolerance": limits, "bad": bad}
+    bits = "same bits" if not varies else f"bits vary: {','.join(varies)[:30]}"
+    if bad:
+        said = " ".join(f"{key}={errors[key]:.2g}" for key in bad)
+        return row | {"error": f"off from fp32 by {said}; {bits}"}
+    return row | {"text": f"ok y={errors['y']:.4f} {worst}={errors[worst]:.4f} {bits}"}
+
+
+def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bool]]:
+    """(name, problem, route, forward and backward or forward alone), most telling first."""
+    shape = bench.shape
+    hidden, kv = shape.hidden, shape.kv_heads * shape.head_dim
+    dense, lead = shape.intermediate, bench.prefill()
+    narrow, few = pruned(dense), ((1, 1), (8, 1), (64, 1))
+
+    def at(function: Callable, *args: object) -> Callable[[], Problem]:
+        return lambda: function(bench, *args)
+
+    heads, kvs, wide = shape.heads, shape.kv_heads, shape.head_dim
+    long = 2048 if not bench.dry else 24
+    learned = 512 if not bench.dry else 10
+    for n, what in ((1, "one"), (8, "mixed")):
+        yield f"mlp-train-{what}", at(mlp, lead, narrow, n, 16), "auto", True
+        yield f"linear-train-{what}", at(linear, lead, hidden, hidden, n, 16), "auto", True
+        size = Attention(4, heads, kvs, long, long, learned, wide, min(n, 3))
+        yield f"attention-train-{what}-vendor", at(attention, size), "vendor", True
+        yield f"attention-train-{what}-one-pass", at(attention, size), "fused", True
+        for rows, tokens in few:
+            if n > rows:
+                continue
+            for route in ("auto", "decode"):
+                name = f"{what}-{rows}-{route}"
+                yield f"mlp-decode-{name}", at(mlp, (rows, tokens), narrow, n, 16), route, False
+                cells = (rows, tokens), hidden, hidden, n, 16
+                yield f"linear-decode-{name}", at(linear, *cells), route, False
+        for rows, own in ((1, 600), (8, long), (64, 256)):
+            if n > 1 and rows == 1:
+                continue
+            size = Attention(rows, heads, kvs, 1, min(own, long), long, wide, n)
+            yield f"attention-decode-{what}-{rows}", at(attention, size), "auto", False
+    for n, what in ((1, "one"), (8, "mixed")):
+        yield f"mlp-train-{what}-fused", at(mlp, lead, dense, n, 16), "fused", True
+        yield f"linear-train-{what}-fused", at(linear, lead, hidden, kv, n, 16), "fused", True
+        yield f"mlp-infer-{what}", at(mlp, lead, dense, n, 16), "auto", False
+        yield f"mlp-train-{what}-r64", at(mlp, lead, narrow, n, 64), "auto", True
+        yield f"linear-train-{what}-r64", at(linear, lead, hidden, kv, n, 64), "auto", True
+        cells = (64, 1), hidden, hidden, n, 64
+        yield f"linear-decode-{what}-r64", at(linear, *cells), "decode", False
+        yield f"mlp-decode-{what}-r64", at(mlp, (64, 1), narrow, n, 64), "decode", False
+    yield "mlp-train-mixed-recompute", at(mlp, lead, narrow, 8, 16, True), "auto", True
+    for width in (64, 128):
+        size = Attention(5, 8, 2, 160, 160, 70, width, 3)
+        yield f"attention-160-{width}-vendor", at(attention, size), "vendor", True
+        yield f"attention-160-{width}-one-pass", at(attention, size), "fused", True
+        padded = Attention(5, 8, 2, 130, 150, 70, width, 3, True)
+        yield f"attention-padded-{width}", at(attention, padded), "auto", True
+    bare = Attention(2, heads, kvs, long, long, 0, wide, 0)
+    yield "attention-train-no-prefix", at(attention, bare), "vendor", True
+    yield "linear-odd", at(linear, (7, 19), 37, 29, 3, 5), "auto", True
+    yield "mlp-odd", at(mlp, (7, 19), 67, 3, 5), "auto", True
+
+
+def _patient(bench: Bench, *case: object) -> list[dict]:
+    """``check``, again after a while where other processes had taken the memory."""
+    for _ in range(3):
+        try:
+            return [check(bench, *case)]
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            time.sleep(3.0)
+    return [check(bench, *case)]
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """One case per problem."""
+    for name, make, route, train in problems(bench):
+        yield name, lambda c=(name, make, route, train): _patient(bench, *c)
+
+
+def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...]) -> None:
+    """Check everything."""
+    tolerance = {"forward": FORWARD_TOLERANCE, "backward": BACKWARD_TOLERANCE}
+    results.note(tolerance=tolerance, dtype=bench.dtype_name)
+    results.run(cases(bench), deadline, only)
