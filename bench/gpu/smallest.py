@@ -56,6 +56,17 @@ def gated_mlp(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor:
     )
 
 
+def square_attention(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor:
+    """As many keys as queries and no bounds, which the vendor's kernel takes; or one query."""
+    rows, heads, kv, width, length = 5, 4, 2, 128, 70
+    queries, keys = (1, 160) if decode else (160, 160)
+    q = _normal(where, rows, heads, queries, width, dtype=dtype)
+    k, v = (_normal(where, rows, kv, keys, width, dtype=dtype) for _ in range(2))
+    pk, pv = (_normal(where, 3, kv, length, width) for _ in range(2))
+    prefix = Prefix(pk, pv, torch.tensor([length, 7, 33], device=where))
+    return koffkernels.prefix_attention(q, k, v, prefix, memory_ids=_ids(where, rows, 3))
+
+
 def prefix_attention(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor:
     """Two memories of different length and none, padding on the left, unwritten keys behind."""
     rows, heads, kv, queries, keys, length, width = 4, 4, 2, 1 if decode else 17, 33, 19, 64
@@ -74,6 +85,7 @@ OPERATIONS: dict[str, Callable[[torch.device, torch.dtype, bool], Tensor]] = {
     "gated_mlp": gated_mlp,
     "lora_linear": lora_linear,
     "prefix_attention": prefix_attention,
+    "square_attention": square_attention,
 }
 
 

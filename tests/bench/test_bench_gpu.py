@@ -12,7 +12,17 @@ import torch
 
 from bench import timing
 from bench.gpu import __main__ as command
-from bench.gpu import checks, context, device, results, tables, training
+from bench.gpu import (
+    checks,
+    context,
+    device,
+    e2e,
+    kernels,
+    results,
+    smoke,
+    tables,
+    training,
+)
 from bench.peers import peft_mlp
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 def dry(part: str, folder: Path, *options: str) -> dict:
     """Run one part dry in this process; its file."""
-    assert command.main(["--dry-run", "--part", part, "--output", str(folder), *options]) == 0
+    arguments = ["--dry-run", "--child", "--part", part, "--output", str(folder), *options]
+    assert command.main(arguments) == 0
     record = json.loads((folder / f"dry-{part}.json").read_text())
     assert record["dry"] and record["part"] == part and record["seconds"] >= 0
     assert record["environment"]["gpu"]["name"] == "dry"
@@ -105,6 +116,7 @@ def test_bench_gpu_tables_dry(tmp_path):
     table = json.loads((tmp_path / "configs" / "dry.json").read_text())
     assert set(table) == {"gpu", "capability", "torch", "triton", "rows"}
     assert len(table["rows"]) == len({row["case"] for row in record["rows"]}) == 2
+    assert tables.best(record["rows"][:3]).endswith("3 of 3 ran")
     for row in table["rows"]:
         assert tuple(row) == tables.FIELDS
         assert row["op"] in ("gated_mlp", "lora_linear") and row["dtype"] == "bf16"
@@ -118,19 +130,249 @@ def test_bench_gpu_tests_part_dry(tmp_path):
     assert (tests["passed"], tests["failed"], tests["exit_code"]) == (0, 0, 5)  # all deselected
     assert "deselected" in tests["output"] or "no tests ran" in tests["output"]  # xdist's words
     assert memcheck["status"].startswith("no compute-sanitizer") and memcheck["exit_code"] == 0
-    assert "9 cases ran" in memcheck["output"]
+    assert "12 cases ran" in memcheck["output"]
 
 
-def test_bench_gpu_all_parts_run_as_processes(tmp_path, monkeypatch):
+def test_bench_gpu_smoke_dry(tmp_path):
+    record = dry("smoke", tmp_path)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert len(rows) == len(record["rows"]) > 50 and record["complete"]
+    assert not [row["name"] for row in rows.values() if "error" in row]
+    trained = rows["mlp-train-mixed"]
+    wanted = {f"d{name}.lora.{part}" for name in ("gate", "up", "down") for part in "ab"}
+    assert set(trained["errors"]) == {"y", "dx", "dz"} | wanted
+    assert trained["route"] == "auto" and trained["shapes"]["gate.lora.a"][0] == 8
+    assert all(0 < e <= trained["tolerance"][k] for k, e in trained["errors"].items())
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "gated_mlp", "prefix_attention"])
+def test_bench_gpu_smoke_sees_a_wrong_result(bench, op, monkeypatch):
+    real = getattr(smoke.koffkernels, op)
+    monkeypatch.setattr(smoke.koffkernels, op, lambda *a, **k: real(*a, **k) * 1.05)
+    prefix = {"lora_linear": "linear-", "gated_mlp": "mlp-", "prefix_attention": "attention-"}[op]
+    found = [case for name, case in smoke.cases(bench) if name.startswith(prefix)]
+    rows = [row for case in found[:4] for row in case()]
+    assert all("off from fp32 by y=" in row["error"] for row in rows)
+
+
+def test_bench_gpu_kernels_dry(tmp_path):
+    record = dry("kernels", tmp_path)
+    names = [row["name"] for row in record["rows"]]
+    assert len(names) == len(set(names)) > 30 and "ncu" in names
+    assert all(row["us"] > 0 for row in record["rows"] if row["name"] != "ncu")
+    assert not [row for row in record["rows"] if "error" in row]
+
+
+def test_bench_gpu_kernels_are_sorted_by_what_they_are():
+    kinds = {
+        "_mlp_hidden_fwd_kernel": "_mlp_hidden_fwd_kernel",
+        "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT": "gemm",
+        "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16>": "gemm",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>": "flash",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma": "flash",
+        "void at::native::vectorized_elementwise_kernel<4>": "other",
+        "_ZN2at6native": "other",
+    }
+    assert {name: kernels.kind(name) for name in kinds} == kinds
+    assert kernels.short("_prefix_attention_dkv_kernel") == "attn_dkv"
+
+
+def test_bench_gpu_kernels_of_a_profile(bench, monkeypatch):
+    """A row's kernels, their bytes and shares, from what the profiler and the launches say."""
+    found = {"_expand_fwd_kernel": (6, 60.0), "gemm": (6, 600.0), "other": (12, 12.0)}
+    monkeypatch.setattr(kernels, "profiled", lambda calls, turns: found)
+    monkeypatch.setattr(kernels, "launched", lambda call: {"_expand_fwd_kernel": 1000})
+    monkeypatch.setattr(kernels.torch.cuda, "synchronize", lambda: None)
+    made = context.Bench("cpu", True, context.TINY, None, 0)
+    made.__dict__.update(copy_rate=200.0, gemm_rate=50.0)
+    operation = next(kernels.operations(made))._replace(flops=2500.0)
+    row = kernels._profile_row(made, operation, [None, None])  # two sets, three turns
+    assert row["us"] == pytest.approx(112.0) and row["launches"] == 4
+    assert row["kernels"]["gemm"]["share"] == pytest.approx(0.5)
+    expand = row["kernels"]["_expand_fwd_kernel"]
+    assert expand["us"] == 10.0 and expand["share"] == pytest.approx(0.5)
+    text = kernels._text(row | {"eager_us": 120.0, "graph_us": 113.0})
+    assert text == "112us/113g/120e, 4L, gemm 100 50%, expand 10 50%, other 2"
+
+
+def test_bench_gpu_ncu_csv():
+    head = '"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value"'
+    lines = ["==PROF== Connected", head]
+    for index, name in enumerate(("_expand_fwd_kernel", "_expand_fwd_kernel")):
+        for metric, unit, value in (
+            ("Duration", "ns", "1,500"),
+            ("DRAM Throughput", "%", "61.5"),
+            ("Achieved Occupancy", "%", "12.4"),
+            ("Registers Per Thread", "register/thread", "128"),
+            ("Elapsed Cycles", "cycle", "n/a"),
+        ):
+            lines.append(f'"{index}","{name}","(8, 4, 1)","{metric}","{unit}","{value}"')
+    (row,) = kernels.parse_ncu("\n".join(lines))  # the same kernel and grid once
+    assert (row["us"], row["dram"], row["occupancy"], row["registers"]) == (1.5, 61.5, 12.4, 128)
+    assert row["name"] == "ncu expand (8, 4, 1)" and kernels.parse_ncu("==ERROR== no") == []
+
+
+def test_bench_gpu_e2e_dry(tmp_path):
+    record = dry("e2e", tmp_path)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert not [row for row in rows.values() if "error" in row] and record["complete"]
+    assert {"train-peft", "train-gated-8", "prefill-pruned-8"} < set(rows)
+    for row in rows.values():
+        assert row["tokens_per_second"] > 0 and row["us"] > 0 and "peak_gb" in row
+
+
+def test_bench_gpu_e2e_goes_on_at_any_state(bench):
+    """What a new process does behind a case that ended the last one."""
+    model = e2e.EndToEnd(bench)
+    pruned = model.at("pruned")
+    assert pruned.config.intermediate_size == context.pruned(context.TINY.intermediate)
+    assert pruned.koff.memories.names == list(e2e.NAMES) and pruned.koff.gates is None
+    assert any(p.any() for n, p in pruned.koff.memories.named_parameters() if n.endswith(".b"))
+    with pytest.raises(ValueError, match="must not go back"):
+        model.at("stock")
+
+
+@pytest.mark.parametrize("part", ["kernels", "targets", "e2e"])
+def test_bench_gpu_warm_runs_everything_and_times_nothing(part, tmp_path):
+    record = dry(part, tmp_path, "--warm")
+    assert record["complete"]
+    assert not [row for row in record["rows"] if "error" in row]
+
+
+def test_bench_gpu_parts_run_as_processes(tmp_path, monkeypatch):
+    """Which processes are started, with what, for how long."""
     calls = []
-    done = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(command.subprocess, "run", lambda c, **k: calls.append(c) or done)
-    assert command.main(["--dry-run", "--minutes", "0.5", "--output", str(tmp_path)]) == 0
-    assert [c[c.index("--part") + 1] for c in calls] == list(command.PARTS)
-    for call in calls:
-        args = command._parser().parse_args(call[3:])
-        assert args.dry_run and args.minutes == 0.5 and args.output == tmp_path.resolve()
-        assert args.configs == tmp_path.resolve() / "configs"
+
+    class Process:
+        def __init__(self, command, **options):
+            calls.append(command)
+            assert options["start_new_session"]
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(command.subprocess, "Popen", Process)
+    given = ["--dry-run", "--minutes", "3.5", "--only", "x", "--output", str(tmp_path)]
+    assert command.main(given) == 0
+    parsed = [command._parser().parse_args(call[3:]) for call in calls]
+    assert all(args.child and args.dry_run and args.only == ["x"] for args in parsed)
+    real = [args for args in parsed if not args.warm]
+    names = list(dict.fromkeys(args.part[0] for args in real))
+    assert names == [name for name, part in command.PARTS.items() if not part.alone]
+    assert {args.part[0] for args in parsed if args.warm} == {"kernels", "targets", "e2e"}
+    for args in real:
+        part = command.PARTS[args.part[0]]
+        assert args.output == tmp_path.resolve() and args.configs == tmp_path.resolve() / "configs"
+        assert 0 < args.minutes <= part.seconds / 60 * 0.5 or args.part == ["tests"]
+        assert (args.share is not None) == (part.processes > 1)
+    assert sum(args.minutes for args in real if args.share in (None, [0, 2])) <= 3.5 * 2
+
+
+def program(tmp_path: Path, body: str) -> list[str]:
+    """A process that runs cases as a part does."""
+    script = tmp_path / "part.py"
+    script.write_text(
+        "import argparse, os, sys, time\nfrom pathlib import Path\n"
+        "from bench.gpu import results\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('part', 'keep'): parser.add_argument('--' + name)\n"
+        "parser.add_argument('--minutes', type=float)\n"
+        "args = parser.parse_args()\n"
+        f"made = results.Results(Path({str(tmp_path)!r}), 'targets', True, args.keep)\n"
+        "row = lambda name: [{'name': name, 'text': 'ok'}]\n"
+        f"{body}\n"
+        "made.run(cases, results.Deadline(args.minutes))\n"
+        "sys.exit(results.LOST if made.lost else 0)\n"
+    )
+    return [sys.executable, str(script), "--part", "targets"]
+
+
+def watched(child, seconds: float) -> None:
+    """Look after a process until it is done."""
+    end = time.monotonic() + seconds
+    child.start(seconds)
+    while not child.done:
+        child.poll(end)
+        time.sleep(0.05)
+
+
+def test_bench_gpu_a_process_is_replaced_behind_the_case_that_ended_it(tmp_path, monkeypatch):
+    """A case that raises, one that ends the process, one that loses the GPU, one that hangs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(command, "STARTING", 20.0)
+    body = (
+        "def lose():\n    results._free = lambda: 'the GPU was lost: why'\n    return 1 / 0\n"
+        "cases = [('a', lambda: row('a')), ('raises', lambda: 1 / 0), ('b', lambda: row('b')),\n"
+        "    ('dies', lambda: os._exit(11)), ('c', lambda: row('c')), ('loses', lose),\n"
+        "    ('d', lambda: row('d')), ('hangs', lambda: time.sleep(600)), ('e', lambda: row('e'))]"
+    )
+    part = command.Part(60, 1.0)
+    child = command.Child(
+        program(tmp_path, body), part, tmp_path, "*-targets.json", "none", quiet=False
+    )
+    # A process that already ran cases must not get the starting time of its first one.
+    monkeypatch.setattr(command.Child, "idle", idle_without_start(command.Child.idle))
+    watched(child, 120.0)
+    record = json.loads((tmp_path / "dry-targets.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == ["a", "raises", "b", "dies", "c", "loses", "d", "hangs", "e"]
+    assert record["complete"] and child.starts == 4 and child.code == 0
+    assert "ZeroDivisionError" in rows["raises"]["error"] and "Error" in rows["loses"]["error"]
+    for name in ("dies", "hangs"):
+        assert rows[name]["error"] == "the process ended in this case"
+    lines = command.summary(record)
+    assert lines[0].startswith("targets: 9 rows, 4 errors") and len(lines) == 5
+
+
+def idle_without_start(real):
+    """``Child.idle`` for cases that need no start of CUDA."""
+
+    def idle(self):
+        times = [p.stat().st_mtime for p in self.output.glob(self.pattern)]
+        if max(times, default=0.0) <= self.began:
+            return real(self)
+        return time.time() - max(times) - self.part.case
+
+    return idle
+
+
+def test_bench_gpu_a_cut_process_leaves_what_it_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    body = "cases = [('a', lambda: row('a')), ('slow', lambda: time.sleep(600))]"
+    part = command.Part(60, 600.0)
+    child = command.Child(
+        program(tmp_path, body), part, tmp_path, "*-targets.json", "none", quiet=False
+    )
+    child.start(60.0)
+    path, start = tmp_path / "dry-targets.json", time.monotonic()
+    while not (path.exists() and json.loads(path.read_text())["running"] == "slow"):
+        assert time.monotonic() - start < 60
+        time.sleep(0.1)
+    child.poll(time.monotonic() - command.GRACE - 1)  # its time is over
+    record = json.loads(path.read_text())
+    assert child.done and child.code == 1 and [row["name"] for row in record["rows"]] == ["a"]
+    assert record["running"] == "slow" and command.summary(record)[0].endswith("cut in slow")
+
+
+def test_bench_gpu_shares_become_one_file(tmp_path, monkeypatch):
+    for i in range(2):
+        made = results.Results(tmp_path, "smoke", True, share=(i, 2))
+        cases = [(n, lambda n=n: [{"name": n, "text": "ok"}]) for n in "abcde"]
+        made.run(cases, results.Deadline(1))
+        assert [row["name"] for row in made.record["rows"]] == list("abcde")[i::2]
+    args = command._parser().parse_args(["--dry-run", "--part", "smoke", "--resume"])
+    run = command.Run(args, tmp_path, tmp_path)
+    run._merge("smoke")
+    assert [p.name for p in tmp_path.iterdir()] == ["dry-smoke.json"]
+    record = json.loads((tmp_path / "dry-smoke.json").read_text())
+    assert sorted(row["name"] for row in record["rows"]) == list("abcde") and record["complete"]
+    run._split("smoke", 2)  # and apart again, to be resumed: nothing is run twice
+    for i in range(2):
+        again = results.Results(tmp_path, "smoke", True, "good", (i, 2))
+        again.run([(n, lambda: 1 / 0) for n in "abcde"], results.Deadline(1))
+    run._merge("smoke")
+    record = json.loads((tmp_path / "dry-smoke.json").read_text())
+    assert sorted(row["name"] for row in record["rows"]) == list("abcde")
 
 
 def test_bench_gpu_out_of_time_is_marked_and_resumed(tmp_path):
@@ -157,7 +399,7 @@ def test_bench_gpu_rows_of_another_route_table_are_not_kept(tmp_path, monkeypatc
     monkeypatch.setattr(results, "table_path", lambda gpu: path)
 
     def kept():
-        return len(results.Results(tmp_path, "targets", True, resume=True).record["rows"])
+        return len(results.Results(tmp_path, "targets", True, keep="good").record["rows"])
 
     first = results.Results(tmp_path, "targets", True)
     first.add([{"case": "a", "name": "a", "us": 1.0}])

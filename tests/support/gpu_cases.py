@@ -77,6 +77,9 @@ ATTENTION = {
     "one-token": dict(B=7, Hq=4, Hkv=2, T=1, S=50, D=64, n=3, P=33),
     "short": dict(B=3, Hq=4, Hkv=1, T=17, S=17, D=128, n=2, P=1),
     "longer": dict(B=5, Hq=8, Hkv=2, T=130, S=150, D=64, n=3, P=512),
+    # As many keys as queries, several tiles of both, and a prefix: what the vendor's kernel takes.
+    "square-64": dict(B=5, Hq=8, Hkv=2, T=160, S=160, D=64, n=3, P=70),
+    "square-128": dict(B=4, Hq=4, Hkv=1, T=160, S=160, D=128, n=3, P=70),
     "torch-only": dict(B=3, Hq=4, Hkv=4, T=17, S=17, D=24, n=2, P=5),
     "no-prefix": dict(B=2, Hq=4, Hkv=2, T=130, S=130, D=128),
     "empty": dict(B=0, Hq=4, Hkv=2, T=3, S=3, D=64, n=2, P=5),
