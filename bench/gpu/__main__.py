@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inner = parser.add_argument_group("of the processes that this command starts")
     inner.add_argument("--child", action="store_true", help="run one part in this process")
+    inner.add_argument("--until", type=float, help="time.time() at which its time is over")
     inner.add_argument("--keep", choices=("none", "good", "all"), default="none")
     inner.add_argument("--share", type=int, nargs=2, metavar=("I", "N"))
     inner.add_argument("--warm", action="store_true", help="compile, and time nothing")
@@ -116,6 +117,8 @@ def run_part(args: argparse.Namespace, output: Path, configs: Path) -> dict:
         torch.set_num_threads(1)
     keep = "good" if args.resume and args.keep == "none" else args.keep
     results = Results(output, part, args.dry_run, keep, args.share and tuple(args.share))
+    if args.until is not None:  # imports have taken some of the time
+        args.minutes = max(0.0, args.until - time.time()) / 60
     deadline, only = Deadline(args.minutes), tuple(args.only)
     results.deadline = deadline
     command = f"python -m bench.gpu --part {part} --minutes {args.minutes:g}"
@@ -158,7 +161,7 @@ class Child:
     """A process that runs a part, or its share of one, and is replaced when it must be.
 
     Args:
-        command: without ``--minutes`` and ``--keep``.
+        command: without ``--until`` and ``--keep``.
         part: its limits.
         output: where its result file appears.
         pattern: name of that file.
@@ -179,7 +182,7 @@ class Child:
     def start(self, left: float) -> None:
         """Start, or start again behind the case that ended the last process."""
         keep = self.keep if self.starts == 0 else "all"
-        command = [*self.command, f"--minutes={left / 60:.4f}", f"--keep={keep}"]
+        command = [*self.command, f"--until={time.time() + left:.1f}", f"--keep={keep}"]
         where = subprocess.DEVNULL if self.quiet else None
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=where, stderr=self.errors, start_new_session=True
@@ -272,6 +275,7 @@ class Run:
     def run(self) -> int:
         """Every part in its order; the worst exit code."""
         print(f"{self._left():.0f} s in all for {', '.join(self.names)}", flush=True)
+        print(device.words_of(self.args.dry_run), flush=True)
         with tempfile.TemporaryDirectory(prefix="koff-warm-") as folder:
             try:
                 for name in self.names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 KERNEL_TESTS = "tests/kernels/test_gpu_kernels.py"
 MARK = "mark." + "gpu"
 DTYPES = ("bf16", "fp16", "fp32")
+STOPPING = 6.0  # seconds that a process gets to end by itself
 MEMCHECK_SECONDS = 90.0
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 REFUSALS = ("device not supported", "unable to", "failed to initialize")
@@ -50,14 +52,34 @@ def pytest_row(name: str, arguments: list[str], seconds: float) -> dict:
         workers = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["--durations=5", f"--junitxml={report}", *workers, *arguments]
         code, output = _process(command, seconds)
-        row = {"name": name, "exit_code": code, **_counts(report)}
+        found = _counts(report) if report.exists() else _counted(output)
+        row = {"name": name, "exit_code": code, **found}
     row["seconds"] = round(time.monotonic() - start, 1)
-    if code:
+    row["text"] = f"{row['passed']} passed, {row['failed']} failed, {row['seconds']:.0f} s"
+    if code is None:
+        row["text"] += ", stopped by the clock"
+    if row["failures"]:
+        first = row["failures"][0]
+        row["text"] += f"; first: {first['test']}: {first['why'][:80]}"
+    if code != 0:
         row["output"] = device.without_paths(output, 3000)
     return row
+
+
+def _counted(output: str) -> dict[str, object]:
+    """What ``_counts`` gives, from pytest's lines: a process that was killed leaves no report."""
+    done = re.findall(r"^(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+)", output, re.M)
+    done += [(b, a) for a, b in re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR)", output, re.M)]
+    bad = list(dict.fromkeys(test.split("::")[-1] for word, test in done if word != "PASSED"))
+    return {
+        "passed": sum(word == "PASSED" for word, _ in done),
+        "failed": len(bad),
+        "skipped": 0,
+        "failures": [{"test": test, "why": ""} for test in bad],
+    }
 
 
 def _process(
@@ -71,8 +93,12 @@ def _process(
         try:
             output, code = process.communicate(timeout=max(seconds, 1.0))[0], process.returncode
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # pytest then reports on what it has done
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=STOPPING)
             # All that it started too: a worker left on the GPU would disturb the next part.
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             output, code = process.communicate()[0], None
     return code, output.decode(errors="replace")
 
@@ -141,12 +167,12 @@ def cases(bench: Bench, deadline: Deadline) -> Iterator[Case]:
     """Tests of the kernels by dtype, then the rest of them, memcheck, other tests."""
 
     def tests(name: str, *arguments: str) -> Case:
-        return name, lambda: [pytest_row(name, list(arguments), deadline.left())]
+        return name, lambda: [pytest_row(name, list(arguments), deadline.left() - STOPPING)]
 
     def memcheck(route: str) -> Case:
         seconds = MEMCHECK_SECONDS
         name = f"memcheck-{route}"
-        return name, lambda: [memcheck_row(bench, route, min(seconds, deadline.left()))]
+        return name, lambda: [memcheck_row(bench, route, min(seconds, deadline.left() - STOPPING))]
 
     # The dtype of real models first; fp32's kernels take longest to compile.
     bf16, *others = DTYPES

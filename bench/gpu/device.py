@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import traceback
 
@@ -25,6 +26,7 @@ NEEDED = {
     "rich": "rich",
 }
 DRY_NAME = "dry"
+TOOLS = ("gcc", "ncu", "compute-sanitizer", "nvidia-smi")
 _QUERY = (
     "clocks.sm",
     "clocks.mem",
@@ -89,6 +91,15 @@ def condition() -> dict[str, str] | None:
 def environment(dry: bool) -> dict[str, object]:
     """Versions, processor and GPU, without anything that identifies the machine."""
     return {**timing.environment(torch.get_num_threads()), "gpu": describe(dry)}
+
+
+def words_of(dry: bool) -> str:
+    """The machine in one line: GPU, versions, and the tools that are there."""
+    gpu = DRY_NAME if dry else torch.cuda.get_device_name(0)
+    versions = [f"{p} {timing.version_of(p)}" for p in ("torch", "triton", "transformers", "peft")]
+    # Triton compiles the stub that launches a kernel by a C compiler.
+    tools = [f"{name}{'' if shutil.which(name) else ' is missing'}" for name in TOOLS]
+    return ", ".join((gpu, *versions, *tools))
 
 
 def without_paths(text: str, limit: int) -> str:

@@ -202,6 +202,40 @@ def _rows(peer: str, times: Times, memory: dict[str, Memory], facts: dict) -> li
     ]
 
 
+def compiled_mlp_training(bench: Bench) -> list[dict]:
+    """PEFT's MLP under torch.compile, which fuses what is not a product; only for information."""
+    hidden, width = bench.shape.hidden, bench.shape.intermediate
+    layer = layers.random_layer(bench, width, 1, layers.MLP)
+    ours, peft = _ours(layer), _peft(layer, bench.rank, False)
+    backend = "eager" if bench.dry else "inductor"
+    built = {"ours": ours, "compiled": (torch.compile(peft[0], backend=backend), peft[1])}
+    x = bench.normal(*bench.prefill(), hidden).requires_grad_()
+    dy = bench.normal(*bench.prefill(), hidden)
+    # One input set: activations are larger than the L2 cache.
+    times = bench.measure(
+        **{
+            name: Variant(lambda i, n=name: _step(*built[n], x, dy), 1, graph=False)
+            for name in built
+        }
+    )
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    speedup = timing.paired_ratio(times["compiled"], times["ours"])
+    return [
+        judged(
+            "mlp-training-over-compiled-peft",
+            speedup["median"],
+            None,
+            us=medians["ours"],
+            limit_us=medians["compiled"],
+            limit="forward and backward by PEFT under torch.compile",
+            speedup=speedup,
+            shape={"tokens": dy.shape[0] * dy.shape[1], "hidden": hidden, "width": width},
+            times={name: timing.spread(values) for name, values in times.items()},
+        )
+    ]
+
+
 def cases(bench: Bench) -> Iterator[Case]:
     """The training rows."""
     yield "mlp-training", lambda: mlp_training(bench)
+    yield "mlp-training-over-compiled-peft", lambda: compiled_mlp_training(bench)

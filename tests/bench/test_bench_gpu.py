@@ -252,20 +252,22 @@ def test_bench_gpu_parts_run_as_processes(tmp_path, monkeypatch):
             return 0
 
     monkeypatch.setattr(command.subprocess, "Popen", Process)
+    before = time.time()
     given = ["--dry-run", "--minutes", "3.5", "--only", "x", "--output", str(tmp_path)]
     assert command.main(given) == 0
     parsed = [command._parser().parse_args(call[3:]) for call in calls]
     assert all(args.child and args.dry_run and args.only == ["x"] for args in parsed)
     real = [args for args in parsed if not args.warm]
+    for args in parsed:
+        args.minutes = (args.until - before) / 60
     names = list(dict.fromkeys(args.part[0] for args in real))
     assert names == [name for name, part in command.PARTS.items() if not part.alone]
     assert {args.part[0] for args in parsed if args.warm} == {"kernels", "targets", "e2e"}
     for args in real:
         part = command.PARTS[args.part[0]]
         assert args.output == tmp_path.resolve() and args.configs == tmp_path.resolve() / "configs"
-        assert 0 < args.minutes <= part.seconds / 60 * 0.5 or args.part == ["tests"]
+        assert 0 < args.minutes <= 3.5
         assert (args.share is not None) == (part.processes > 1)
-    assert sum(args.minutes for args in real if args.share in (None, [0, 2])) <= 3.5 * 2
 
 
 def program(tmp_path: Path, body: str) -> list[str]:
@@ -276,12 +278,12 @@ def program(tmp_path: Path, body: str) -> list[str]:
         "from bench.gpu import results\n"
         "parser = argparse.ArgumentParser()\n"
         "for name in ('part', 'keep'): parser.add_argument('--' + name)\n"
-        "parser.add_argument('--minutes', type=float)\n"
+        "parser.add_argument('--until', type=float)\n"
         "args = parser.parse_args()\n"
         f"made = results.Results(Path({str(tmp_path)!r}), 'targets', True, args.keep)\n"
         "row = lambda name: [{'name': name, 'text': 'ok'}]\n"
         f"{body}\n"
-        "made.run(cases, results.Deadline(args.minutes))\n"
+        "made.run(cases, results.Deadline((args.until - time.time()) / 60))\n"
         "sys.exit(results.LOST if made.lost else 0)\n"
     )
     return [sys.executable, str(script), "--part", "targets"]
@@ -543,6 +545,15 @@ def test_bench_gpu_junit_counts(tmp_path):
     counts = checks._counts(report)
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
     assert counts["failures"] == [{"test": "b", "why": "z.py: no"}]
+
+
+def test_bench_gpu_pytest_that_was_killed_is_counted_by_its_lines():
+    quiet = "a.py::test_x[bf16] PASSED [ 1%]\na.py::test_y FAILED [ 2%]\nFAILED a.py::test_y - no\n"
+    several = "[gw0] [ 10%] PASSED a.py::test_x[bf16] \n[gw1] [ 20%] FAILED a.py::test_y \n"
+    for output in (quiet, several):
+        found = checks._counted(output)
+        assert (found["passed"], found["failed"]) == (1, 1)
+        assert found["failures"] == [{"test": "test_y", "why": ""}]
 
 
 @pytest.mark.parametrize(
