@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
+import importlib
 import io
 import math
 import re
@@ -197,8 +198,7 @@ def _device_events(prof) -> Iterator[tuple[str, float]]:
 
 def launched(call: Callable[[], object]) -> dict[str, int]:
     """kernel -> bytes of one call, from the arguments it is launched with."""
-    from koffkernels._triton.shared.launch import recording
-
+    recording = importlib.import_module("koffkernels._triton.shared.launch").recording
     sizes: dict[str, int] = collections.Counter()
     with recording() as launches:
         call()
