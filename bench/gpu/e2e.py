@@ -262,23 +262,24 @@ def cases(bench: Bench) -> Iterator[Case]:
 
     for rows in BATCHES:
         yield generate("stock", 0, rows)
+    yield generate("stock", 0, 1, "static")
     yield "prefill-stock-0", lambda: model.prefill("stock", 0)
     yield "train-peft", lambda: model.train("stock", 0)
-    yield generate("dense", 1, 1)
     yield "prefill-dense-1", lambda: model.prefill("dense", 1)
     yield "train-gated-1", lambda: model.train("gated", 1)
     yield "train-gated-8", lambda: model.train("gated", 8)
     yield generate("pruned", 1, 1)
-    yield generate("pruned", 8, 8)
+    yield generate("pruned", 1, 1, "static")
     yield generate("pruned", 8, 64)
     yield "prefill-pruned-1", lambda: model.prefill("pruned", 1)
-    yield "prefill-pruned-8", lambda: model.prefill("pruned", 8)
     yield "train-pruned-1", lambda: model.train("pruned", 1)
+    yield generate("pruned", 8, 8)
+    yield generate("pruned", 8, 8, "static")
+    yield "prefill-pruned-8", lambda: model.prefill("pruned", 8)
     yield generate("pruned", 0, 1)
     yield generate("pruned", 1, 64)
     yield generate("pruned", 0, 64)
-    yield generate("pruned", 1, 1, "static")
-    yield generate("pruned", 8, 8, "static")
+    yield generate("pruned", 0, 8)
 
 
 def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...]) -> None:
