@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..errors import require
 from .attention import NAME
 from .forward_context import ACTIVE, MemoryArgument, resolve_ids
 from .state import KoffState
-
-_WHERE = "forward"
 
 
 @dataclass
@@ -44,50 +41,50 @@ class Boundary:
         # A list: torch.compile cannot trace max over a generator.
         longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
         if longest:
-            self._check_attention()
-            self._plain_rows(kwargs, inputs)
+            # Only ours knows of the prefix. A longer name that begins like it is the one by which
+            # ``koff.prefix_attention_mass`` watches ours.
+            chosen = self.config._attn_implementation
+            if not chosen.startswith(NAME):
+                raise ValueError(
+                    f"forward: the attention implementation must be {NAME!r} for memories with a "
+                    f"KV part, got {chosen}; undo set_attn_implementation: any other would leave "
+                    "the learned cache out"
+                )
+            self._say_rows_are_whole(kwargs, inputs)
             self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
             self._position_ids(kwargs, inputs.shape[1])
         return (), {**kwargs, "koff_context": context}
 
-    def _check_attention(self) -> None:
-        got, rule = self.config._attn_implementation, f"be {NAME!r} for memories with a KV part"
-        step = "undo set_attn_implementation: any other would leave the learned cache out"
-        require(got.startswith(NAME), _WHERE, "the attention implementation", rule, got, step)
+    @staticmethod
+    def _say_rows_are_whole(kwargs: dict, inputs: Tensor) -> None:
+        """Give rows without a mask one of ones: while compiling, transformers cannot look and takes
+        every maskless row for packed documents, which a prefix does not allow."""
+        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
+        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = torch.ones(
+                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+            )
 
     def _check_lengths(self, prefix: int, tokens: int, cache) -> None:
         if torch.compiler.is_compiling():
             return
         past = 0 if cache is None else cache.get_seq_length()
+        # A cache that comes filled from elsewhere may begin with a prefix of its own, at positions
+        # that we cannot know. One that came empty, or out of this model, is marked as ours.
         if cache is not None and not getattr(cache, "_koff", False):
-            require(
-                int(past) == 0,
-                _WHERE,
-                "past_key_values",
-                "be empty or come from this model",
-                f"a cache that already holds {int(past)} tokens",
-                "do not add a prefix to the cache yourself; pass memory= and koff puts it in front",
-            )
+            if int(past) != 0:
+                raise ValueError(
+                    "forward: past_key_values must be empty or come from this model, got a cache "
+                    f"that already holds {int(past)} tokens; do not add a prefix to the cache "
+                    "yourself; pass memory= and koff puts it in front"
+                )
             cache._koff = True
         limit = self.config.max_position_embeddings
-        if isinstance(past, int):
-            require(
-                prefix + past + tokens <= limit,
-                _WHERE,
-                "prefix + sequence",
-                f"fit max_position_embeddings ({limit})",
-                f"{prefix} + {past + tokens}",
-                "shorten the sequence or the memory",
-            )
-
-    @staticmethod
-    def _plain_rows(kwargs: dict, inputs: Tensor) -> None:
-        """Say that rows without a mask are whole: while compiling, transformers cannot look and
-        takes every maskless row for packed documents."""
-        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
-        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
-            kwargs["attention_mask"] = torch.ones(
-                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+        # A static cache counts in a tensor, which would have to be read; generate keeps its limit.
+        if isinstance(past, int) and prefix + past + tokens > limit:
+            raise ValueError(
+                f"forward: prefix + sequence must fit max_position_embeddings ({limit}), "
+                f"got {prefix} + {past + tokens}; shorten the sequence or the memory"
             )
 
     @staticmethod
@@ -114,7 +111,8 @@ class KoffModelMixin:
 
     @staticmethod
     def forward_with_signature(cls: type) -> Callable:
-        """``cls.forward`` with a ``memory`` argument that generate and Trainer can see."""
+        """Return ``cls.forward`` with a ``memory`` argument that generate and Trainer can see: both
+        look at the signature, and drop or refuse what is not in it."""
         base = cls.forward
 
         @functools.wraps(base)
@@ -133,8 +131,16 @@ class KoffModelMixin:
         return forward
 
     def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
-        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with
-        one entry per row. Calls from several threads take turns."""
+        """Generate as transformers does, with a memory. Calls from several threads take turns.
+
+        Args:
+            inputs, args, kwargs: as transformers'.
+            memory: a name or None for all rows, or a list with one entry per row.
+
+        Raises:
+            KeyError, TypeError, ValueError: unknown memories, not one entry per row, prompts that
+                are padded on the right, or guidance with memories mixed.
+        """
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((t for t in given if t is not None), None)
         _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
@@ -147,6 +153,7 @@ class KoffModelMixin:
                 ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
                 if len(set(ids)) > 1:
                     _refuse_second_forwards(args, kwargs, self.generation_config)
+                    # A tensor, since generate repeats the rows of tensors for beams and samples.
                     ids = torch.tensor(ids, device=self.device)
                     return super().generate(inputs, *args, memory=ids, **kwargs)
                 memory = names[ids[0]] if ids and ids[0] >= 0 else None
@@ -165,26 +172,28 @@ def _refuse_second_forwards(args: tuple, kwargs: dict, own: Any) -> None:
     """Classifier-free guidance runs forwards of its own, which get no ``memory`` argument."""
     given = kwargs.get("generation_config") or (args[0] if args else None) or own
     scale = kwargs.get("guidance_scale", getattr(given, "guidance_scale", None))
-    rule, step = "be 1 or None for rows of different memories", "generate each memory's rows apart"
-    require(scale in (None, 1, 1.0), "generate", "guidance_scale", rule, scale, step)
+    if scale not in (None, 1, 1.0):
+        raise ValueError(
+            f"generate: guidance_scale must be 1 or None for rows of different memories, got "
+            f"{scale}; generate each memory's rows apart"
+        )
 
 
 def _refuse_right_padding(prompt: Tensor | None, mask: Tensor | None, config) -> None:
+    """New tokens would be put behind the padding, at positions that the text never had."""
     if prompt is None or 0 in prompt.shape:
         return
     pad, ends = config.pad_token_id, config.eos_token_id
     if mask is not None and tuple(mask.shape) == tuple(prompt.shape[:2]):
         padded = bool((mask[:, -1] == 0).any())
     elif prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None:
+        # Without a mask, by the pad token, unless it also ends texts: it may be the prompt's own.
         ends = ends if isinstance(ends, list) else [ends]
         padded = pad not in ends and bool((prompt[:, -1] == pad).any())
     else:
         padded = False
-    require(
-        not padded,
-        "generate",
-        "the prompts",
-        "be padded on the left",
-        "rows that end in padding",
-        "set tokenizer.padding_side = 'left'",
-    )
+    if padded:
+        raise ValueError(
+            "generate: the prompts must be padded on the left, got rows that end in padding; set "
+            "tokenizer.padding_side = 'left'"
+        )

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asked_by, require
 from ..model import arch
 from ..model.attach import install, new_memory, use_koff_attention
 from ..model.config import KoffConfig
@@ -89,7 +89,9 @@ def save(
         ValueError: gates that are not compacted, a KV memory that was never filled, a taken
             directory, or metadata that cannot be kept; nothing is written then.
     """
-    directory, state = Path(directory), require_attached(model, "koff.save")
+    directory = Path(directory)
+    with asked_by("koff.save"):
+        state = require_attached(model)
     _check_savable(state, directory, overwrite)
     metadata = plain_metadata(metadata, "koff.save")
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
@@ -214,7 +216,8 @@ def load(
     model = backbone.build_backbone(directory, facts, built, dtype, _LOAD)
     settings = KoffConfig.from_dict(facts["config"])
     kv = any(re.match(rf"{MEMORIES}/[^/]+/kv/", name) for name in facts["files"])
-    arch.check_supported(model, kv, _LOAD)
+    with asked_by(_LOAD):
+        arch.check_supported(model, kv)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths, state.kept = facts["dense_widths"], kept
