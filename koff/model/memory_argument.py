@@ -7,11 +7,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import NAME
 from .forward_context import ACTIVE, MemoryArgument, resolve_ids
@@ -104,8 +105,7 @@ def tag_cache(module: nn.Module, args: tuple, output) -> None:
 
 
 class KoffModelMixin:
-    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's
-    checkpoint."""
+    """Adds ``memory`` to forward and generate, and refuses to write half of a model."""
 
     koff: KoffState
 
@@ -160,12 +160,67 @@ class KoffModelMixin:
             with self.koff.using(memory):  # the same for every row, however beams multiply them
                 return super().generate(inputs, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the
-        memories too."""
-        if state_dict is None:
-            state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Refuse to leave memories or a mask out; write a model that has neither.
+
+        transformers' format holds the backbone alone, and what is learned would be gone without a
+        word. A model whose memories were all removed, and whose mask is compacted or was never
+        there, is nothing but its backbone: that is written as transformers does it.
+
+        Args:
+            save_directory, args, kwargs: as transformers'.
+
+        Raises:
+            ValueError: there are memories or gates; nothing is written.
+        """
+        self._refuse_half("save_pretrained", "koff.save({}, folder)")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id, *args, **kwargs):
+        """Refuse to leave memories or a mask out, as ``save_pretrained`` does; push a model that
+        has neither.
+
+        Args:
+            repo_id, args, kwargs: as transformers'.
+
+        Raises:
+            ValueError: there are memories or gates; nothing is sent.
+        """
+        self._refuse_half("push_to_hub", "koff.push_to_hub({}, repo_id)")
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _refuse_half(self, asked: str, instead: str) -> None:
+        names, gates = self.koff.memories.names, self.koff.gates
+        left_out = []
+        if names:
+            left_out.append(f"memories {', '.join(names)}")
+        if gates is not None:
+            left_out.append("a mask" if gates.fixed else "gates")
+        if left_out:
+            whole = instead.format("model" if gates is None else "koff.compact(model)")
+            raise ValueError(
+                f"{asked}: the model must be its backbone alone, got {' and '.join(left_out)}, "
+                f"which transformers would leave out; call {whole}, or koff.detach(model) first "
+                "for the base alone"
+            )
+
+
+def write_backbone(
+    model: PreTrainedModel, directory: str | Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the backbone of an attached model, and nothing that is learned, as transformers does.
+
+    This is for code that writes the rest itself; ``model.save_pretrained`` would refuse.
+
+    Args:
+        model: an attached model.
+        directory: where; created if needed.
+        state_dict: what to write in place of the backbone's own tensors.
+    """
+    if state_dict is None:
+        state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith("koff.")}
+    # The method of the class that the mixin stands in front of.
+    super(KoffModelMixin, model).save_pretrained(directory, state_dict=state_dict)
 
 
 def _refuse_second_forwards(args: tuple, kwargs: dict, own: Any) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import asked_by, require
 from ..model import arch
+from ..model.memory_argument import write_backbone
 from ..model.state import require_attached
 from . import adapters as disk
 from . import publish as atomic
@@ -89,7 +90,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _write(model: PreTrainedModel, name: str, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder, state_dict=merged_weights(model, name))
+    write_backbone(model, folder, merged_weights(model, name))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.koff.memories[name].kv_config is not None:

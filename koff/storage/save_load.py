@@ -20,6 +20,7 @@ from ..model import arch
 from ..model.attach import install, new_memory, use_koff_attention
 from ..model.config import KoffConfig
 from ..model.memories import Memory
+from ..model.memory_argument import write_backbone
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
@@ -97,7 +98,7 @@ def save(
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
     staging = _new_staging(directory)
     try:
-        model.save_pretrained(staging)
+        write_backbone(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         facts = _facts(model, staging, base, metadata)

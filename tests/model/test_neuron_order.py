@@ -9,6 +9,7 @@ from support.widths import spread
 
 import koff
 from koff.model import arch
+from koff.model.memory_argument import write_backbone
 from koff.model.neuron_order import move_kept_first, positions, restore_order
 
 MEMORIES = ("en", None, ["es", None, "keys"])
@@ -114,11 +115,11 @@ def test_a_state_dict_is_in_the_original_order_and_goes_into_any_model():
     assert torch.equal(nested["inner.model.layers.0.mlp.up_proj.weight"], up_of(base))
 
 
-def test_save_pretrained_writes_the_base_in_its_own_order(tmp_path):
+def test_a_written_backbone_is_in_its_own_order(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = binarised()
-    model.save_pretrained(tmp_path / "base")
+    write_backbone(model, tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     assert torch.equal(up_of(again), up_of(tiny("llama").state_dict()))
 
