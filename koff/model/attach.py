@@ -109,7 +109,7 @@ class _AttentionMixin:
 @functools.cache
 def _subclass(mixin: type, cls: type) -> type:
     """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
-    string."""
+    string. Cached, so that modules of one class are of one class afterwards, too."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
@@ -218,6 +218,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     state.hooks = [
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache),
+        # Under the base's names, what goes out and comes in has the base's order of neurons.
         model.register_state_dict_post_hook(in_original_order),
         model.register_load_state_dict_pre_hook(before_load),
         model.register_load_state_dict_post_hook(after_load),
@@ -229,6 +230,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
 def use_koff_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation "koff" if some memory has a KV part."""
     state = model.koff
+    # Only then, and once: without a prefix the user's own choice does, and ``detach`` restores it.
     if state.attention is None and any(memory.length for memory in state.memories):
         attention.register()
         state.attention = model.config._attn_implementation
@@ -261,7 +263,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: koff is not attached.
     """
     state = require_attached(model)
-    restore_order(model)
+    restore_order(model)  # while there is still somebody who knows it
     for layer in arch.layers(model):
         for _, linear in arch.linears(layer, model):
             _unswap(linear)

@@ -128,7 +128,8 @@ class KoffState(nn.Module):
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
-        """Compute as the base model does: gates open, no memory."""
+        """Compute as the base model does inside the ``with`` block: gates open, no memory. This is
+        how a model is its own teacher, and how a learned cache is first filled."""
         before, self.bypassed = self.bypassed, True
         try:
             yield

@@ -60,7 +60,7 @@ def _report(state: KoffState, removed: float, model: PreTrainedModel, widths: li
     """Shares for ``removed`` neurons (a float for expected values)."""
     neurons = sum(state.dense_widths)
     dense = dense_weights(state, model)
-    weights = removed * dense["mlp"] / neurons
+    weights = removed * dense["mlp"] / neurons  # every neuron has equally many
     hard = state.gates is None or state.gates.fixed
     return SparsityReport(
         mlp=removed / neurons,
@@ -111,6 +111,7 @@ def _raw_widths(scores: list[Tensor], keep: int) -> list[int]:
     flat = [s.double().clone() for s in scores]
     for s in flat:  # its best neuron comes first, so that no layer is emptied
         s[s.argmax()] = torch.inf
+    # Stable: of equal scores the first are kept, on every device.
     order = torch.cat(flat).sort(descending=True, stable=True).indices[:keep]
     layer = torch.repeat_interleave(
         torch.arange(len(scores), device=order.device),
