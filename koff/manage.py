@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from .errors import require
+from .errors import asked_by, require
 from .model import arch
 from .model.attach import new_memory, use_koff_attention
 from .model.config import KVConfig, LoRAConfig, check_memory_name
@@ -107,7 +107,8 @@ def learn(
     some = lora is not None or kv is not None
     require(some, where, "the memory", "have a LoRA or a KV part", "neither", step)
     if kv is not None:
-        arch.check_prefix(model, where)
+        with asked_by(where):
+            arch.check_prefix(model)
     generator = torch.Generator().manual_seed(seed)
     memory, training = new_memory(model, name, lora, kv, generator), model.training
     try:
@@ -157,7 +158,8 @@ def import_memory(
         settings, matrices, scaling = read_lora(model, Path(lora), where)
     cache = None
     if kv is not None:
-        arch.check_prefix(model, where)
+        with asked_by(where):
+            arch.check_prefix(model)
         cache = disk.kv_config(Path(kv), where)
         disk.check_kv(model, cache, Path(kv), where)  # before what it claims is allocated
     memory: Memory = new_memory(model, name, settings, cache, torch.Generator())
@@ -191,7 +193,8 @@ def remove_memory(target: Target, name: str) -> Target:
     if isinstance(target, (str, Path)):
         names = saved_facts(Path(target), where)["memories"]
     else:
-        names = require_attached(target, where).memories.names
+        with asked_by(where):
+            names = require_attached(target).memories.names
     rule, step = f"be one of {list(names)}", "correct the name"
     require(name in names, where, "the memory", rule, repr(name), step, KeyError)
     if isinstance(target, (str, Path)):
@@ -207,12 +210,14 @@ def check_new_name(target: PreTrainedModel | str | Path, name: str, where: str) 
     Raises:
         FileNotFoundError, TypeError, ValueError: so is the target itself.
     """
-    check_memory_name(name, where)
+    with asked_by(where):
+        check_memory_name(name)
     folder = Path(target) if isinstance(target, (str, Path)) else None
     if folder is not None:
         names = saved_facts(folder, where)["memories"]
     else:
-        names = require_attached(target, where).memories.names
+        with asked_by(where):
+            names = require_attached(target).memories.names
     rule, step = f"differ from those there are, {list(names)}", "choose another or remove it first"
     require(name not in names, where, "the name", rule, repr(name), step)
     return folder

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.blocks import PackedBlocks, load_documents, pack
-from ..errors import refuse, require
+from ..errors import asked_by, refuse, require
 from ..storage.adapters import read_json
 from ..storage.layout import MARKER, current
 from ..training.arguments import OWN_FIELDS
@@ -274,7 +274,8 @@ def check_model(recipe: Recipe) -> Any:
     from ..model import arch
 
     config = _load(recipe, AutoConfig)
-    arch.architecture(config.model_type, "koff train")
+    with asked_by("koff train"):
+        arch.architecture(config.model_type)
     return config
 
 

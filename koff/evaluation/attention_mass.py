@@ -15,9 +15,9 @@ from koffkernels import RowBounds
 from koffkernels.reference import attention_weights
 
 from ..data.blocks import pack
-from ..errors import require
+from ..errors import asked_by, require
 from ..model import arch
-from ..model.attention import koff_attention, koff_mask, unpack_bounds
+from ..model.attention import koff_attention, koff_mask, mask_to_bounds
 from ..model.state import require_attached
 from .perplexity import check_sizes, evaluating
 
@@ -98,7 +98,8 @@ def prefix_attention_mass(
         KeyError, TypeError, ValueError: unknown memory, one without a KV part, too little text, or
             blocks that do not fit.
     """
-    state = require_attached(model, _WHERE)
+    with asked_by(_WHERE):
+        state = require_attached(model)
     require(
         isinstance(memory, str), _WHERE, "memory", "be a name", repr(memory), "pass one", TypeError
     )
@@ -143,13 +144,13 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
 
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
         out = koff_attention(module, query, key, value, mask, **kwargs)
-        site, bounds = module._koff, unpack_bounds(mask)
-        context = site.scope.context
-        prefix = site.bank.prefix(site.scope.index, context.slots)
+        link, bounds = module._koff, mask_to_bounds(mask)
+        context = link.scope.context
+        prefix = link.bank.prefix(link.scope.index, context.slots)
         scale = kwargs.get("scaling")
         weights, _ = attention_weights(query, key, value, prefix, context.ids, bounds, scale)
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
-        sums[site.scope.index] = sums[site.scope.index] + given.double().sum((0, 2))
+        sums[link.scope.index] = sums[link.scope.index] + given.double().sum((0, 2))
         return out
 
     before = model.config._attn_implementation

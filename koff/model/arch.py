@@ -1,23 +1,39 @@
-"""The only file that knows the names of transformers' modules. A new architecture is one entry in
-ARCHITECTURES."""
+"""Where things are in transformers' models: the only file that knows the names of their modules.
+
+A new architecture is one entry in ``ARCHITECTURES`` and its narrow class in ``modeling_koff.py``
+(which is saved beside models and runs without koff, so it cannot ask here). Everybody else asks for
+the MLP of a layer, for the dimension that counts neurons, or for the path of a ``Site``.
+
+Recipes and ``koff info`` need the names alone, so torch and transformers are imported by the
+functions that look at a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import transformers
-from torch import nn
-from transformers import PreTrainedModel
+from ..errors import asker
 
-from ..errors import require
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+# The dimension of each MLP weight [out, in] that counts neurons: gate and up have a row for each,
+# down a column. A LoRA B A on them follows: it has that row in B [N, r], that column in A [r, K].
+NEURON_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+MLP_LINEARS = tuple(NEURON_DIM)
 LINEARS = ATTENTION_LINEARS + MLP_LINEARS
+# transformers' hidden_act -> the kernels' name. The kernels have no other activation.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# RoPE whose frequencies never change: only then is a stored key at another position a rotation of
+# itself. Dynamic NTK and longrope choose the frequencies by the length of the sequence.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Before the model_type of a backbone whose layers differ in width: "koff_llama".
 NARROW_PREFIX = "koff_"
 
 
@@ -49,208 +65,251 @@ ARCHITECTURES = {
 }
 
 
-def architecture(model_type: str, where: str) -> Architecture:
-    """The entry of a model type ("llama", or "koff_llama" for a backbone with per-layer widths).
+class Site(NamedTuple):
+    """One linear layer of the model, as a place where a memory may have a LoRA.
+
+    Args:
+        layer: number of the decoder layer.
+        linear: which of its ``LINEARS``.
+    """
+
+    layer: int
+    linear: str
+
+    def __str__(self) -> str:
+        return site_key(self)
+
+
+def site_key(site: Site) -> str:
+    """Return a site as text, "0_q_proj": its key in ``Memory.lora``, and so a part of parameters'
+    names in checkpoints. A dot, the natural thing to write, would be taken for a path."""
+    return f"{site.layer}_{site.linear}"
+
+
+def site_of(key: str) -> Site:
+    """Return the site of a ``site_key``."""
+    layer, linear = key.split("_", 1)
+    return Site(int(layer), linear)
+
+
+def architecture(model_type: str) -> Architecture:
+    """Return the entry of a model type ("llama", or "koff_llama" for layers of unequal width).
 
     Raises:
         ValueError: not supported; the message names what is.
     """
     found = ARCHITECTURES.get(model_type.removeprefix(NARROW_PREFIX))
-    require(
-        found is not None,
-        where,
-        "the model type",
-        f"be one of {', '.join(ARCHITECTURES)}",
-        repr(model_type),
-        "add an entry to koff/arch.py if its MLP is gate/up/down",
-    )
+    if found is None:
+        raise ValueError(
+            f"{asker()}: the model type must be one of {', '.join(ARCHITECTURES)}, "
+            f"got {model_type!r}; add an entry to koff/model/arch.py if its MLP is gate/up/down"
+        )
     return found
 
 
+def stock_classes(model_type: str) -> tuple[type, type]:
+    """Return transformers' own (config class, model class) of an architecture."""
+    import transformers
+
+    entry = ARCHITECTURES[model_type]
+    return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
+
+
+# ---- modules of a model ----
+
+
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The transformer without its language-model head."""
-    return getattr(model, architecture(model.config.model_type, "koff").decoder)
+    """Return the transformer without its language-model head."""
+    return getattr(model, architecture(model.config.model_type).decoder)
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers."""
-    arch = architecture(model.config.model_type, "koff")
-    return getattr(getattr(model, arch.decoder), arch.layers)
-
-
-def layers_path(model: PreTrainedModel) -> str:
-    """Path of the decoder layers in the model: "model.layers"."""
-    arch = architecture(model.config.model_type, "koff")
-    return f"{arch.decoder}.{arch.layers}"
+    """Return the decoder layers."""
+    return getattr(decoder(model), architecture(model.config.model_type).layers)
 
 
 def attention(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """The attention module of a layer."""
-    return getattr(layer, architecture(model.config.model_type, "koff").attention)
+    """Return the attention module of a layer."""
+    return getattr(layer, architecture(model.config.model_type).attention)
 
 
 def mlp(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """The MLP of a layer."""
-    return getattr(layer, architecture(model.config.model_type, "koff").mlp)
+    """Return the MLP of a layer."""
+    return getattr(layer, architecture(model.config.model_type).mlp)
 
 
 def mlps(model: PreTrainedModel) -> list[nn.Module]:
-    """The MLPs of all layers."""
+    """Return the MLPs of all layers."""
     return [mlp(layer, model) for layer in layers(model)]
 
 
+def mlp_linears(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return the linear layers gate, up and down of an MLP."""
+    return module.gate_proj, module.up_proj, module.down_proj
+
+
 def mlp_weights(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """gate [I, H], up [I, H] and down [H, I] of an MLP."""
+    """Return gate [I, H], up [I, H] and down [H, I] of an MLP."""
     return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
 
 
-def widths(model: PreTrainedModel) -> list[int]:
-    """Number of MLP neurons of each layer."""
-    return [module.gate_proj.weight.shape[0] for module in mlps(model)]
-
-
-def set_width(module: nn.Module, width: int) -> None:
-    """Make an MLP's bookkeeping agree with weights of a new width."""
-    module.gate_proj.out_features = module.up_proj.out_features = module.down_proj.in_features = (
-        width
-    )
-    module.intermediate_size = width
-
-
-def linear_path(name: str, model: PreTrainedModel) -> str:
-    """Path of a linear layer within its decoder layer, e.g. "self_attn.q_proj"."""
-    arch = architecture(model.config.model_type, "koff")
-    return f"{arch.attention if name in ATTENTION_LINEARS else arch.mlp}.{name}"
-
-
 def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, module) of the seven linear layers of a decoder layer."""
+    """Yield (name, module) of the seven linear layers of a decoder layer."""
     for name in LINEARS:
         yield name, layer.get_submodule(linear_path(name, model))
 
 
+def sites(model: PreTrainedModel) -> Iterator[tuple[Site, nn.Linear]]:
+    """Yield every linear layer of the model with its site, layer by layer."""
+    for index, layer in enumerate(layers(model)):
+        for name, linear in linears(layer, model):
+            yield Site(index, name), linear
+
+
+# ---- names of tensors ----
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Return the path of the decoder layers in the model: "model.layers"."""
+    arch = architecture(model.config.model_type)
+    return f"{arch.decoder}.{arch.layers}"
+
+
+def linear_path(name: str, model: PreTrainedModel) -> str:
+    """Return the path of a linear layer within its decoder layer: "self_attn.q_proj"."""
+    arch = architecture(model.config.model_type)
+    return f"{arch.attention if name in ATTENTION_LINEARS else arch.mlp}.{name}"
+
+
+def site_path(site: Site, model: PreTrainedModel) -> str:
+    """Return the path of a site in the model: "model.layers.0.self_attn.q_proj"."""
+    return f"{layers_path(model)}.{site.layer}.{linear_path(site.linear, model)}"
+
+
+def count_layers(names: Iterable[str], model_type: str) -> int:
+    """Return how many decoder layers the tensors of a checkpoint belong to, by their names."""
+    number = re.compile(rf"\.{architecture(model_type).layers}\.(\d+)\.")
+    return len({found[1] for found in map(number.search, names) if found})
+
+
+# ---- facts about a model ----
+
+
+def widths(model: PreTrainedModel) -> list[int]:
+    """Return the number of MLP neurons of each layer."""
+    return [mlp_weights(module)[0].shape[0] for module in mlps(model)]
+
+
+def set_width(module: nn.Module, width: int) -> None:
+    """Make an MLP's bookkeeping agree with weights of a new width, in place."""
+    gate, up, down = mlp_linears(module)
+    gate.out_features = up.out_features = down.in_features = width
+    module.intermediate_size = width
+
+
 def activation(model: PreTrainedModel) -> str:
-    """The kernels' name of the MLP's activation."""
+    """Return the kernels' name of the MLP's activation."""
     return ACTIVATIONS[model.config.hidden_act]
 
 
 def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """RoPE inverse frequencies [D / 2] as the model uses them."""
-    return getattr(decoder(model), architecture(model.config.model_type, "koff").rotary).inv_freq
+    """Return the RoPE inverse frequencies [D / 2] as the model uses them."""
+    return getattr(decoder(model), architecture(model.config.model_type).rotary).inv_freq
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(Hkv, D)."""
+    """Return (Hkv, D): the number of kv heads and their width."""
     config = model.config
+    # Qwen2's config has no head_dim; Qwen3's is not hidden_size / heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, head_dim
 
 
-def check_supported(model: object, with_kv: bool, where: str = "attach") -> Architecture:
+# ---- what koff cannot attach to ----
+
+
+def check_supported(model: object, with_kv: bool) -> None:
     """Refuse a model that koff cannot attach to.
+
+    Args:
+        model: any object.
+        with_kv: whether it is to have memories with a KV part.
 
     Raises:
         TypeError, ValueError: not a transformers causal LM, an unsupported architecture, quantised
             weights, an MLP that is not gate/up/down of plain linear layers, or (with KV memories)
             RoPE or attention kinds under which a prefix cannot be exact.
     """
-    require(
-        isinstance(model, PreTrainedModel),
-        where,
-        "the model",
-        "be a transformers PreTrainedModel",
-        type(model).__name__,
-        "load it with AutoModelForCausalLM (unwrap PEFT and DDP first)",
-        TypeError,
-    )
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{asker()}: the model must be a transformers PreTrainedModel, "
+            f"got {type(model).__name__}; load it with AutoModelForCausalLM (unwrap PEFT and DDP "
+            "first)"
+        )
     config = model.config
-    arch = architecture(config.model_type, where)
-    require(
-        hasattr(model, arch.decoder) and model.get_output_embeddings() is not None,
-        where,
-        "the model",
-        f"be a causal language model like {arch.causal_lm}",
-        type(model).__name__,
-        "load it with AutoModelForCausalLM",
-        TypeError,
-    )
+    arch = architecture(config.model_type)
+    if not hasattr(model, arch.decoder) or model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{asker()}: the model must be a causal language model like {arch.causal_lm}, "
+            f"got {type(model).__name__}; load it with AutoModelForCausalLM"
+        )
     quantised = getattr(config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
-    require(
-        not quantised,
-        where,
-        "the base model",
-        "not be quantised (the gates and the pruned weights need plain matrices)",
-        type(quantised).__name__,
-        "load it in bfloat16, float16 or float32",
-    )
-    _check_layers(model, where)
-    if with_kv:
-        check_prefix(model, where)
-    return arch
-
-
-def _check_layers(model: PreTrainedModel, where: str) -> None:
-    act = model.config.hidden_act
-    require(
-        act in ACTIVATIONS,
-        where,
-        "hidden_act",
-        f"be one of {', '.join(ACTIVATIONS)}",
-        repr(act),
-        "see arch.py",
-    )
+    if quantised:
+        raise ValueError(
+            f"{asker()}: the base model must not be quantised (the gates and the pruned weights "
+            f"need plain matrices), got {type(quantised).__name__}; load it in bfloat16, float16 "
+            "or float32"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"{asker()}: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
+            f"got {config.hidden_act!r}; see arch.py"
+        )
     for index, layer in enumerate(layers(model)):
-        module = mlp(layer, model)
-        plain = all(isinstance(getattr(module, name, None), nn.Linear) for name in MLP_LINEARS)
-        require(
-            plain,
-            where,
-            f"the MLP of layer {index}",
-            f"have the linear layers {', '.join(MLP_LINEARS)}",
-            type(module).__name__,
-            "mixtures of experts and fused gate_up layers are not supported",
-            TypeError,
+        _check_layer(index, layer, model)
+    if with_kv:
+        check_prefix(model)
+
+
+def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
+    from torch import nn
+
+    module = mlp(layer, model)
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in MLP_LINEARS):
+        raise TypeError(
+            f"{asker()}: the MLP of layer {index} must have the linear layers "
+            f"{', '.join(MLP_LINEARS)}, got {type(module).__name__}; mixtures of experts and fused "
+            "gate_up layers are not supported"
         )
-        biased = any(getattr(module, name).bias is not None for name in MLP_LINEARS)
-        require(
-            not biased,
-            where,
-            f"the MLP of layer {index}",
-            "have no bias",
-            "mlp_bias=True",
-            "use another model",
+    if any(linear.bias is not None for linear in mlp_linears(module)):
+        raise ValueError(
+            f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
+            "another model"
         )
-        _check_unpatched(layer, index, model, where)
-        for name, linear in linears(layer, model):
-            require(
-                type(linear) is nn.Linear,
-                where,
-                f"{name} of layer {index}",
-                "be a plain torch.nn.Linear",
-                type(linear).__name__,
-                "detach other adapters and quantisation first",
-                TypeError,
+    # A forward that is bound to an instance, as Liger does it, comes before the class's: it would
+    # bypass the gates without a word. accelerate's hooks for a device_map are bound like this too.
+    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
+    patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
+    if patched:
+        step = "load the model without kernel patches"
+        if any(hasattr(m, "_hf_hook") for m in modules):
+            step = "load the model onto one device: a device_map that spreads or offloads it moves "
+            step += "data inside forward"
+        raise ValueError(
+            f"{asker()}: the modules of layer {index} must use their classes' own forward, "
+            f"got {patched}; {step}"
+        )
+    for name, linear in linears(layer, model):
+        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
+            raise TypeError(
+                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
+                f"got {type(linear).__name__}; detach other adapters and quantisation first"
             )
 
 
-def _check_unpatched(layer: nn.Module, index: int, model: PreTrainedModel, where: str) -> None:
-    """A forward bound to an instance (as Liger does) would bypass the gates without a word."""
-    modules = [mlp(layer, model), attention(layer, model), *(m for _, m in linears(layer, model))]
-    patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
-    rule, step = "use their classes' own forward", "load the model without kernel patches"
-    if any(hasattr(m, "_hf_hook") for m in modules):
-        step = "load the model onto one device: a device_map that spreads or offloads it moves data"
-        step += " inside forward"
-    require(not patched, where, f"the modules of layer {index}", rule, patched, step)
-
-
-def stock_classes(model_type: str) -> tuple[type, type]:
-    """transformers' own (config class, model class) of an architecture."""
-    entry = ARCHITECTURES[model_type]
-    return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
-
-
-def check_prefix(model: PreTrainedModel, where: str) -> None:
+def check_prefix(model: PreTrainedModel) -> None:
     """Refuse a model under which a KV memory could not be exact.
 
     Raises:
@@ -258,29 +317,21 @@ def check_prefix(model: PreTrainedModel, where: str) -> None:
     """
     config = model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    require(
-        rope in ROPE_TYPES,
-        where,
-        "the RoPE type (for KV memories)",
-        f"be one of {', '.join(ROPE_TYPES)}",
-        repr(rope),
-        "use kv=None",
-    )
+    if rope not in ROPE_TYPES:
+        raise ValueError(
+            f"{asker()}: the RoPE type (for KV memories) must be one of {', '.join(ROPE_TYPES)}, "
+            f"got {rope!r}; use kv=None"
+        )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    require(
-        kinds == {"full_attention"},
-        where,
-        "the attention layers (for KV memories)",
-        "all be full attention",
-        sorted(kinds),
-        "use kv=None: stock caches truncate a prefix in sliding and chunked layers",
-    )
-    frequencies, (_, head_dim) = inverse_frequencies(model), kv_shape(model)
-    require(
-        2 * frequencies.numel() == head_dim,
-        where,
-        "RoPE (for KV memories)",
-        "rotate the whole head",
-        f"{2 * frequencies.numel()} of {head_dim} dimensions",
-        "use kv=None",
-    )
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{asker()}: the attention layers (for KV memories) must all be full attention, "
+            f"got {sorted(kinds)}; use kv=None: stock caches truncate a prefix in sliding and "
+            "chunked layers"
+        )
+    rotated, (_, head_dim) = 2 * inverse_frequencies(model).numel(), kv_shape(model)
+    if rotated != head_dim:
+        raise ValueError(
+            f"{asker()}: RoPE (for KV memories) must rotate the whole head, "
+            f"got {rotated} of {head_dim} dimensions; use kv=None"
+        )

@@ -1,8 +1,12 @@
 """The attention implementation "koff" and its mask function, registered with transformers.
 
-The mask function returns None where plain causal attention is meant, and otherwise the bounds of
-each row packed in an int64 tensor [B, 1, 1, 3] (four-dimensional masks pass through transformers
-untouched, also through generate's own preparation for static caches).
+The mask function returns None where plain causal attention is meant. Otherwise it gives the bounds
+of each row as an int64 tensor [B, 1, 1, 3] (first key, end, first query): four-dimensional masks
+pass through transformers untouched, also through generate's own preparation for static caches, and
+three numbers say all that a mask of one run per row can.
+
+A learned prefix stands at positions -P..-1, inside the attention function alone. Masks, position
+ids and cache lengths know nothing of it, so transformers' own code for them stays right.
 """
 
 from __future__ import annotations
@@ -16,19 +20,18 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from koffkernels import RowBounds, prefix_attention
 from koffkernels.reference import visible_keys
 
-from ..errors import require
-
+# What ``config._attn_implementation`` says while koff's attention is in use.
 NAME = "koff"
-_WHERE = "koff attention"
 
 
-def pack_bounds(bounds: RowBounds) -> Tensor:
-    """int64 [B, 1, 1, 3]."""
+def bounds_to_mask(bounds: RowBounds) -> Tensor:
+    """Return row bounds as a mask that transformers lets through, int64 [B, 1, 1, 3]."""
     return torch.stack(list(bounds), dim=-1)[:, None, None, :]
 
 
-def unpack_bounds(mask: Tensor | None) -> RowBounds | None:
-    """Inverse of ``pack_bounds``, in contiguous tensors; None stays None."""
+def mask_to_bounds(mask: Tensor | None) -> RowBounds | None:
+    """Return the row bounds that ``bounds_to_mask`` wrote down; None stays None."""
+    # Contiguous once here, or every layer's kernel would copy the three columns again.
     return None if mask is None else RowBounds(*mask[:, 0, 0, :].t().contiguous())
 
 
@@ -37,16 +40,13 @@ def _padding_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     present = attention_mask.bool()
     start = (present.cumsum(-1) == 0).sum(-1)
     end = present.shape[-1] - (present.flip(-1).cumsum(-1) == 0).sum(-1)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():  # a graph cannot look at values
         holes = (present.sum(-1) != (end - start).clamp(min=0)) & present.any(-1)
-        require(
-            not bool(holes.any()),
-            _WHERE,
-            "attention_mask",
-            "be 1 on one run of each row",
-            "a mask with holes",
-            "pad on one side only",
-        )
+        if bool(holes.any()):
+            raise ValueError(
+                "koff attention: attention_mask must be 1 on one run of each row, got a mask with "
+                "holes; pad on one side only"
+            )
     return start, end
 
 
@@ -61,8 +61,21 @@ def koff_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
-    """Mask function of the attention implementation "koff"; arguments as transformers passes
-    them."""
+    """Return the mask of a forward under the attention implementation "koff".
+
+    Args:
+        batch_size, q_length, kv_length: B, T, S.
+        q_offset: position of the first query; a tensor under a static cache.
+        kv_offset: position of the first key.
+        mask_function: transformers' description of the pattern.
+        attention_mask: bool or int [B, S], 0 at padding, or None.
+        device: of the mask.
+        kwargs: whatever else transformers passes to mask functions.
+
+    Returns:
+        None for plain causal attention, row bounds as int64 [B, 1, 1, 3], or what transformers'
+        sdpa has for any other pattern.
+    """
     if mask_function is not causal_mask_function:  # packed sequences and users' own patterns
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
@@ -72,8 +85,8 @@ def koff_mask(
     # Only these two cases are what sdpa means by "causal without a mask" (its triangle is anchored
     # top left).
     dynamic = not isinstance(q_offset, Tensor) and kv_length == q_offset + q_length
-    plain = dynamic and (q_length == 1 or q_offset == 0)
-    if plain and (attention_mask is None or _all_seen(attention_mask)):
+    causal = dynamic and (q_length == 1 or q_offset == 0)
+    if causal and (attention_mask is None or _all_seen(attention_mask)):
         return None
     zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
     query_start = zeros + q_offset
@@ -81,21 +94,22 @@ def koff_mask(
     if attention_mask is not None:
         start, last = _padding_bounds(attention_mask)
         end = torch.minimum(end, last)
-    return pack_bounds(RowBounds(start, end, query_start))
+    return bounds_to_mask(RowBounds(start, end, query_start))
 
 
 def _all_seen(attention_mask: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(attention_mask.all())
 
 
-def _plain_mask(mask: Tensor | None, query: Tensor, key: Tensor, kept: dict) -> Tensor | None:
-    """The boolean mask that sdpa needs for the same bounds, built once per forward."""
+def _sdpa_mask_of(mask: Tensor | None, query: Tensor, key: Tensor, masks: dict) -> Tensor | None:
+    """The mask that sdpa needs: row bounds written out as booleans [B, 1, T, S], once per forward
+    for all layers; any other mask as it is."""
     if mask is None or mask.dtype != torch.int64:
         return mask
-    if "plain" not in kept:
+    if "boolean" not in masks:
         shape = (query.shape[0], query.shape[2], key.shape[2])
-        kept["plain"] = visible_keys(*shape, unpack_bounds(mask), query.device)[:, None]
-    return kept["plain"]
+        masks["boolean"] = visible_keys(*shape, mask_to_bounds(mask), query.device)[:, None]
+    return masks["boolean"]
 
 
 def koff_attention(
@@ -108,39 +122,46 @@ def koff_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers models with KV memories: query [B, Hq, T, D], key, value [B, Hkv,
-    S, D] -> [B, T, Hq, D].
+    """Return attention over the own keys and the learned prefixes of this forward's memories.
 
     Without a prefix in this forward it is transformers' own scaled-dot-product attention, bit for
     bit.
+
+    Args:
+        module: the attention module of a layer, which knows the forward's context.
+        query: [B, Hq, T, D].
+        key, value: [B, Hkv, S, D].
+        attention_mask: what ``koff_mask`` returned.
+        scaling: of the scores; None: D ** -0.5.
+        dropout: of the probabilities; 0 under a prefix.
+        kwargs: whatever else transformers passes to attention functions.
+
+    Returns:
+        [B, T, Hq, D], and None for the probabilities, which are never made.
+
+    Raises:
+        ValueError: a mask or a dropout that attention under a prefix does not have.
     """
-    site = module._koff
-    context = site.scope.context
-    prefix = site.bank.prefix(site.scope.index, context.slots)
+    link = module._koff
+    context = link.scope.context
+    prefix = link.bank.prefix(link.scope.index, context.slots)
     if prefix is None:
-        mask = _plain_mask(attention_mask, query, key, context.masks)
+        mask = _sdpa_mask_of(attention_mask, query, key, context.masks)
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    good = attention_mask is None or attention_mask.dtype == torch.int64
-    require(
-        good,
-        _WHERE,
-        "the mask",
-        "be a 2-D padding mask when a KV memory is in use",
-        "a 4-D mask or packed sequences",
-        "pass attention_mask [B, S] and no packed position ids",
-    )
-    require(
-        dropout == 0.0,
-        _WHERE,
-        "attention dropout",
-        "be 0 with KV memories",
-        dropout,
-        "set config.attention_dropout = 0",
-    )
+    if attention_mask is not None and attention_mask.dtype != torch.int64:
+        raise ValueError(
+            "koff attention: the mask must be a 2-D padding mask when a KV memory is in use, got a "
+            "4-D mask or packed sequences; pass attention_mask [B, S] and no packed position ids"
+        )
+    if dropout != 0.0:
+        raise ValueError(
+            f"koff attention: attention dropout must be 0 with KV memories, got {dropout}; set "
+            "config.attention_dropout = 0"
+        )
     if "bounds" not in context.masks:
-        context.masks["bounds"] = unpack_bounds(attention_mask)  # the same in every layer
+        context.masks["bounds"] = mask_to_bounds(attention_mask)  # the same in every layer
     bounds, ids = context.masks["bounds"], context.ids
     out = prefix_attention(query, key, value, prefix, memory_ids=ids, bounds=bounds, scale=scaling)
     return out.transpose(1, 2).contiguous(), None

@@ -10,79 +10,75 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import require
+from ..errors import asked_by, asker
 from .arch import LINEARS, MLP_LINEARS
 
 ALL_LINEAR = "all-linear"  # PEFT's word for it
 KV_INITS = ("text", "tokens", "normal")
 SCOPES = ("mlp", "model")
 # P(z > 0) at the lower clamp of log_alpha is 4.7 %: no gate can be expected to be closed more often
-# than this.
+# than this (docs/math.md).
 MAX_SPARSITY = 0.953
+# A memory's name is a folder's and a part of parameters' names: no dot (a path of modules), nothing
+# that a file system may refuse or that leads elsewhere, and well below 255 bytes.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def check_memory_name(name: object, where: str) -> str:
-    """Refuse a memory name that could not be a folder name and a parameter name on every
-    platform."""
-    require(
-        isinstance(name, str),
-        where,
-        "a memory name",
-        "be a string",
-        repr(name),
-        "rename it",
-        TypeError,
-    )
-    require(
-        _NAME.fullmatch(name) is not None,
-        where,
-        "a memory name",
-        "be 1 to 64 letters, digits, '-' or '_', starting with a letter or digit",
-        repr(name),
-        "rename it",
-    )
+def check_memory_name(name: object) -> str:
+    """Return a memory name; refuse one that could not be a folder's and a parameter's everywhere.
+
+    Raises:
+        TypeError, ValueError: no string, or an illegal one.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{asker()}: a memory name must be a string, got {name!r}; rename it")
+    if _NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{asker()}: a memory name must be 1 to 64 letters, digits, '-' or '_', starting with "
+            f"a letter or digit, got {name!r}; rename it"
+        )
     return name
 
 
-def _positive_int(where: str, name: str, value: object) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(good, where, name, "be a whole number of at least 1", repr(value), "change it")
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # True is an int, too
 
 
-def _number(where: str, name: str, value: object) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    good = good and abs(value) <= sys.float_info.max  # math.isfinite fails on a huge whole number
-    require(good, where, name, "be a finite number", repr(value), "change it", TypeError)
+def _check_count(name: str, value: object) -> None:
+    if not _is_whole(value) or value < 1:
+        raise ValueError(
+            f"{asker()}: {name} must be a whole number of at least 1, got {value!r}; change it"
+        )
 
 
-def _sequence(where: str, name: str, value: object) -> None:
-    good = isinstance(value, Iterable) and not isinstance(value, str)
-    step = f"write ({value!r},)" if isinstance(value, str) else "change it"
-    require(good, where, name, "be a sequence of names", repr(value), step, TypeError)
+def _check_finite(name: str, value: object) -> None:
+    number = isinstance(value, float) or _is_whole(value)
+    # Compared, since math.isfinite fails on a whole number that no float holds.
+    if not number or not abs(value) <= sys.float_info.max:
+        raise TypeError(f"{asker()}: {name} must be a finite number, got {value!r}; change it")
 
 
-def from_dict(cls: type, values: Any, where: str):
-    """Build a config dataclass from a mapping, refusing unknown keys.
+def _check_names(name: str, value: object) -> None:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        step = f"write ({value!r},)" if isinstance(value, str) else "change it"
+        raise TypeError(f"{asker()}: {name} must be a sequence of names, got {value!r}; {step}")
+
+
+def from_dict(cls: type, values: Any):
+    """Return a config dataclass made from a mapping.
 
     Raises:
         TypeError, ValueError: not a mapping, or a key that ``cls`` lacks (the nearest one is
             suggested).
     """
-    require(
-        isinstance(values, dict),
-        where,
-        "it",
-        "be a mapping",
-        type(values).__name__,
-        "check it",
-        TypeError,
-    )
+    if not isinstance(values, dict):
+        raise TypeError(f"{asker()}: it must be a mapping, got {type(values).__name__}; check it")
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        step = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        require(key in known, where, "a key", "be known", repr(key), step)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            step = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"{asker()}: a key must be known, got {key!r}; {step}")
     return cls(**values)
 
 
@@ -102,33 +98,26 @@ class LoRAConfig:
     alpha: float = 32.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = MLP_LINEARS
 
+    @asked_by("LoRAConfig")
     def __post_init__(self) -> None:
-        where = "LoRAConfig"
-        _positive_int(where, "r", self.r)
-        _number(where, "alpha", self.alpha)
-        require(self.alpha > 0, where, "alpha", "be positive", self.alpha, "change it")
+        _check_count("r", self.r)
+        _check_finite("alpha", self.alpha)
+        if self.alpha <= 0:
+            raise ValueError(f"LoRAConfig: alpha must be positive, got {self.alpha}; change it")
         if self.target_modules == ALL_LINEAR:
             object.__setattr__(self, "target_modules", LINEARS)
-        _sequence(where, "target_modules", self.target_modules)
+        _check_names("target_modules", self.target_modules)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        require(
-            len(self.target_modules) > 0,
-            where,
-            "target_modules",
-            "name a layer",
-            "none",
-            "use lora=None",
-        )
-        for name in self.target_modules:
-            near = f"choose among {', '.join(LINEARS)}, or write {ALL_LINEAR!r}"
-            require(
-                name in LINEARS,
-                where,
-                "target_modules",
-                "name linear layers",
-                repr(name),
-                near,
+        if not self.target_modules:
+            raise ValueError(
+                "LoRAConfig: target_modules must name a layer, got none; use lora=None"
             )
+        for name in self.target_modules:
+            if name not in LINEARS:
+                raise ValueError(
+                    f"LoRAConfig: target_modules must name linear layers, got {name!r}; choose "
+                    f"among {', '.join(LINEARS)}, or write {ALL_LINEAR!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -142,7 +131,9 @@ class KVConfig:
         init: "text" (prefill of the first P training tokens of the domain, done by KoffTrainer; the
             one used in the experiments), "tokens" (prefill of random token ids) or "normal".
         init_std: standard deviation for "normal".
-        num_frozen_tokens: how many of the first tokens are never trained (the attention sink).
+        num_frozen_tokens: how many of the first tokens are never trained. Models use the first
+            token of a text as a sink for attention that has nowhere to go; one frozen token leaves
+            it to them, as in Cartridges (arXiv 2506.06266).
     """
 
     num_tokens: int = 128
@@ -150,28 +141,23 @@ class KVConfig:
     init_std: float = 0.02
     num_frozen_tokens: int = 1
 
+    @asked_by("KVConfig")
     def __post_init__(self) -> None:
-        where = "KVConfig"
-        _positive_int(where, "num_tokens", self.num_tokens)
-        require(
-            self.init in KV_INITS,
-            where,
-            "init",
-            f"be one of {', '.join(KV_INITS)}",
-            repr(self.init),
-            "choose one",
-        )
-        _number(where, "init_std", self.init_std)
-        require(self.init_std > 0, where, "init_std", "be positive", self.init_std, "change it")
+        _check_count("num_tokens", self.num_tokens)
+        if self.init not in KV_INITS:
+            raise ValueError(
+                f"KVConfig: init must be one of {', '.join(KV_INITS)}, got {self.init!r}; "
+                "choose one"
+            )
+        _check_finite("init_std", self.init_std)
+        if self.init_std <= 0:
+            raise ValueError(f"KVConfig: init_std must be positive, got {self.init_std}; change it")
         frozen = self.num_frozen_tokens
-        require(
-            isinstance(frozen, int) and 0 <= frozen < self.num_tokens,
-            where,
-            "num_frozen_tokens",
-            f"lie in 0..{self.num_tokens - 1}",
-            frozen,
-            "leave at least one token to train",
-        )
+        if not isinstance(frozen, int) or not 0 <= frozen < self.num_tokens:
+            raise ValueError(
+                f"KVConfig: num_frozen_tokens must lie in 0..{self.num_tokens - 1}, got {frozen}; "
+                "leave at least one token to train"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,59 +182,49 @@ class KoffConfig:
     kv: KVConfig | None = field(default_factory=KVConfig)
     seed: int = 0
 
+    @asked_by("KoffConfig")
     def __post_init__(self) -> None:
-        self._check_memories()
-        self._check_sparsity()
-        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        rule = "be a whole number"
-        require(good, "KoffConfig", "seed", rule, repr(self.seed), "change it", TypeError)
-        for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
-            value = getattr(self, name)
-            good = value is None or isinstance(value, kind)
-            rule = f"be a {kind.__name__} or None"
-            require(good, "KoffConfig", name, rule, repr(value), "change it", TypeError)
-        require(
-            not self.memories or self.lora is not None or self.kv is not None,
-            "KoffConfig",
-            "memories",
-            "have a LoRA or a KV part",
-            "lora=None and kv=None",
-            "give one, or use memories=() for gates alone",
-        )
-        require(
-            bool(self.memories) or self.target_sparsity > 0,
-            "KoffConfig",
-            "it",
-            "learn something",
-            "no memories and target_sparsity=0",
-            "name memories or set a sparsity",
-        )
-
-    def _check_memories(self) -> None:
-        where = "KoffConfig"
-        _sequence(where, "memories", self.memories)
+        _check_names("memories", self.memories)
         object.__setattr__(self, "memories", tuple(self.memories))
         for name in self.memories:
-            check_memory_name(name, where)
-        distinct = len(set(self.memories)) == len(self.memories)
-        require(distinct, where, "memories", "differ", self.memories, "rename one")
-
-    def _check_sparsity(self) -> None:
-        where = "KoffConfig"
-        _number(where, "target_sparsity", self.target_sparsity)
-        require(
-            0 <= self.target_sparsity <= MAX_SPARSITY,
-            where,
-            "target_sparsity",
-            f"lie in 0..{MAX_SPARSITY} (no gate can be closed more surely)",
-            self.target_sparsity,
-            "change it",
-        )
-        known, got = self.sparsity_scope in SCOPES, repr(self.sparsity_scope)
-        require(known, where, "sparsity_scope", f"be one of {', '.join(SCOPES)}", got, "choose one")
+            check_memory_name(name)
+        if len(set(self.memories)) < len(self.memories):
+            raise ValueError(f"KoffConfig: memories must differ, got {self.memories}; rename one")
+        _check_finite("target_sparsity", self.target_sparsity)
+        if not 0 <= self.target_sparsity <= MAX_SPARSITY:
+            raise ValueError(
+                f"KoffConfig: target_sparsity must lie in 0..{MAX_SPARSITY} (no gate can be closed "
+                f"more surely), got {self.target_sparsity}; change it"
+            )
+        if self.sparsity_scope not in SCOPES:
+            raise ValueError(
+                f"KoffConfig: sparsity_scope must be one of {', '.join(SCOPES)}, "
+                f"got {self.sparsity_scope!r}; choose one"
+            )
+        if not _is_whole(self.seed):
+            raise TypeError(
+                f"KoffConfig: seed must be a whole number, got {self.seed!r}; change it"
+            )
+        for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(
+                    f"KoffConfig: {name} must be a {kind.__name__} or None, got {value!r}; "
+                    "change it"
+                )
+        if self.memories and self.lora is None and self.kv is None:
+            raise ValueError(
+                "KoffConfig: memories must have a LoRA or a KV part, got lora=None and kv=None; "
+                "give one, or use memories=() for gates alone"
+            )
+        if not self.memories and self.target_sparsity == 0:
+            raise ValueError(
+                "KoffConfig: it must learn something, got no memories and target_sparsity=0; "
+                "name memories or set a sparsity"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict of JSON types."""
+        """Return the config as a nested dict of JSON types."""
         values = dataclasses.asdict(self)
         values["memories"] = list(self.memories)
         if self.lora is not None:
@@ -256,10 +232,12 @@ class KoffConfig:
         return values
 
     @classmethod
+    @asked_by("KoffConfig")
     def from_dict(cls, values: dict[str, Any]) -> KoffConfig:
-        """Inverse of ``to_dict``; unknown keys are errors."""
+        """Return the config that ``to_dict`` wrote down; unknown keys are errors."""
         values = dict(values)
         for name, kind in (("lora", LoRAConfig), ("kv", KVConfig)):
             if values.get(name) is not None:
-                values[name] = from_dict(kind, values[name], f"KoffConfig.{name}")
-        return from_dict(cls, values, "KoffConfig")
+                with asked_by(f"KoffConfig.{name}"):
+                    values[name] = from_dict(kind, values[name])
+        return from_dict(cls, values)

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from koffkernels import hard_concrete, open_probability
 
+# Here the deterministic gate clamp(1.2 sigmoid(log_alpha) - 0.1, 0, 1) is exactly 1, so that an
+# attached model computes what it did before, bit for bit.
 INIT_LOG_ALPHA = 2.5
+# Noise that breaks ties, and no more: top-k over equal gates would go by their numbers.
 INIT_STD = 0.01
+# P(z > 0) then stays within 4.7 % and 99.8 %. Further out the sigmoid is flat, and a gate that went
+# there would hardly come back.
 LOG_ALPHA_LIMIT = math.log(100.0)
 
 
@@ -29,8 +34,8 @@ class Gates(nn.Module):
         multiplier: fp32 scalar, the Lagrange multiplier lambda1 of the sparsity constraint.
         fixed: whether the mask is binary (``koff.binarize``).
 
-    Once fixed, ``packing`` may reorder the base's neurons; ``packed`` says so, and ``order`` and
-    ``width`` say how.
+    Once fixed, ``neuron_order`` may reorder the base's neurons; ``kept_first`` says so, and
+    ``order`` and ``width`` say how. Gates and masks themselves stay in the original order.
     """
 
     def __init__(
@@ -46,9 +51,11 @@ class Gates(nn.Module):
             self.register_buffer(
                 f"mask_{index}", torch.ones(width, dtype=torch.bool, device=device)
             )
+            # Not saved: it follows from the mask, and saved weights are in the original order.
             self.register_buffer(f"order_{index}", None, persistent=False)
         self.target = target
         self.fixed = False
+        # On the host, since slices need numbers: reading a tensor would wait for the GPU.
         self._widths: list[int | None] = [None] * len(widths)
 
     @property
@@ -57,25 +64,25 @@ class Gates(nn.Module):
         return [getattr(self, f"mask_{index}") for index in range(len(self.log_alpha))]
 
     @property
-    def packed(self) -> bool:
+    def kept_first(self) -> bool:
         """Whether the base's neurons were reordered, kept ones first."""
         return self._widths[0] is not None
 
     def order(self, index: int) -> Tensor:
-        """The original number of each neuron of a packed layer, int64 [I]."""
+        """Return the original number of each neuron of a reordered layer, int64 [I]."""
         return getattr(self, f"order_{index}")
 
     def width(self, index: int) -> int:
-        """How many leading neurons of a packed layer are kept."""
+        """Return how many leading neurons of a reordered layer are kept."""
         return self._widths[index]
 
     def set_order_(self, index: int, order: Tensor, width: int) -> None:
-        """Record, in place, how a layer was packed."""
+        """Record, in place, how a layer was reordered."""
         setattr(self, f"order_{index}", order)
         self._widths[index] = width
 
     def drop_order_(self) -> None:
-        """Record, in place, that no layer is packed."""
+        """Record, in place, that every layer is in its original order."""
         for index in range(len(self._widths)):
             setattr(self, f"order_{index}", None)
             self._widths[index] = None
@@ -86,8 +93,8 @@ class Gates(nn.Module):
         return sum(p.numel() for p in self.log_alpha)
 
     def values(self) -> list[Tensor]:
-        """z [I] of each layer: the mask if fixed, a sample in training mode, else the deterministic
-        ("soft") gate.
+        """Return z [I] of each layer: the mask if fixed, a sample in training mode, else the
+        deterministic ("soft") gate.
 
         Each layer's z has a graph of its own, so that recomputed layers can run backward one after
         another.
@@ -101,13 +108,14 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def open_widths(self) -> list[int]:
-        """How many neurons of each layer are open: in the mask, or with a deterministic gate above
-        0."""
+        """Return how many neurons of each layer are open: in the mask, or with a deterministic gate
+        above 0."""
         values = self.masks if self.fixed else self._drawn(False)
         return [int((z > 0).sum()) for z in values]
 
     def expected_sparsity(self) -> Tensor:
-        """1 - mean P(z > 0) over all neurons: differentiable scalar, in units of the target."""
+        """Return 1 - mean P(z > 0) over all neurons: differentiable scalar, in units of the
+        target."""
         if self.fixed:
             kept = torch.stack([mask.sum() for mask in self.masks]).sum()
             return 1.0 - kept.to(torch.float32) / self.neurons
@@ -115,7 +123,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def undecided(self) -> float:
-        """Share of gates with 0.1 < P(z > 0) < 0.9; 0 once fixed."""
+        """Return the share of gates with 0.1 < P(z > 0) < 0.9; 0 once fixed."""
         if self.fixed:
             return 0.0
         p = torch.cat([open_probability(a) for a in self.log_alpha])
@@ -135,7 +143,7 @@ class Gates(nn.Module):
         self.fixed = True
         for p in (*self.log_alpha, self.multiplier):
             p.requires_grad_(False)
-            p.grad = None
+            p.grad = None  # or the optimiser would still step by what is left in it
 
     def unfix_(self) -> None:
         """Let the gates train again, in place: back to a moment before the mask was fixed."""

@@ -1,14 +1,15 @@
 """Memories: per domain a LoRA adapter and a learned KV cache, kept as separate fp32 parameters.
 
 Stacking for the kernels happens inside the call, over just the memories that the call uses, so that
-a memory that no row used has ``grad is None`` after backward. Without autograd the stacks are kept
-between calls until a parameter changes.
+a memory that no row used has ``grad is None`` after backward. Without autograd the stacks go into
+a cache, where they stay until a parameter changes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
+from .arch import Site, site_key, site_of
 from .config import KVConfig, LoRAConfig
+
+Stack = TypeVar("Stack", LoRA, Prefix)
+
+# Stacks of one mix of memories: seven LoRA and one prefix per layer, 256 in a model of 32 layers.
+# So 16 mixes of it fit before all are dropped; a server that sees more has few hits anyway.
+MOST_STACKS = 4096
 
 
 class LoRAWeights(nn.Module):
@@ -31,16 +39,18 @@ class LoRAWeights(nn.Module):
         generator: torch.Generator,
     ):
         super().__init__()
-        bound = width_in**-0.5
+        bound = width_in**-0.5  # what Kaiming's formula comes to with a = sqrt 5
         a = (torch.rand(r, width_in, generator=generator) * 2 - 1) * bound
         self.a = nn.Parameter(a.to(device))
         self.b = nn.Parameter(torch.zeros(width_out, r, device=device))
 
 
 class KVWeights(nn.Module):
-    """Learned cache of one layer: k, v [Hkv, P, D], post-RoPE keys at positions 0..P-1 as on disk.
+    """Learned cache of one layer: k, v [Hkv, P, D].
 
-    The first ``frozen`` tokens are buffers and never trained.
+    Keys are held as they are on disk, post-RoPE at positions 0..P-1, and rotated to -P..-1 inside
+    the forward: then save and load are bit-equal. Rotated once at loading and back at saving, they
+    would not be. The first ``frozen`` tokens are buffers and never trained.
     """
 
     def __init__(
@@ -54,7 +64,7 @@ class KVWeights(nn.Module):
         self.register_buffer("v_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
 
     def full(self) -> tuple[Tensor, Tensor]:
-        """k and v with the frozen tokens in front."""
+        """Return k and v [Hkv, P, D] with the frozen tokens in front."""
         return torch.cat([self.k_frozen, self.k], 1), torch.cat([self.v_frozen, self.v], 1)
 
     @torch.no_grad()
@@ -74,10 +84,15 @@ class Memory(nn.Module):
         name: as the user knows it.
         lora: its LoRA config, or None.
         kv: its KV config, or None.
-        linear_shapes: site -> (K, N) of every linear layer that carries LoRA.
+        linear_shapes: (K, N) of every linear layer that carries LoRA.
         num_layers, kv_heads, head_dim: of the model.
         device: where the parameters live.
         generator: of the initial values.
+
+    Attributes:
+        lora: ``LoRAWeights`` by ``site_key``; see ``lora_at`` and ``sites``.
+        kv: ``KVWeights`` of each layer; empty without a KV part.
+        kv_filled: False while the KV part waits for text to be filled from.
     """
 
     def __init__(
@@ -85,30 +100,44 @@ class Memory(nn.Module):
         name: str,
         lora: LoRAConfig | None,
         kv: KVConfig | None,
-        linear_shapes: dict[str, tuple[int, int]],
-        kv_shape: tuple[int, int, int],
+        linear_shapes: dict[Site, tuple[int, int]],
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
         device: torch.device,
         generator: torch.Generator,
     ):
         super().__init__()
-        self.name, self.lora_config, self.kv_config = name, lora, kv
+        self.name = name
+        self.lora_config = lora
+        self.kv_config = kv
         self.lora = nn.ModuleDict()
         if lora is not None:
             for site, (width_in, width_out) in linear_shapes.items():
-                self.lora[site] = LoRAWeights(lora.r, width_in, width_out, device, generator)
-        num_layers, kv_heads, head_dim = kv_shape
+                weights = LoRAWeights(lora.r, width_in, width_out, device, generator)
+                self.lora[site_key(site)] = weights
         self.kv = nn.ModuleList()
         self.kv_filled = kv is None
         if kv is not None:
-            args = (kv_heads, kv.num_tokens, kv.num_frozen_tokens, head_dim, device)
-            self.kv.extend(KVWeights(*args) for _ in range(num_layers))
-            for weights in self.kv:
-                noise = (
-                    torch.randn(2, kv_heads, kv.num_tokens, head_dim, generator=generator)
-                    * kv.init_std
-                )
-                weights.fill_(noise[0].to(device), noise[1].to(device))
+            for _ in range(num_layers):
+                weights = KVWeights(kv_heads, kv.num_tokens, kv.num_frozen_tokens, head_dim, device)
+                shape = (2, kv_heads, kv.num_tokens, head_dim)
+                # Drawn also where a prefill will take its place: what comes after it in the stream
+                # of a seed is then the same for every init.
+                k, v = torch.randn(shape, generator=generator) * kv.init_std
+                weights.fill_(k.to(device), v.to(device))
+                self.kv.append(weights)
             self.kv_filled = kv.init == "normal"
+
+    def lora_at(self, site: Site) -> LoRAWeights | None:
+        """Return the LoRA of one linear layer; None if this memory has none there."""
+        key = site_key(site)  # not str(site): torch.compile traces this
+        return self.lora[key] if key in self.lora else None
+
+    def sites(self) -> Iterator[tuple[Site, LoRAWeights]]:
+        """Yield every site that has a LoRA, and the LoRA."""
+        for key, weights in self.lora.items():
+            yield site_of(key), weights
 
     @property
     def scaling(self) -> float:
@@ -134,35 +163,38 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def _versions(tensors: list[Tensor]) -> tuple:
+    """What changes when one of the tensors does. An in-place edit through ``.data`` leaves no trace
+    at all: it is not seen until something else changes."""
     # Inference tensors have no version; they cannot be changed in place outside of inference mode.
     versions = ((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
     return (_optimizer_steps, *versions)
 
 
-class _Kept:
-    """A few results made without autograd, each valid until one of the tensors it was made from
-    changes."""
+class _StackCache:
+    """Stacks made without autograd, each valid until a tensor that it was made from changes."""
 
-    def __init__(self, limit: int = 8):
+    def __init__(self):
         self.entries: dict[tuple, tuple[tuple, object]] = {}
-        self.limit = limit
 
-    def get(self, key: tuple, tensors: list[Tensor], make):
+    def get(self, key: tuple, tensors: list[Tensor], make: Callable[[], Stack]) -> Stack:
+        # A stack with a graph belongs to one backward. One made while compiling is part of a graph.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         versions = _versions(tensors)
         found = self.entries.get(key)
         if found is None or found[0] != versions:
-            if len(self.entries) >= self.limit:
+            if len(self.entries) >= MOST_STACKS:
                 self.entries.clear()
             found = self.entries[key] = (versions, make())
         return found[1]
 
-    def __deepcopy__(self, memo) -> _Kept:
-        return _Kept(self.limit)
+    # A copy of the model has parameters of its own, and makes its own stacks.
+
+    def __deepcopy__(self, memo) -> _StackCache:
+        return _StackCache()
 
     def __getstate__(self) -> dict:
-        return {"entries": {}, "limit": self.limit}
+        return {"entries": {}}
 
 
 class MemoryBank(nn.Module):
@@ -171,7 +203,7 @@ class MemoryBank(nn.Module):
     def __init__(self, inverse_frequencies: Tensor):
         super().__init__()
         self.names: list[str] = []
-        self._kept = _Kept(limit=4096)
+        self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
         self.register_buffer(
             "inverse_frequencies", inverse_frequencies.detach().clone(), persistent=False
@@ -184,17 +216,20 @@ class MemoryBank(nn.Module):
         self.add_module(f"memory_{memory.name}", memory)
 
     def remove(self, name: str) -> Memory:
-        """Take a memory out."""
+        """Take a memory out, and return it."""
         self.names.remove(name)
         memory = getattr(self, f"memory_{name}")
         delattr(self, f"memory_{name}")
-        self._kept = _Kept(self._kept.limit)
+        self._stacks = _StackCache()  # the ids of those behind it are others now
         return memory
 
     @contextlib.contextmanager
     def only(self, memory: Memory) -> Iterator[None]:
-        """Hold one new memory alone inside the ``with`` block; the others come back after it, and
-        the new one stays, as the last, if the block ends well."""
+        """Hold one new memory alone inside the ``with`` block.
+
+        The others are out of the model meanwhile, so that nothing can reach them. They come back
+        after it, and the new one stays, as the last, if the block ends well.
+        """
         others = [self.remove(name) for name in tuple(self.names)]
         self.add(memory)
         stays = []
@@ -203,7 +238,7 @@ class MemoryBank(nn.Module):
             stays = [memory]
         finally:
             self.remove(memory.name)
-            for back in (*others, *stays):
+            for back in (*others, *stays):  # the model may have moved while they were out
                 self.add(back.to(self.inverse_frequencies.device))
 
     def __getitem__(self, which: str | int) -> Memory:
@@ -217,38 +252,55 @@ class MemoryBank(nn.Module):
         return len(self.names)
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
-        """A small tensor, kept: making one on a GPU waits for everything the GPU still has to do,
-        and every layer of every training step would."""
+        """A small tensor, made once: making one on a GPU waits for everything the GPU still has to
+        do, and every layer of every training step would."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return torch.tensor(values, device=device)  # of a kind that must not be kept
+            # A traced tensor is of one graph, an inference tensor is refused by autograd.
+            return torch.tensor(values, device=device)
         key = (values, device)
         if key not in self._constants:
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
 
-    def lora(self, site: str, slots: tuple[int, ...]) -> LoRA | None:
-        """The stacked LoRA of one linear layer for the given memories; None if none of them has one
-        there."""
-        weights = [self[slot].lora[site] if site in self[slot].lora else None for slot in slots]
+    def lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
+        """Return the stacked LoRA of one linear layer for the given memories.
+
+        Args:
+            site: of the linear layer.
+            slots: ids of the memories.
+
+        Returns:
+            a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
+            LoRA there; None if none of them has one.
+        """
+        weights = [self[slot].lora_at(site) for slot in slots]
         present = [w for w in weights if w is not None]
         if not present:
             return None
 
         def make() -> LoRA:
             rank = max(w.a.shape[0] for w in present)
-            a = [_padded(w and w.a, 0, rank, present[0].a) for w in weights]
-            b = [_padded(w and w.b, 1, rank, present[0].b) for w in weights]
+            a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
+            b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
             scaling = tuple(
                 0.0 if w is None else self[slot].scaling
                 for w, slot in zip(weights, slots, strict=True)
             )
             return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
-        return self._kept.get((site, slots), [t for w in present for t in (w.a, w.b)], make)
+        return self._stacks.get((site, slots), [t for w in present for t in (w.a, w.b)], make)
 
     def prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
-        """The stacked learned cache of one layer, keys moved to positions -P..-1; None if no memory
-        has one."""
+        """Return the stacked learned cache of one layer, keys moved to positions -P..-1.
+
+        Args:
+            layer: its number.
+            slots: ids of the memories.
+
+        Returns:
+            k, v [M, Hkv, P, D] with zeros behind a shorter prefix, and lengths [M]; None if no
+            memory has one.
+        """
         lengths = tuple(self[slot].length for slot in slots)
         if not any(lengths):
             return None
@@ -259,21 +311,21 @@ class MemoryBank(nn.Module):
 
         def make() -> Prefix:
             longest = max(lengths)
+            like = present[0].k
             k, v = [], []
             for w, p in zip(weights, lengths, strict=True):
                 key, value = (None, None) if w is None else w.full()
                 key = None if key is None else rotate(key, -p, self.inverse_frequencies)
-                like = present[0].k
                 k.append(_padded(key, 1, longest, like))
                 v.append(_padded(value, 1, longest, like))
             return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
 
         tensors = [t for w in present for t in (w.k, w.v, w.k_frozen, w.v_frozen)]
-        return self._kept.get((layer, slots), [*tensors, self.inverse_frequencies], make)
+        return self._stacks.get((layer, slots), [*tensors, self.inverse_frequencies], make)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one: a view, no copy
 
 
 def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
@@ -289,8 +341,8 @@ def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
 
 
 def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
-    """Move post-RoPE keys by ``shift`` positions: a pure rotation, so scaled RoPE (yarn) keeps its
-    factor.
+    """Return post-RoPE keys moved by ``shift`` positions: a pure rotation, so scaled RoPE (yarn)
+    keeps its factor.
 
     Args:
         keys: [..., P, D], fp32.
@@ -303,6 +355,7 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Source: RoFormer (arXiv 2104.09864), relative form of the rotation; half-split layout as in
     transformers.
     """
+    # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     low, high = keys.chunk(2, dim=-1)

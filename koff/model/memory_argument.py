@@ -7,18 +7,16 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import require
 from .attention import NAME
 from .forward_context import ACTIVE, MemoryArgument, resolve_ids
 from .state import KoffState
-
-_WHERE = "forward"
 
 
 @dataclass
@@ -44,50 +42,50 @@ class Boundary:
         # A list: torch.compile cannot trace max over a generator.
         longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
         if longest:
-            self._check_attention()
-            self._plain_rows(kwargs, inputs)
+            # Only ours knows of the prefix. A longer name that begins like it is the one by which
+            # ``koff.prefix_attention_mass`` watches ours.
+            chosen = self.config._attn_implementation
+            if not chosen.startswith(NAME):
+                raise ValueError(
+                    f"forward: the attention implementation must be {NAME!r} for memories with a "
+                    f"KV part, got {chosen}; undo set_attn_implementation: any other would leave "
+                    "the learned cache out"
+                )
+            self._say_rows_are_whole(kwargs, inputs)
             self._check_lengths(longest, inputs.shape[1], kwargs.get("past_key_values"))
             self._position_ids(kwargs, inputs.shape[1])
         return (), {**kwargs, "koff_context": context}
 
-    def _check_attention(self) -> None:
-        got, rule = self.config._attn_implementation, f"be {NAME!r} for memories with a KV part"
-        step = "undo set_attn_implementation: any other would leave the learned cache out"
-        require(got.startswith(NAME), _WHERE, "the attention implementation", rule, got, step)
+    @staticmethod
+    def _say_rows_are_whole(kwargs: dict, inputs: Tensor) -> None:
+        """Give rows without a mask one of ones: while compiling, transformers cannot look and takes
+        every maskless row for packed documents, which a prefix does not allow."""
+        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
+        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = torch.ones(
+                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+            )
 
     def _check_lengths(self, prefix: int, tokens: int, cache) -> None:
         if torch.compiler.is_compiling():
             return
         past = 0 if cache is None else cache.get_seq_length()
+        # A cache that comes filled from elsewhere may begin with a prefix of its own, at positions
+        # that we cannot know. One that came empty, or out of this model, is marked as ours.
         if cache is not None and not getattr(cache, "_koff", False):
-            require(
-                int(past) == 0,
-                _WHERE,
-                "past_key_values",
-                "be empty or come from this model",
-                f"a cache that already holds {int(past)} tokens",
-                "do not add a prefix to the cache yourself; pass memory= and koff puts it in front",
-            )
+            if int(past) != 0:
+                raise ValueError(
+                    "forward: past_key_values must be empty or come from this model, got a cache "
+                    f"that already holds {int(past)} tokens; do not add a prefix to the cache "
+                    "yourself; pass memory= and koff puts it in front"
+                )
             cache._koff = True
         limit = self.config.max_position_embeddings
-        if isinstance(past, int):
-            require(
-                prefix + past + tokens <= limit,
-                _WHERE,
-                "prefix + sequence",
-                f"fit max_position_embeddings ({limit})",
-                f"{prefix} + {past + tokens}",
-                "shorten the sequence or the memory",
-            )
-
-    @staticmethod
-    def _plain_rows(kwargs: dict, inputs: Tensor) -> None:
-        """Say that rows without a mask are whole: while compiling, transformers cannot look and
-        takes every maskless row for packed documents."""
-        given = any(kwargs.get(k) is not None for k in ("attention_mask", "position_ids"))
-        if torch.compiler.is_compiling() and not given and kwargs.get("past_key_values") is None:
-            kwargs["attention_mask"] = torch.ones(
-                inputs.shape[:2], dtype=torch.int64, device=inputs.device
+        # A static cache counts in a tensor, which would have to be read; generate keeps its limit.
+        if isinstance(past, int) and prefix + past + tokens > limit:
+            raise ValueError(
+                f"forward: prefix + sequence must fit max_position_embeddings ({limit}), "
+                f"got {prefix} + {past + tokens}; shorten the sequence or the memory"
             )
 
     @staticmethod
@@ -107,14 +105,14 @@ def tag_cache(module: nn.Module, args: tuple, output) -> None:
 
 
 class KoffModelMixin:
-    """Adds ``memory`` to forward and generate, and keeps koff's parameters out of the base model's
-    checkpoint."""
+    """Adds ``memory`` to forward and generate, and refuses to write half of a model."""
 
     koff: KoffState
 
     @staticmethod
     def forward_with_signature(cls: type) -> Callable:
-        """``cls.forward`` with a ``memory`` argument that generate and Trainer can see."""
+        """Return ``cls.forward`` with a ``memory`` argument that generate and Trainer can see: both
+        look at the signature, and drop or refuse what is not in it."""
         base = cls.forward
 
         @functools.wraps(base)
@@ -133,8 +131,16 @@ class KoffModelMixin:
         return forward
 
     def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
-        """As transformers' generate, with ``memory``: a name or None for all rows, or a list with
-        one entry per row. Calls from several threads take turns."""
+        """Generate as transformers does, with a memory. Calls from several threads take turns.
+
+        Args:
+            inputs, args, kwargs: as transformers'.
+            memory: a name or None for all rows, or a list with one entry per row.
+
+        Raises:
+            KeyError, TypeError, ValueError: unknown memories, not one entry per row, prompts that
+                are padded on the right, or guidance with memories mixed.
+        """
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((t for t in given if t is not None), None)
         _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
@@ -147,44 +153,102 @@ class KoffModelMixin:
                 ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
                 if len(set(ids)) > 1:
                     _refuse_second_forwards(args, kwargs, self.generation_config)
+                    # A tensor, since generate repeats the rows of tensors for beams and samples.
                     ids = torch.tensor(ids, device=self.device)
                     return super().generate(inputs, *args, memory=ids, **kwargs)
                 memory = names[ids[0]] if ids and ids[0] >= 0 else None
             with self.koff.using(memory):  # the same for every row, however beams multiply them
                 return super().generate(inputs, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As transformers' save_pretrained, for the backbone alone; ``koff.save`` writes the
-        memories too."""
-        if state_dict is None:
-            state_dict = {k: v for k, v in self.state_dict().items() if not k.startswith("koff.")}
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Refuse to leave memories or a mask out; write a model that has neither.
+
+        transformers' format holds the backbone alone, and what is learned would be gone without a
+        word. A model whose memories were all removed, and whose mask is compacted or was never
+        there, is nothing but its backbone: that is written as transformers does it.
+
+        Args:
+            save_directory, args, kwargs: as transformers'.
+
+        Raises:
+            ValueError: there are memories or gates; nothing is written.
+        """
+        self._refuse_half("save_pretrained", "koff.save({}, folder)")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(self, repo_id, *args, **kwargs):
+        """Refuse to leave memories or a mask out, as ``save_pretrained`` does; push a model that
+        has neither.
+
+        Args:
+            repo_id, args, kwargs: as transformers'.
+
+        Raises:
+            ValueError: there are memories or gates; nothing is sent.
+        """
+        self._refuse_half("push_to_hub", "koff.push_to_hub({}, repo_id)")
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _refuse_half(self, asked: str, instead: str) -> None:
+        names, gates = self.koff.memories.names, self.koff.gates
+        left_out = []
+        if names:
+            left_out.append(f"memories {', '.join(names)}")
+        if gates is not None:
+            left_out.append("a mask" if gates.fixed else "gates")
+        if left_out:
+            whole = instead.format("model" if gates is None else "koff.compact(model)")
+            raise ValueError(
+                f"{asked}: the model must be its backbone alone, got {' and '.join(left_out)}, "
+                f"which transformers would leave out; call {whole}, or koff.detach(model) first "
+                "for the base alone"
+            )
+
+
+def write_backbone(
+    model: PreTrainedModel, directory: str | Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the backbone of an attached model, and nothing that is learned, as transformers does.
+
+    This is for code that writes the rest itself; ``model.save_pretrained`` would refuse.
+
+    Args:
+        model: an attached model.
+        directory: where; created if needed.
+        state_dict: what to write in place of the backbone's own tensors.
+    """
+    if state_dict is None:
+        state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith("koff.")}
+    # The method of the class that the mixin stands in front of.
+    super(KoffModelMixin, model).save_pretrained(directory, state_dict=state_dict)
 
 
 def _refuse_second_forwards(args: tuple, kwargs: dict, own: Any) -> None:
     """Classifier-free guidance runs forwards of its own, which get no ``memory`` argument."""
     given = kwargs.get("generation_config") or (args[0] if args else None) or own
     scale = kwargs.get("guidance_scale", getattr(given, "guidance_scale", None))
-    rule, step = "be 1 or None for rows of different memories", "generate each memory's rows apart"
-    require(scale in (None, 1, 1.0), "generate", "guidance_scale", rule, scale, step)
+    if scale not in (None, 1, 1.0):
+        raise ValueError(
+            f"generate: guidance_scale must be 1 or None for rows of different memories, got "
+            f"{scale}; generate each memory's rows apart"
+        )
 
 
 def _refuse_right_padding(prompt: Tensor | None, mask: Tensor | None, config) -> None:
+    """New tokens would be put behind the padding, at positions that the text never had."""
     if prompt is None or 0 in prompt.shape:
         return
     pad, ends = config.pad_token_id, config.eos_token_id
     if mask is not None and tuple(mask.shape) == tuple(prompt.shape[:2]):
         padded = bool((mask[:, -1] == 0).any())
     elif prompt.dim() == 2 and prompt.shape[0] > 1 and pad is not None:
+        # Without a mask, by the pad token, unless it also ends texts: it may be the prompt's own.
         ends = ends if isinstance(ends, list) else [ends]
         padded = pad not in ends and bool((prompt[:, -1] == pad).any())
     else:
         padded = False
-    require(
-        not padded,
-        "generate",
-        "the prompts",
-        "be padded on the left",
-        "rows that end in padding",
-        "set tokenizer.padding_side = 'left'",
-    )
+    if padded:
+        raise ValueError(
+            "generate: the prompts must be padded on the left, got rows that end in padding; set "
+            "tokenizer.padding_side = 'left'"
+        )

@@ -1,9 +1,9 @@
-"""Llama, Qwen2 and Qwen3 with one MLP width per layer (`config.intermediate_sizes`); everything
+"""Llama, Qwen2 and Qwen3 with one MLP width per layer (``config.intermediate_sizes``); everything
 else is transformers' own code.
 
 This file is saved beside such a model, so that it also loads where koff is not installed:
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. With koff installed,
-`import koff` registers these classes and this copy is not run.
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. With koff installed,
+``import koff`` registers these classes and this copy is not run. So it imports transformers alone.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ class NarrowMixin:
 
     def __init__(self, config):
         sizes = config.intermediate_sizes
-        good = isinstance(sizes, list) and len(sizes) == config.num_hidden_layers
         limit = config.intermediate_size
-        if not good or not all(isinstance(s, int) and 1 <= s <= limit for s in sizes):
+        if (
+            not isinstance(sizes, list)
+            or len(sizes) != config.num_hidden_layers
+            or not all(isinstance(s, int) and 1 <= s <= limit for s in sizes)
+        ):
             raise ValueError(
                 f"{config.model_type} config: intermediate_sizes must hold "
                 f"{config.num_hidden_layers} widths in 1..{limit}, got {sizes}; load the config "
                 "that was saved with the model"
             )
-        super().__init__(config)
+        super().__init__(config)  # with MLPs as wide as the dense model's, which go again
         for layer, width in zip(self.model.layers, sizes, strict=True):
             own = copy.copy(config)
             own.intermediate_size = width

@@ -2,8 +2,9 @@
 Auto classes.
 
 ``modeling_koff.py`` imports transformers alone: ``save_pretrained`` copies it beside such a model
-(``register_for_auto_class``), where it is what ``trust_remote_code=True`` runs without koff. With
-koff imported the registered classes come first, and no code from a folder is run.
+(``register_for_auto_class``), where it is what ``trust_remote_code=True`` runs without koff. So
+nothing exists twice. With koff imported the registered classes come first, and no code from a
+folder is run.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import arch, modeling_koff
 
-REMOTE_FILE = "modeling_koff.py"
+REMOTE_FILE = "modeling_koff.py"  # the copy's name, which transformers takes from the module's
 
 
 def narrow_classes(model_type: str) -> tuple[type, type]:
-    """(config class, model class) of an architecture's narrow form.
+    """Return (config class, model class) of an architecture's narrow form.
 
     Args:
         model_type: "llama", "qwen2", ...

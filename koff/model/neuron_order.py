@@ -17,39 +17,38 @@ from koffkernels import GatedMLPLoRA
 
 from . import arch
 from .gates import Gates
-from .state import require_attached
 
 
-class Packed(NamedTuple):
+class KeptPart(NamedTuple):
     """The base weights and LoRA of the kept neurons alone."""
 
     weights: tuple[Tensor, Tensor, Tensor]
     lora: GatedMLPLoRA | None
 
 
-def _plain(module: nn.Module) -> bool:
+def _can_reorder(module: nn.Module) -> bool:
     """Whether the weights can be reordered here: not sharded, not on the meta device."""
     weights = arch.mlp_weights(module)
     return all(type(w.data) is Tensor and w.device.type != "meta" for w in weights)
 
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
-    gate, up, down = arch.mlp_weights(module)
-    for weight, dim in ((gate, 0), (up, 0), (down, 1)):
+    for weight, dim in zip(arch.mlp_weights(module), arch.NEURON_DIM.values(), strict=True):
+        # Into the same memory: gate and up share a buffer, and parameters stay what others hold.
         weight.copy_(weight.index_select(dim, order.to(weight.device)))
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel) -> None:
+def move_kept_first(model: PreTrainedModel) -> None:
     """Move the neurons of the fixed mask to the front of every MLP, in place.
 
     Args:
         model: an attached model whose mask is fixed. Sharded weights stay as they are: the mask is
             then multiplied in.
     """
-    gates = require_attached(model, "pack").gates
+    gates = model.koff.gates
     modules = arch.mlps(model)
-    if gates.packed or not all(_plain(module) for module in modules):
+    if gates.kept_first or not all(_can_reorder(module) for module in modules):
         return
     for index, (module, mask) in enumerate(zip(modules, gates.masks, strict=True)):
         order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
@@ -58,10 +57,14 @@ def pack(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def unpack(model: PreTrainedModel) -> None:
-    """Undo ``pack``, in place and bit for bit; nothing happens if it did not run."""
-    gates = require_attached(model, "unpack").gates
-    if gates is None or not gates.packed:
+def restore_order(model: PreTrainedModel) -> None:
+    """Undo ``move_kept_first``, in place and bit for bit; nothing happens if it did not run.
+
+    Args:
+        model: an attached model.
+    """
+    gates = model.koff.gates
+    if gates is None or not gates.kept_first:
         return
     for index, module in enumerate(arch.mlps(model)):
         _reorder(module, gates.order(index).argsort())
@@ -70,54 +73,56 @@ def unpack(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix: str, _) -> None:
-    """Hook of ``state_dict``: base weights as they were before ``pack``, in copies, since masks and
-    LoRA beside them are in the original order too."""
+    """Hook of ``state_dict``: base weights as they were before ``move_kept_first``, in copies,
+    since masks and LoRA beside them are in the original order too."""
     gates = model.koff.gates
-    if gates is None or not gates.packed:
+    if gates is None or not gates.kept_first:
         return
     for index in range(len(gates.masks)):
         back = gates.order(index).argsort()
-        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            path = f"{arch.layers_path(model)}.{index}.{arch.linear_path(name, model)}"
-            key = f"{prefix}{path}.weight"
+        for name, dim in arch.NEURON_DIM.items():
+            key = f"{prefix}{arch.site_path(arch.Site(index, name), model)}.weight"
             tensors[key] = tensors[key].index_select(dim, back.to(tensors[key].device))
 
 
 def before_load(model: PreTrainedModel, *_) -> None:
     """Hook of ``load_state_dict``: what comes is in the original order."""
-    unpack(model)
+    restore_order(model)
 
 
 def after_load(model: PreTrainedModel, _) -> None:
-    """Hook of ``load_state_dict``: pack anew, by the mask that came."""
+    """Hook of ``load_state_dict``: reorder anew, by the mask that came."""
     if model.koff.gates is not None and model.koff.gates.fixed:
-        pack(model)
+        move_kept_first(model)
 
 
 def positions(model: PreTrainedModel, index: int, neurons: Tensor) -> Tensor:
-    """Where neurons of a layer (original numbers) are in its weights now."""
+    """Return where neurons of a layer (original numbers) are in its weights now."""
     gates = model.koff.gates
-    if not gates.packed:
+    if not gates.kept_first:
         return neurons
     return gates.order(index).argsort()[neurons]
 
 
 def kept_part(
     gates: Gates, index: int, weights: tuple[Tensor, Tensor, Tensor], lora: GatedMLPLoRA | None
-) -> Packed:
-    """The leading part of a packed layer's weights, and the matching rows and columns of its LoRA.
+) -> KeptPart:
+    """Return the leading part of a reordered layer's weights, and the matching rows and columns of
+    its LoRA.
 
     Args:
-        gates: packed ones.
+        gates: of a model whose kept neurons stand first.
         index: the layer.
         weights: gate [I, H], up [I, H], down [H, I].
         lora: of the three layers, in the original order, or None.
     """
     width = gates.width(index)
     gate, up, down = weights
-    narrow = gate[:width], up[:width], down[:, :width]
+    narrow = gate[:width], up[:width], down[:, :width]  # views: nothing is copied
     if lora is None:
-        return Packed(narrow, None)
+        return KeptPart(narrow, None)
+    # LoRA is gathered in every call: it is small, it trains, and on disk and in checkpoints it is
+    # in the original order, whatever the mask.
     rows = gates.order(index)[:width]
     gate_lora, up_lora = (
         None if part is None else part._replace(b=part.b.index_select(1, rows))
@@ -126,4 +131,4 @@ def kept_part(
     down_lora = lora.down
     if down_lora is not None:
         down_lora = down_lora._replace(a=down_lora.a.index_select(2, rows))
-    return Packed(narrow, GatedMLPLoRA(gate_lora, up_lora, down_lora))
+    return KeptPart(narrow, GatedMLPLoRA(gate_lora, up_lora, down_lora))

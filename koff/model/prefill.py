@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..errors import require
-from .state import require_attached
-
 
 @torch.no_grad()
 def fill_from_tokens(
@@ -26,19 +23,20 @@ def fill_from_tokens(
 
     Source: Cartridges (arXiv 2506.06266), initialisation from text.
     """
-    state = require_attached(model, "fill_from_tokens")
+    state = model.koff
     memory = state.memories[name]
-    where = f"the KV initialisation of memory {name!r}"
-    require(memory.length > 0, where, "the memory", "have a KV part", "none", "set KVConfig")
+    if memory.length == 0:
+        raise ValueError(
+            f"the KV initialisation of memory {name!r}: the memory must have a KV part, got none; "
+            "set KVConfig"
+        )
     ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
-    require(
-        ids.numel() >= memory.length,
-        where,
-        "the text",
-        f"have at least {memory.length} tokens",
-        ids.numel(),
-        "give more text, a shorter memory, or KVConfig(init='tokens')",
-    )
+    if ids.numel() < memory.length:
+        raise ValueError(
+            f"the KV initialisation of memory {name!r}: the text must have at least "
+            f"{memory.length} tokens, got {ids.numel()}; give more text, a shorter memory, or "
+            "KVConfig(init='tokens')"
+        )
     ids = ids[None, : memory.length].to(model.device)
     cache = DynamicCache(config=model.config)
     training = model.training
@@ -46,6 +44,7 @@ def fill_from_tokens(
     with state.bypass():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     model.train(training)
+    # The cache holds keys post-RoPE at positions 0..P-1, which is what a memory stores.
     for weights, layer in zip(memory.kv, cache.layers, strict=True):
         weights.fill_(layer.keys[0].float(), layer.values[0].float())
     memory.kv_filled = True

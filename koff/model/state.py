@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asker
 from . import arch
 from .config import MAX_SPARSITY, KoffConfig
 from .forward_context import (
@@ -29,7 +29,8 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class _Turn:
-    """A lock that one thread may take again, and that a copy of the model gets anew."""
+    """A lock that one thread may take again, and that a copy of the model gets anew: a lock itself
+    can be neither copied nor pickled."""
 
     def __init__(self):
         self._lock = threading.RLock()
@@ -54,12 +55,16 @@ class KoffState(nn.Module):
         with_gates: False for a backbone that is already pruned.
 
     Attributes:
+        config: what the model was attached with; the memories there are now may be others.
         gates: ``Gates`` or None (no sparsity, or already compacted).
         memories: ``MemoryBank``.
         active: the memory set by ``use_memory``.
-        turn: held while ``generate`` runs: a model does one forward at a time.
+        turn: held while ``generate`` runs: a model does one forward at a time, since layers leave
+            the context of theirs in its modules.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
+        attention: the model's attention implementation before koff's took its place; None if it
+            did not. ``trainable`` and ``hooks`` are likewise what ``detach`` undoes.
     """
 
     def __init__(
@@ -100,15 +105,16 @@ class KoffState(nn.Module):
             check_names(memory, self.memories.names, where)
 
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
-        """The context of one forward of ``rows`` rows."""
+        """Return the context of one forward of ``rows`` rows."""
         if self.bypassed:
             return ForwardContext()
         memory = self.active if memory is ACTIVE else memory
         ids = resolve_ids(memory, rows, self.memories.names, "memory")
         slots, local = choose_slots(ids, len(self.memories), device)
         gates = self.gates
-        if gates is not None and gates.packed:
-            return ForwardContext(slots, local, packed=gates)
+        if gates is not None and gates.kept_first:
+            return ForwardContext(slots, local, kept_first=gates)
+        # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
         return ForwardContext(slots, local, None if gates is None else gates.values())
 
     @contextlib.contextmanager
@@ -122,7 +128,8 @@ class KoffState(nn.Module):
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
-        """Compute as the base model does: gates open, no memory."""
+        """Compute as the base model does inside the ``with`` block: gates open, no memory. This is
+        how a model is its own teacher, and how a learned cache is first filled."""
         before, self.bypassed = self.bypassed, True
         try:
             yield
@@ -143,11 +150,11 @@ class KoffState(nn.Module):
 
 
 def count_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Numbers of base weights: total, mlp (what pruning all neurons would remove), embedding (in
-    and out)."""
+    """Return the numbers of base weights: total, mlp (what pruning all neurons would remove),
+    embedding (in and out)."""
     total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("koff."))
     mlp = sum(w.numel() for module in arch.mlps(model) for w in arch.mlp_weights(module))
-    tables = {
+    tables = {  # by identity: tied ones are the same parameter, and count once
         id(m.weight): m.weight.numel()
         for m in (model.get_input_embeddings(), model.get_output_embeddings())
     }
@@ -158,24 +165,28 @@ def _neuron_target(model: PreTrainedModel, target: float, scope: str) -> float:
     """The share of MLP neurons that removes ``target`` of ``scope``."""
     weights = count_weights(model)
     share = target if scope == "mlp" else target * weights["total"] / weights["mlp"]
-    require(
-        share <= MAX_SPARSITY,
-        "target_sparsity",
-        f"the share of MLP neurons that it means (scope {scope!r})",
-        f"be at most {MAX_SPARSITY}",
-        f"{share:.3f}",
-        "lower the target",
-    )
+    if share > MAX_SPARSITY:
+        raise ValueError(
+            f"target_sparsity: the share of MLP neurons that it means (scope {scope!r}) must be at "
+            f"most {MAX_SPARSITY}, got {share:.3f}; lower the target"
+        )
     return share
 
 
 def is_attached(model: object) -> bool:
-    """Whether koff is attached to the model."""
+    """Return whether koff is attached to the model."""
     return isinstance(getattr(model, "koff", None), KoffState)
 
 
-def require_attached(model: object, where: str) -> KoffState:
-    """The model's koff state; an error if there is none."""
-    got, step = type(model).__name__, "call koff.attach first"
-    require(is_attached(model), where, "the model", "have koff attached", got, step)
+def require_attached(model: object) -> KoffState:
+    """Return the model's koff state.
+
+    Raises:
+        ValueError: koff is not attached.
+    """
+    if not is_attached(model):
+        raise ValueError(
+            f"{asker()}: the model must have koff attached, got {type(model).__name__}; call "
+            "koff.attach first"
+        )
     return model.koff

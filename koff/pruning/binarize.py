@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asked_by
 from ..model import arch
 from ..model.config import MAX_SPARSITY
-from ..model.neuron_order import pack, unpack
+from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState, count_weights, require_attached
 
+# Above this share of undecided gates the trainer warns when it rounds them: the mask then closes
+# neurons that the memories were trained with half open, and the loss jumps.
 UNDECIDED_WARNING = 0.2
 
 
@@ -58,7 +60,7 @@ def _report(state: KoffState, removed: float, model: PreTrainedModel, widths: li
     """Shares for ``removed`` neurons (a float for expected values)."""
     neurons = sum(state.dense_widths)
     dense = dense_weights(state, model)
-    weights = removed * dense["mlp"] / neurons
+    weights = removed * dense["mlp"] / neurons  # every neuron has equally many
     hard = state.gates is None or state.gates.fixed
     return SparsityReport(
         mlp=removed / neurons,
@@ -71,7 +73,7 @@ def _report(state: KoffState, removed: float, model: PreTrainedModel, widths: li
 
 
 def dense_weights(state: KoffState, model: PreTrainedModel) -> dict[str, int]:
-    """``count_weights`` of the model before anything was removed."""
+    """Return ``count_weights`` of the model before anything was removed."""
     now, widths = count_weights(model), arch.widths(model)
     per_neuron = now["mlp"] // sum(widths)
     removed = (sum(state.dense_widths) - sum(widths)) * per_neuron
@@ -79,8 +81,9 @@ def dense_weights(state: KoffState, model: PreTrainedModel) -> dict[str, int]:
 
 
 @torch.no_grad()
+@asked_by("sparsity")
 def sparsity(model: PreTrainedModel) -> SparsityReport:
-    """How sparse an attached model is: exact once the mask is fixed, expected before.
+    """Return how sparse an attached model is: exact once the mask is fixed, expected before.
 
     Args:
         model: an attached model, compacted or not.
@@ -91,7 +94,7 @@ def sparsity(model: PreTrainedModel) -> SparsityReport:
     Raises:
         ValueError: koff is not attached.
     """
-    state = require_attached(model, "sparsity")
+    state = require_attached(model)
     if state.gates is None:
         widths = arch.widths(model)
         return _report(state, sum(state.dense_widths) - sum(widths), model, widths)
@@ -108,6 +111,7 @@ def _raw_widths(scores: list[Tensor], keep: int) -> list[int]:
     flat = [s.double().clone() for s in scores]
     for s in flat:  # its best neuron comes first, so that no layer is emptied
         s[s.argmax()] = torch.inf
+    # Stable: of equal scores the first are kept, on every device.
     order = torch.cat(flat).sort(descending=True, stable=True).indices[:keep]
     layer = torch.repeat_interleave(
         torch.arange(len(scores), device=order.device),
@@ -120,7 +124,7 @@ def _reachable(width: int, full: int, multiple: int) -> tuple[int, int]:
     """The reachable widths below and above: multiples of ``multiple``, and ``full``."""
     low = width // multiple * multiple
     high = min(low + multiple, full) if width > low else low
-    return (low or min(multiple, full)), high
+    return (low or min(multiple, full)), high  # 0 is not reachable: no layer is emptied
 
 
 def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> list[int]:
@@ -134,7 +138,8 @@ def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> l
         keep: what the widths should add up to.
 
     Returns:
-        Rounded widths. The layers with the largest remainders are rounded up first.
+        Rounded widths. The layers with the largest remainders are rounded up first, as long as that
+        brings the sum nearer: it is within ``multiple / 2`` wherever the bounds allow it.
     """
     bounds = [_reachable(w, f, multiple) for w, f in zip(raw, full, strict=True)]
     chosen = [low for low, _ in bounds]
@@ -149,26 +154,6 @@ def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> l
     return chosen
 
 
-def _check(state: KoffState, target: float, per_layer: str, multiple_of: int) -> None:
-    where = "binarize"
-    require(
-        per_layer in ("global", "uniform"),
-        where,
-        "per_layer",
-        "be 'global' or 'uniform'",
-        repr(per_layer),
-        "choose one",
-    )
-    whole = isinstance(multiple_of, int) and multiple_of >= 1
-    rule = "be a whole number of at least 1"
-    require(whole, where, "multiple_of", rule, repr(multiple_of), "64 fills tiles")
-    limits = f"lie in 0..{MAX_SPARSITY}"
-    require(0 <= target <= MAX_SPARSITY, where, "target", limits, target, "change it")
-    finite = all(bool(torch.isfinite(p).all()) for p in state.gates.log_alpha)
-    step = "lower gate_learning_rate and train again"
-    require(finite, where, "the gates", "be finite", "NaN or inf", step)
-
-
 def _best(score: Tensor, width: int) -> Tensor:
     """The mask of the ``width`` highest scores; of equal ones, the first."""
     mask = torch.zeros_like(score, dtype=torch.bool)
@@ -177,6 +162,7 @@ def _best(score: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
+@asked_by("binarize")
 def binarize(
     model: PreTrainedModel,
     *,
@@ -192,7 +178,7 @@ def binarize(
         target: share of MLP neurons to remove; None: the target it was trained to.
         per_layer: "global" ranks all layers together; "uniform" keeps equally many in each layer.
         multiple_of: every kept width becomes a multiple of it (or stays dense), the sum as near the
-            target as that allows; 1 is exact.
+            target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls.
 
     Returns:
         What was reached.
@@ -202,25 +188,44 @@ def binarize(
 
     Source: KOFF (arXiv 2605.29075), top-k over the learned gates; rounding is koff's own.
     """
-    state = require_attached(model, "binarize")
-    step = "attach with target_sparsity > 0"
-    require(state.gates is not None, "binarize", "the model", "have gates", "none", step)
-    target = state.gates.target if target is None else target
-    _check(state, target, per_layer, multiple_of)
-    gates, undecided = state.gates, state.gates.undecided()
-    unpack(model)  # an earlier mask's order
+    gates = require_attached(model).gates
+    if gates is None:
+        raise ValueError(
+            "binarize: the model must have gates, got none; attach with target_sparsity > 0"
+        )
+    target = gates.target if target is None else target
+    if per_layer not in ("global", "uniform"):
+        raise ValueError(
+            f"binarize: per_layer must be 'global' or 'uniform', got {per_layer!r}; choose one"
+        )
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ValueError(
+            f"binarize: multiple_of must be a whole number of at least 1, got {multiple_of!r}; 64 "
+            "fills tiles"
+        )
+    if not 0 <= target <= MAX_SPARSITY:
+        raise ValueError(f"binarize: target must lie in 0..{MAX_SPARSITY}, got {target}; change it")
+    if not all(bool(torch.isfinite(p).all()) for p in gates.log_alpha):
+        raise ValueError(
+            "binarize: the gates must be finite, got NaN or inf; lower gate_learning_rate and "
+            "train again"
+        )
+    undecided = gates.undecided()  # of the gates as they are; a fixed mask has none
+    restore_order(model)  # an earlier mask's
     scores = [p.detach() for p in gates.log_alpha]
     full = [len(s) for s in scores]
-    keep = max(round((1.0 - target) * sum(full)), len(full))
+    keep = max(round((1.0 - target) * sum(full)), len(full))  # one neuron a layer at least
     if per_layer == "uniform":
-        same = len(set(full)) == 1
-        rule = "be equally wide for per_layer='uniform'"
-        require(same, "binarize", "the layers", rule, full, "use 'global'")
-        raw = [max(round(keep / len(full)), 1)] * len(full)
-        low, high = _reachable(raw[0], full[0], multiple_of)
-        chosen = [high if high - raw[0] < raw[0] - low else low] * len(full)
+        if len(set(full)) != 1:
+            raise ValueError(
+                "binarize: the layers must be equally wide for per_layer='uniform', "
+                f"got {full}; use 'global'"
+            )
+        raw = max(round(keep / len(full)), 1)
+        low, high = _reachable(raw, full[0], multiple_of)
+        chosen = [high if high - raw < raw - low else low] * len(full)
     else:
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
     gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
-    pack(model)
+    move_kept_first(model)
     return BinarizeReport(target, sparsity(model), undecided)

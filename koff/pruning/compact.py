@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asked_by
 from ..model import arch
-from ..model.attach import restyle
+from ..model.arch import Site
+from ..model.attach import set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
 from ..model.state import require_attached
@@ -28,25 +29,27 @@ def _parameter(data: Tensor, like: nn.Parameter) -> nn.Parameter:
 def _narrow_layer(
     module: nn.Module, index: int, model: PreTrainedModel, kept: Tensor
 ) -> Iterator[Narrowed]:
-    """The narrowed parameters of one layer: gate and up in one buffer, down, and each memory's LoRA
-    on them."""
+    """The narrowed parameters of one layer's MLP, and of each memory's LoRA on it."""
     gate, up, down = arch.mlp_weights(module)
     rows = positions(model, index, kept)
+    # Gate and up in one buffer again, as ``share_gate_up`` laid them out.
     both = torch.cat([gate[rows], up[rows]])
-    yield module.gate_proj, "weight", _parameter(both[: len(kept)], gate)
-    yield module.up_proj, "weight", _parameter(both[len(kept) :], up)
-    yield module.down_proj, "weight", _parameter(down[:, rows], down)
+    narrow = both[: len(kept)], both[len(kept) :], down[:, rows]
+    for linear, data in zip(arch.mlp_linears(module), narrow, strict=True):
+        yield linear, "weight", _parameter(data, linear.weight)
     for memory in model.koff.memories:
-        for name in ("gate_proj", "up_proj"):
-            if f"{index}_{name}" in memory.lora:
-                lora = memory.lora[f"{index}_{name}"]
+        for name, dim in arch.NEURON_DIM.items():
+            lora = memory.lora_at(Site(index, name))
+            if lora is None:
+                continue
+            if dim == 0:  # the neurons are what comes out: rows of B. LoRA is in the original order
                 yield lora, "b", _parameter(lora.b[kept], lora.b)
-        if f"{index}_down_proj" in memory.lora:
-            lora = memory.lora[f"{index}_down_proj"]
-            yield lora, "a", _parameter(lora.a[:, kept], lora.a)
+            else:
+                yield lora, "a", _parameter(lora.a[:, kept], lora.a)
 
 
 @torch.no_grad()
+@asked_by("compact")
 def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     """Remove exactly the neurons whose gate is 0; the result computes what the masked model does.
 
@@ -67,12 +70,17 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
 
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
-    state = require_attached(model, "compact")
-    step = "it is compact already, or was attached with target_sparsity=0"
-    require(state.gates is not None, "compact", "the model", "have gates", "none", step)
+    state = require_attached(model)
+    if state.gates is None:
+        raise ValueError(
+            "compact: the model must have gates, got none; it is compact already, or was attached "
+            "with target_sparsity=0"
+        )
     if not state.gates.fixed:
         binarize(model)
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
+    # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
+    # then narrow from the beginning, and the wide weights are never copied.
     memo: dict[int, object] = {}
     for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
         for owner, name, narrow in _narrow_layer(module, index, model, rows):
@@ -91,7 +99,11 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
 
 
 def _set_config(model: PreTrainedModel, widths: list[int]) -> None:
-    """Make class and config say what the widths are."""
+    """Make class and config say what the widths are.
+
+    With equal widths the model is a stock one, which every tool that reads such checkpoints opens;
+    nothing in it names koff.
+    """
     config = model.config
     stock = config.model_type.removeprefix(arch.NARROW_PREFIX)
     if len(set(widths)) > 1:
@@ -104,5 +116,6 @@ def _set_config(model: PreTrainedModel, widths: list[int]) -> None:
             vars(config).pop(name, None)
     vars(config).pop("model_type", None)  # the class says it
     if type(config) is not config_class:
+        # In place, and not a new config: the decoder and every layer hold this one.
         config.__class__ = config_class
-        restyle(model, model_class)
+        set_base_class(model, model_class)

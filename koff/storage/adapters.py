@@ -31,12 +31,10 @@ _FREE = ("r", "lora_alpha", "target_modules", "peft_type", "task_type", "peft_ve
 _FREE += ("base_model_name_or_path", "inference_mode", "lora_dropout", "init_lora_weights")
 
 
-def _lora_key(model: PreTrainedModel, site: str, part: str) -> str:
+def _lora_key(model: PreTrainedModel, site: arch.Site, part: str) -> str:
     """PEFT's name of one matrix:
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"."""
-    index, name = site.split("_", 1)
-    path = arch.linear_path(name, model)
-    return f"{_PREFIX}{arch.layers_path(model)}.{index}.{path}.lora_{part}.weight"
+    return f"{_PREFIX}{arch.site_path(site, model)}.lora_{part}.weight"
 
 
 def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:
@@ -46,7 +44,7 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
     config = memory.lora_config
     directory.mkdir(parents=True)
     tensors = {}
-    for site, weights in memory.lora.items():
+    for site, weights in memory.sites():
         tensors[_lora_key(model, site, "A")] = weights.a.detach().cpu().contiguous()
         tensors[_lora_key(model, site, "B")] = weights.b.detach().cpu().contiguous()
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
@@ -200,13 +198,11 @@ def check_lora(model: PreTrainedModel, config: LoRAConfig, directory: Path, wher
     """Refuse a PEFT LORA file whose names, shapes or dtypes are not those of a config on this
     model; reads no data, so that nothing is allocated by what a damaged file claims."""
     wanted = {}
-    for index, layer in enumerate(arch.layers(model)):
-        for name, module in arch.linears(layer, model):
-            if name in config.target_modules:
-                width_out, width_in = module.weight.shape
-                site = f"{index}_{name}"
-                wanted[_lora_key(model, site, "A")] = (config.r, width_in)
-                wanted[_lora_key(model, site, "B")] = (width_out, config.r)
+    for site, module in arch.sites(model):
+        if site.linear in config.target_modules:
+            width_out, width_in = module.weight.shape
+            wanted[_lora_key(model, site, "A")] = (config.r, width_in)
+            wanted[_lora_key(model, site, "B")] = (width_out, config.r)
     header = read_header(directory / WEIGHTS, where)
     names = sorted(set(wanted) ^ set(header))
     got = f"a difference in {names[:3]}"
@@ -255,7 +251,7 @@ def read_lora(model: PreTrainedModel, memory: Memory, directory: Path, where: st
     value."""
     check_lora(model, memory.lora_config, directory, where)
     tensors = read_finite(directory / WEIGHTS, where)
-    for site, weights in memory.lora.items():
+    for site, weights in memory.sites():
         weights.a.copy_(tensors[_lora_key(model, site, "A")])
         weights.b.copy_(tensors[_lora_key(model, site, "B")])
 

@@ -4,7 +4,6 @@ name is looked for."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import refuse, require
+from ..errors import asked_by, refuse, require
 from ..model import arch
 from ..model.narrow import narrow_classes
 from . import adapters as disk
@@ -23,7 +22,6 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 # Names under which transformers would fetch code, kernels or adapters from elsewhere.
 _FOREIGN = ("auto_map", "attn_implementation", "experts_implementation", "custom_generate")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def names(files: dict[str, str]) -> list[str]:
@@ -63,7 +61,8 @@ def _classes(values: dict[str, Any], where: str) -> tuple[type, type]:
     model_type = values.get("model_type")
     known = isinstance(model_type, str)
     require(known, where, "the model type", "be a text", repr(model_type), "check config.json")
-    entry = arch.architecture(model_type, where)
+    with asked_by(where):
+        entry = arch.architecture(model_type)
     if model_type.startswith(arch.NARROW_PREFIX):
         return narrow_classes(entry.model_type)
     return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
@@ -101,7 +100,7 @@ def check_backbone(directory: Path, facts: dict[str, Any], where: str) -> tuple[
     values = _read_config(directory, CONFIG, where)
     _classes(values, where)
     header = _headers(directory, facts["files"], where)
-    layers = len({match[1] for match in map(_LAYER.search, header) if match})
+    layers = arch.count_layers(header, values["model_type"])
     got = values.get("num_hidden_layers")
     same = type(got) is int and got == layers
     rule, step = f"be {layers}, as in the weights", "copy the folder again"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asked_by, require
 from ..model import arch
+from ..model.memory_argument import write_backbone
 from ..model.state import require_attached
 from . import adapters as disk
 from . import publish as atomic
@@ -58,7 +59,8 @@ def export_merged(
     free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     require(free, where, "the output", "be a new or empty folder", str(output), "choose another")
     model, tokenizer = _opened(source, tokenizer, revision, where)
-    state = require_attached(model, where)
+    with asked_by(where):
+        state = require_attached(model)
     step = "call koff.binarize and koff.compact first"
     require(state.gates is None, where, "the model", "be compacted", "one with gates", step)
     names = list(state.memory_names)
@@ -88,7 +90,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _write(model: PreTrainedModel, name: str, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder, state_dict=merged_weights(model, name))
+    write_backbone(model, folder, merged_weights(model, name))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if model.koff.memories[name].kv_config is not None:
@@ -118,9 +120,8 @@ def merged_weights(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
     """
     memory = model.koff.memories[name]
     tensors = {key: t for key, t in model.state_dict().items() if not key.startswith("koff.")}
-    for site, lora in memory.lora.items():
-        index, linear = site.split("_", 1)
-        key = f"{arch.layers_path(model)}.{index}.{arch.linear_path(linear, model)}.weight"
+    for site, lora in memory.sites():
+        key = f"{arch.site_path(site, model)}.weight"
         weight = tensors[key]
         merged = (weight.float() + memory.scaling * (lora.b @ lora.a)).to(weight.dtype)
         finite, step = bool(torch.isfinite(merged).all()), "load the backbone in another dtype"

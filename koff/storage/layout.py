@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import require
+from ..errors import asked_by, require
 from ..model.config import KoffConfig, check_memory_name
 from . import adapters as disk
 from . import publish as atomic
@@ -174,8 +174,9 @@ def _check_types(facts: dict[str, Any], where: str) -> None:
         got = repr(facts.get(name, "nothing"))[:80]
         require(good(facts.get(name)), where, f"{name!r} in {MARKER}", rule, got, _AGAIN)
     try:
-        for name in facts["memories"]:
-            check_memory_name(name, where)
+        with asked_by(where):
+            for name in facts["memories"]:
+                check_memory_name(name)
         KoffConfig.from_dict(facts["config"])
     except TypeError as error:  # a wrong type in a file is a damaged file
         raise ValueError(str(error)) from None

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..errors import require
 from ..model import arch
+from ..model.arch import Site
 from ..model.config import LoRAConfig
 from ..model.memories import Memory
 from . import adapters as disk
 
-Matrices = dict[str, tuple[Tensor, Tensor]]  # site -> (A [r, K], B [N, r])
+Matrices = dict[Site, tuple[Tensor, Tensor]]  # (A [r, K], B [N, r])
 
 # Settings that say which layers there are, which the tensors say too, or that are converted below.
 _HONOURED = frozenset(
@@ -28,7 +29,9 @@ _HONOURED = frozenset(
 # The other initialisations of PEFT move a part of the base weights into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _KEY = re.compile(r"base_model\.model\.(.+)\.([0-9]{1,6})\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.weight")
-_DENSE_AXIS = {"gate_proj": "B", "up_proj": "B", "down_proj": "A"}
+# Which matrix of a LoRA has the neurons: B in its rows where they come out, A in its columns where
+# they go in.
+_DENSE_AXIS = {name: "BA"[dim] for name, dim in arch.NEURON_DIM.items()}
 # PEFT takes the keys of its patterns as regular expressions, and one of an unknown file may be made
 # to run for ever. Without repetition, and with two groups at most, none can.
 _PLAIN = r"(?:[\w.|-]|\\\.)*"
@@ -40,7 +43,7 @@ Pattern = list[tuple[re.Pattern[str], Any]]
 
 def read_lora(
     model: PreTrainedModel, directory: Path, where: str
-) -> tuple[LoRAConfig, Matrices, dict[str, float]]:
+) -> tuple[LoRAConfig, Matrices, dict[Site, float]]:
     """Read a PEFT LORA folder and cut it to the model's widths.
 
     Gate and up lose rows of B, down loses columns of A: the neurons that ``model.koff.kept`` lacks.
@@ -52,8 +55,8 @@ def read_lora(
         where: who asks, for errors.
 
     Returns:
-        The config of a memory that can hold it, the matrices of each site ("0_q_proj"), and the
-        scaling of each site.
+        The config of a memory that can hold it, the matrices of each site, and the scaling of each
+        site.
 
     Raises:
         FileNotFoundError, ValueError: damaged, not a plain LoRA, or not of this model's shapes.
@@ -67,16 +70,16 @@ def read_lora(
     ranks = {site: a.shape[0] for site, (a, _) in matrices.items()}
     scaling = _scalings(values, model, ranks, where)
     rank, largest = max(ranks.values()), max(scaling.values())
-    names = {site.split("_", 1)[1] for site in matrices}
+    names = {site.linear for site in matrices}
     targets = tuple(name for name in arch.LINEARS if name in names)
     return LoRAConfig(rank, largest * rank, targets), matrices, scaling
 
 
 @torch.no_grad()
-def fill_lora(memory: Memory, matrices: Matrices, scaling: dict[str, float]) -> None:
+def fill_lora(memory: Memory, matrices: Matrices, scaling: dict[Site, float]) -> None:
     """Copy matrices into a memory's LoRA, in place; missing sites and ranks become exact zeros, and
     a site's own scaling goes into its B."""
-    for site, weights in memory.lora.items():
+    for site, weights in memory.sites():
         weights.a.zero_()
         weights.b.zero_()
         if site in matrices:
@@ -87,7 +90,7 @@ def fill_lora(memory: Memory, matrices: Matrices, scaling: dict[str, float]) -> 
 
 def _pairs(model: PreTrainedModel, tensors: dict[str, Tensor], where: str) -> Matrices:
     """site -> (A, B), every name checked."""
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[Site, dict[str, Tensor]] = {}
     known = {arch.linear_path(n, model): n for n in arch.LINEARS}
     layers, path = len(arch.layers(model)), arch.layers_path(model)
     for key, tensor in tensors.items():
@@ -97,7 +100,7 @@ def _pairs(model: PreTrainedModel, tensors: dict[str, Tensor], where: str) -> Ma
         rule = f"be a LoRA matrix of the {layers} layers' linear modules {', '.join(known)}"
         step = "a memory holds nothing else; train with these target_modules only"
         require(good, where, "a tensor", rule, f"{key} {tuple(tensor.shape)}", step)
-        parts.setdefault(f"{int(found[2])}_{known[found[3]]}", {})[found[4]] = tensor
+        parts.setdefault(Site(int(found[2]), known[found[3]]), {})[found[4]] = tensor
     require(bool(parts), where, "the LoRA", "hold matrices", "none", "check the folder")
     for site, pair in parts.items():
         whole = set(pair) == {"A", "B"} and pair["A"].shape[0] == pair["B"].shape[1] > 0
@@ -109,13 +112,12 @@ def _pairs(model: PreTrainedModel, tensors: dict[str, Tensor], where: str) -> Ma
 
 def _cut(model: PreTrainedModel, matrices: Matrices, where: str) -> Matrices:
     """The matrices at the model's widths; all of them must have been dense, or all pruned."""
-    state, linears = model.koff, [dict(arch.linears(x, model)) for x in arch.layers(model)]
+    state, linears = model.koff, dict(arch.sites(model))
     want, got, dense = {}, {}, {}
     for site, (a, b) in matrices.items():
-        index, name = site.split("_", 1)
-        out, into = linears[int(index)][name].weight.shape
+        out, into = linears[site].weight.shape
         want[site], got[site] = (into, out), (a.shape[1], b.shape[0])
-        wide, axis = state.dense_widths[int(index)], _DENSE_AXIS.get(name)
+        wide, axis = state.dense_widths[site.layer], _DENSE_AXIS.get(site.linear)
         dense[site] = (wide if axis == "A" else into, wide if axis == "B" else out)
     if got == want:
         return matrices
@@ -128,23 +130,21 @@ def _cut(model: PreTrainedModel, matrices: Matrices, where: str) -> Matrices:
     return {site: _slice(site, pair, state.kept) for site, pair in matrices.items()}
 
 
-def _slice(site: str, pair: tuple[Tensor, Tensor], kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-    index, name = site.split("_", 1)
-    (a, b), axis = pair, _DENSE_AXIS.get(name)
-    rows = kept[int(index)]
+def _slice(site: Site, pair: tuple[Tensor, Tensor], kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    (a, b), axis = pair, _DENSE_AXIS.get(site.linear)
+    rows = kept[site.layer]
     return (a[:, rows] if axis == "A" else a), (b[rows] if axis == "B" else b)
 
 
 def _scalings(
-    values: dict[str, Any], model: PreTrainedModel, ranks: dict[str, int], where: str
-) -> dict[str, float]:
+    values: dict[str, Any], model: PreTrainedModel, ranks: dict[Site, int], where: str
+) -> dict[Site, float]:
     """alpha / r of each site, or alpha / sqrt(r) of an rsLoRA, with PEFT's patterns by module."""
     most, step = len(arch.LINEARS) * len(arch.layers(model)), "copy the folder again"
     own = [_pattern(values, name, most, where) for name in ("rank_pattern", "alpha_pattern")]
     found = {}
     for site, rank in ranks.items():
-        index, name = site.split("_", 1)
-        path = f"{arch.layers_path(model)}.{index}.{arch.linear_path(name, model)}"
+        path = arch.site_path(site, model)
         wanted = next(_matching(own[0], path), values.get("r"))
         require(wanted == rank, where, f"the LoRA of {site}", f"have rank {wanted}", rank, step)
         alpha = next(_matching(own[1], path), values.get("lora_alpha"))

@@ -15,11 +15,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..errors import require
+from ..errors import asked_by, require
 from ..model import arch
 from ..model.attach import install, new_memory, use_koff_attention
 from ..model.config import KoffConfig
 from ..model.memories import Memory
+from ..model.memory_argument import write_backbone
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
@@ -89,13 +90,15 @@ def save(
         ValueError: gates that are not compacted, a KV memory that was never filled, a taken
             directory, or metadata that cannot be kept; nothing is written then.
     """
-    directory, state = Path(directory), require_attached(model, "koff.save")
+    directory = Path(directory)
+    with asked_by("koff.save"):
+        state = require_attached(model)
     _check_savable(state, directory, overwrite)
     metadata = plain_metadata(metadata, "koff.save")
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
     staging = _new_staging(directory)
     try:
-        model.save_pretrained(staging)
+        write_backbone(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         facts = _facts(model, staging, base, metadata)
@@ -214,7 +217,8 @@ def load(
     model = backbone.build_backbone(directory, facts, built, dtype, _LOAD)
     settings = KoffConfig.from_dict(facts["config"])
     kv = any(re.match(rf"{MEMORIES}/[^/]+/kv/", name) for name in facts["files"])
-    arch.check_supported(model, kv, _LOAD)
+    with asked_by(_LOAD):
+        arch.check_supported(model, kv)
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, settings, generator, with_gates=False)
     state.dense_widths, state.kept = facts["dense_widths"], kept

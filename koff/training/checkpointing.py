@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import refuse, require
-from ..model.neuron_order import pack, unpack
+from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState
 from ..storage.save_load import save
 from . import checkpoint
@@ -155,7 +155,7 @@ class SafeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         base = self.accelerator.unwrap_model(self.model)
-        unpack(base)
+        restore_order(base)
         checkpoint.read_checkpoint(self.koff, resume_from_checkpoint)
         if self.koff.gates is not None and self.koff.gates.fixed:
-            pack(base)
+            move_kept_first(base)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data.losses import token_losses
-from ..errors import require
+from ..errors import asked_by, require
 from ..evaluation.perplexity import check_vocabulary
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
@@ -84,7 +84,9 @@ class KoffTrainer(SafeTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        state, where = require_attached(model, "KoffTrainer"), "KoffTrainer"
+        where = "KoffTrainer"
+        with asked_by(where):
+            state = require_attached(model)
         good, got = isinstance(args, TrainingArguments), type(args).__name__
         step = "make KoffTrainingArguments"
         require(good, where, "args", "be TrainingArguments", got, step, TypeError)

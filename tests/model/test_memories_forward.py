@@ -9,6 +9,7 @@ from support.models import ARCHITECTURES, attached, tiny, tokens
 from transformers import DynamicCache
 
 import koff
+from koff.model.arch import Site
 from koff.model.memories import rotate
 
 MIX = ["es", None, "keys"]
@@ -80,7 +81,7 @@ def test_swaps_and_repeats_are_bit_equal(architecture):
     assert all(torch.equal(a, b) for a, b in zip(first, with_graph, strict=True))
 
 
-def test_kept_stacks_follow_every_change_of_a_memory():
+def test_cached_stacks_follow_every_change_of_a_memory():
     model, ids = attached("llama"), tokens()
     with torch.no_grad():
         before = model(ids, memory="en").logits
@@ -164,7 +165,7 @@ def test_hidden_states_are_still_recorded():
 
 
 @pytest.mark.parametrize("kind", [dict(fused=True), dict(foreach=True), dict(foreach=False)])
-def test_kept_stacks_follow_every_kind_of_optimiser(kind):
+def test_cached_stacks_follow_every_kind_of_optimiser(kind):
     model, ids = attached("llama", target_sparsity=0), tokens()
     optimizer = torch.optim.AdamW(model.koff.parameters(), lr=0.1, **kind)
     model(ids, memory="en").logits.sum().backward()
@@ -173,21 +174,21 @@ def test_kept_stacks_follow_every_kind_of_optimiser(kind):
         optimizer.step()
         after = model(ids, memory="en").logits
     assert not torch.equal(before, after)
-    assert torch.equal(model(ids, memory="en").logits, after)  # with autograd: never kept
+    assert torch.equal(model(ids, memory="en").logits, after)  # with autograd: never cached
 
 
 def test_constants_of_a_stack_are_made_once():
     """Making one on a GPU waits for it."""
     model = attached("llama")
     bank = model.koff.memories
-    first, again = (bank.lora("0_q_proj", (0, 2)) for _ in range(2))
+    first, again = (bank.lora(Site(0, "q_proj"), (0, 2)) for _ in range(2))
     assert first.a is not again.a and first.scaling is again.scaling
     assert bank.prefix(0, (0, 2)).lengths is bank.prefix(1, (0, 2)).lengths
-    assert bank.lora("0_q_proj", (0,)).scaling.shape == (1,)
+    assert bank.lora(Site(0, "q_proj"), (0,)).scaling.shape == (1,)
     with torch.inference_mode():
-        fresh = attached("llama").koff.memories.lora("0_q_proj", (0, 2))
+        fresh = attached("llama").koff.memories.lora(Site(0, "q_proj"), (0, 2))
     assert fresh.scaling.is_inference()
-    copied = copy.deepcopy(model).koff.memories.lora("0_q_proj", (0, 2))
+    copied = copy.deepcopy(model).koff.memories.lora(Site(0, "q_proj"), (0, 2))
     assert torch.equal(copied.scaling, first.scaling)
 
 

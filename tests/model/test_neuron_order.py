@@ -9,7 +9,8 @@ from support.widths import spread
 
 import koff
 from koff.model import arch
-from koff.model import neuron_order as packing
+from koff.model.memory_argument import write_backbone
+from koff.model.neuron_order import move_kept_first, positions, restore_order
 
 MEMORIES = ("en", None, ["es", None, "keys"])
 FP32 = 1e-5  # the same sums in another order
@@ -38,14 +39,14 @@ def gradients(model, memory):
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_equals_the_mask_multiplied_in(architecture, memory):
+def test_reordered_equals_the_mask_multiplied_in(architecture, memory):
     """Logits and the gradients of every memory, against gates times h."""
     model, ids = binarised(architecture), tokens()
-    assert model.koff.gates.packed
+    assert model.koff.gates.kept_first
     got = model(ids, memory=memory).logits
     grads = gradients(model, memory) if memory else {}
-    packing.unpack(model)
-    assert not model.koff.gates.packed
+    restore_order(model)
+    assert not model.koff.gates.kept_first
     assert (model(ids, memory=memory).logits - got).abs().max() < FP32
     want = gradients(model, memory) if memory else {}
     assert set(grads) == set(want) and (want or not memory)
@@ -53,7 +54,7 @@ def test_packed_equals_the_mask_multiplied_in(architecture, memory):
         assert (grad - want[name]).abs().max() < FP32 * (1 + want[name].abs().max()), name
 
 
-def test_packed_computes_only_the_kept_neurons(monkeypatch):
+def test_reordered_computes_only_the_kept_neurons(monkeypatch):
     model, seen = binarised(), []
     real = koff.attach.__globals__["gated_mlp"]
 
@@ -67,7 +68,7 @@ def test_packed_computes_only_the_kept_neurons(monkeypatch):
     assert seen == [(w, w, w, None) for w in widths] and max(widths) < 96
 
 
-def test_detach_after_packing_gives_the_base_back_bit_for_bit():
+def test_detach_after_reordering_gives_the_base_back_bit_for_bit():
     base, ids = tiny("qwen2"), tokens()
     model = koff.detach(binarised("qwen2"))
     wanted = base.state_dict()
@@ -85,10 +86,10 @@ def test_binarise_again_starts_from_the_original_order():
     assert all(torch.equal(t, wanted[name]) for name, t in raw(model).items())
 
 
-def test_packing_twice_changes_nothing():
+def test_reordering_twice_changes_nothing():
     model = binarised()
     before = raw(model)
-    packing.pack(model)
+    move_kept_first(model)
     assert all(torch.equal(t, before[name]) for name, t in raw(model).items())
 
 
@@ -108,23 +109,23 @@ def test_a_state_dict_is_in_the_original_order_and_goes_into_any_model():
     koff.binarize(other, multiple_of=1)
     assert not torch.equal(other(ids, memory="en").logits, wanted)
     other.load_state_dict(state)
-    assert other.koff.gates.packed
+    assert other.koff.gates.kept_first
     assert torch.equal(other(ids, memory="en").logits, wanted)
     nested = torch.nn.ModuleDict({"inner": model}).state_dict()
     assert torch.equal(nested["inner.model.layers.0.mlp.up_proj.weight"], up_of(base))
 
 
-def test_save_pretrained_writes_the_base_in_its_own_order(tmp_path):
+def test_a_written_backbone_is_in_its_own_order(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = binarised()
-    model.save_pretrained(tmp_path / "base")
+    write_backbone(model, tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     assert torch.equal(up_of(again), up_of(tiny("llama").state_dict()))
 
 
-def test_packed_teacher_and_copy():
-    """Gates open is still the whole model; a copy is packed too."""
+def test_reordered_teacher_and_copy():
+    """Gates open is still the whole model; a copy is reordered too."""
     base, model, ids = tiny("qwen3"), binarised("qwen3"), tokens()
     with model.koff.bypass():
         assert (model(ids).logits - base(ids).logits).abs().max() < FP32
@@ -132,6 +133,6 @@ def test_packed_teacher_and_copy():
     assert torch.equal(again(ids, memory="es").logits, model(ids, memory="es").logits)
     for index, module in enumerate(arch.mlps(model)):
         rows = torch.arange(module.up_proj.weight.shape[0])
-        now = packing.positions(model, index, rows)
+        now = positions(model, index, rows)
         same = module.up_proj.weight[now] == arch.mlps(base)[index].up_proj.weight
         assert same.all()

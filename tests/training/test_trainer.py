@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 import koff
 from koff.data.losses import token_losses
-from koff.model.neuron_order import unpack
+from koff.model.neuron_order import restore_order
 from koff.training.arguments import Settings
 
 
@@ -35,7 +35,7 @@ def test_training_learns_and_logs(tmp_path):
     assert len(fixed) == 1 and fixed[0]["step"] == 48 and "loss_soft_gates" in fixed[0]
     assert logs[-1]["sparsity_mlp"] == pytest.approx(round(0.2 * 288) / 288)
     assert all(memory.kv_filled for memory in run.model.koff.memories)
-    unpack(run.model)  # the fixed mask moved the kept neurons to the front
+    restore_order(run.model)  # the fixed mask moved the kept neurons to the front
     assert all(torch.equal(p, base[n]) for n, p in run.model.named_parameters() if n in base)
 
 
