@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.blocks import DataSource, check_source
+from ..data.sources import DataSource, check_source
 from ..model.config import KoffConfig
 from ..training.arguments import Settings
 from .schema import build, convert, join, unknown_key

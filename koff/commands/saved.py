@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.blocks import DataSource, load_documents, pack
+from ..data.blocks import pack
+from ..data.sources import DataSource, load_documents
 from ..evaluation.attention_mass import PrefixMass, prefix_attention_mass
 from ..evaluation.perplexity import EvalRow, evaluate
 from ..storage.adapters import read_header

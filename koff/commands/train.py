@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.blocks import PackedBlocks, load_documents, pack
+from ..data.blocks import PackedBlocks, pack
+from ..data.sources import load_documents
 from ..errors import asked_by, refuse, require
 from ..storage.adapters import read_json
 from ..storage.layout import MARKER, current

@@ -15,7 +15,7 @@ from ..commands.recipe import Recipe, parse
 from ..commands.saved import count_saved
 from ..commands.tables import facts_table, millions, sparsity_facts
 from ..commands.train import load_base, run
-from ..data.blocks import load_documents
+from ..data.sources import load_documents
 from ..evaluation.perplexity import evaluate
 from .base_model import SETTINGS, default_cache, prepare_base
 from .corpus import DOMAINS
