@@ -1,4 +1,10 @@
-"""What a trained memory's learned cache is used for: the attention that a text gives it."""
+"""What a trained memory's learned cache is used for: the attention that a text gives it.
+
+The attention that koff runs never has probabilities to look at: they exist piece by piece inside a
+kernel. So the model is switched, for the measurement alone, to a second attention implementation
+that calls koff's own and then computes the same probabilities once more, in plain torch and fp32.
+Nothing in the usual path knows about it.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +21,13 @@ from koffkernels import RowBounds
 from koffkernels.reference import attention_weights
 
 from ..data.blocks import pack
-from ..errors import asked_by, require
+from ..errors import asked_by
 from ..model import arch
 from ..model.attention import koff_attention, koff_mask, mask_to_bounds
 from ..model.state import require_attached
 from .perplexity import check_sizes, evaluating
 
-_WHERE = "prefix_attention_mass"
-_WATCHED = "koff_watched"
+_WATCHED = "koff_watched"  # the second implementation's name in transformers' registry
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
@@ -43,22 +48,25 @@ class PrefixMass:
 
     @property
     def heads(self) -> Tensor:
-        """[L, Hq]: what each head gives to the whole prefix, in 0..1."""
+        """What each head gives to the whole prefix, [L, Hq] in 0..1."""
         return self.mass.sum(-1)
 
     @property
     def positions(self) -> Tensor:
-        """[L, P]: what each learned token gets, mean of the heads."""
+        """What each learned token gets, mean of the heads, [L, P]."""
         return self.mass.mean(1)
 
     def share_of_first(self) -> Tensor:
-        """[L]: of what the prefix gets, the share of its frozen tokens (of the first token, if none
-        is frozen); NaN where the prefix gets nothing."""
+        """Return, of what the prefix gets, the share of its frozen tokens, [L]; of the first token,
+        if none is frozen. NaN where the prefix gets nothing.
+
+        Frozen tokens are the attention sink: what goes there is meant for nobody.
+        """
         got = self.positions
         return got[:, : max(1, self.frozen)].sum(-1) / got.sum(-1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return {
             "memory": self.memory,
             "tokens": self.tokens,
@@ -69,6 +77,7 @@ class PrefixMass:
         }
 
 
+@asked_by("prefix_attention_mass")
 def prefix_attention_mass(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -78,15 +87,16 @@ def prefix_attention_mass(
     block_size: int = 512,
     batch_size: int = 8,
 ) -> PrefixMass:
-    """Measures how much attention the tokens of a text give to a memory's learned keys.
+    """Measure how much attention the tokens of a text give to a memory's learned keys.
 
     For a query i the mass on learned token p is softmax(scale q_i [K_prefix; K]^T + mask)_p, in
-    fp32; the mean is over all tokens of all blocks. Blocks are those of `koff.evaluate`.
+    fp32; the mean is over all tokens of all blocks. Blocks are those of ``koff.evaluate``.
 
     Args:
         model: an attached or loaded koff model.
-        tokenizer: the model's tokenizer.
-        documents: as `koff.data.pack` takes them.
+        tokenizer: the model's tokenizer; None if the documents are token ids.
+        documents: texts, records with "text" or "input_ids", a ``datasets.Dataset`` of these, or
+            ``PackedBlocks``.
         memory: name of a memory with a KV part.
         block_size: tokens per block; with the prefix at most what the model has positions for.
         batch_size: blocks per forward; probabilities of one layer take [B, Hq, T, P + T] fp32.
@@ -98,17 +108,18 @@ def prefix_attention_mass(
         KeyError, TypeError, ValueError: unknown memory, one without a KV part, too little text, or
             blocks that do not fit.
     """
-    with asked_by(_WHERE):
-        state = require_attached(model)
-    require(
-        isinstance(memory, str), _WHERE, "memory", "be a name", repr(memory), "pass one", TypeError
-    )
-    state.check(memory, _WHERE)
+    state = require_attached(model)
+    if not isinstance(memory, str):
+        raise TypeError(f"prefix_attention_mass: memory must be a name, got {memory!r}; pass one")
+    state.check(memory, "prefix_attention_mass")
     config = state.memories[memory].kv_config
-    rule, step = "have a KV part", "choose one trained with koff.kv"
-    require(config is not None, _WHERE, f"memory {memory!r}", rule, "LoRA alone", step)
-    check_sizes(model, block_size, batch_size, _WHERE)
-    blocks = pack(documents, tokenizer, block_size, name="documents").blocks
+    if config is None:
+        raise ValueError(
+            f"prefix_attention_mass: memory {memory!r} must have a KV part, got LoRA alone; choose "
+            "one trained with koff.kv"
+        )
+    check_sizes(model, block_size, batch_size)
+    blocks = pack(documents, tokenizer, block_size).blocks
     mass, tokens = mean_mass(model, memory, ((ids, None) for ids in blocks.split(batch_size)))
     return PrefixMass(memory, mass, tokens, config.num_frozen_tokens)
 
@@ -116,7 +127,7 @@ def prefix_attention_mass(
 def mean_mass(
     model: PreTrainedModel, memory: str, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, int]:
-    """Mean attention on a memory's learned tokens over the tokens of some batches.
+    """Return the mean attention on a memory's learned tokens over the tokens of some batches.
 
     Args:
         model: an attached koff model.
@@ -126,8 +137,10 @@ def mean_mass(
     Returns:
         fp64 [L, Hq, P] on the CPU, and the number of tokens, padding not counted.
     """
+    # One sum per layer, [Hq, P] after the first batch. They stay on the device until the end.
     sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * len(arch.layers(model))
-    decoder, tokens = arch.decoder(model), 0  # no logits are needed
+    decoder = arch.decoder(model)  # without the head: no logits are needed
+    tokens = 0
     with _watching(model, sums), evaluating(model), torch.inference_mode():
         for ids, mask in batches:
             tokens += ids.numel() if mask is None else int(mask.sum())
@@ -139,16 +152,21 @@ def mean_mass(
 
 @contextlib.contextmanager
 def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
-    """Inside, every attention layer adds what its queries give to the prefix to its entry of
+    """Let every attention layer add, inside, what its queries give to the prefix to its entry of
     ``sums``, summed over rows and queries: [Hq, P]."""
 
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
+        # The next layer sees what it always sees: the output is that of koff's own attention.
         out = koff_attention(module, query, key, value, mask, **kwargs)
-        link, bounds = module._koff, mask_to_bounds(mask)
+        link = module._koff
         context = link.scope.context
+        bounds = mask_to_bounds(mask)
         prefix = link.bank.prefix(link.scope.index, context.slots)
-        scale = kwargs.get("scaling")
-        weights, _ = attention_weights(query, key, value, prefix, context.ids, bounds, scale)
+        # [B, Hq, T, P + S], the learned keys first: query [B, Hq, T, D] and key [B, Hkv, S, D] are
+        # rotated already, and the prefix is moved to the positions before them.
+        weights, _ = attention_weights(
+            query, key, value, prefix, context.ids, bounds, kwargs.get("scaling")
+        )
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
         sums[link.scope.index] = sums[link.scope.index] + given.double().sum((0, 2))
         return out
@@ -161,13 +179,14 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-        AttentionInterface.register(_WATCHED, koff_attention)  # lets go of the sums
+        # The name stays in the registry, but ``watched`` must go from it: it holds on to the sums.
+        AttentionInterface.register(_WATCHED, koff_attention)
 
 
 def _is_token(query: Tensor, bounds: RowBounds | None) -> Tensor:
-    """bool [B, 1, T, 1]: whether a query is a token of its row's text and not padding."""
+    """Return whether each query is a token of its row's text and not padding, bool [B, 1, T, 1]."""
     t = torch.arange(query.shape[2], device=query.device)
-    if bounds is None:
+    if bounds is None:  # plain causal attention: no padding
         return torch.ones_like(t, dtype=torch.bool)[None, None, :, None]
     position = bounds.query_start[:, None] + t
     inside = (position >= bounds.key_start[:, None]) & (position < bounds.key_end[:, None])

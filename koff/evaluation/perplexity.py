@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
-from ..data.blocks import PackedBlocks, pack
+from ..data.blocks import pack
 from ..data.losses import token_losses
-from ..errors import require
+from ..errors import asked_by, asker
+
+# math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
+_MOST_NATS = 700
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ class EvalRow:
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the row as a plain dictionary, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return asdict(self)
 
 
+@asked_by("evaluate")
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -52,19 +56,23 @@ def evaluate(
     batch_size: int = 8,
     split: str = "test",
 ) -> list[EvalRow]:
-    """Measures perplexity and bits per byte on every dataset with every memory.
+    """Measure perplexity and bits per byte on every dataset with every memory.
 
     Protocol: the documents of a split are written as BOS text EOS, concatenated in order and cut
-    into blocks of `block_size` tokens, the last partial block dropped (`koff.data.pack`). Each
-    block is one forward from an empty cache; its tokens 2..T are scored, each given the tokens
-    before it in the block. Perplexity is exp of the mean negative log-likelihood over all scored
-    tokens (summed in float64); bits per byte is that mean divided by ln 2, times the tokens per
-    byte of the whole split. Gates are deterministic, dropout is off; the model's mode is restored.
+    into blocks of ``block_size`` tokens, the last partial block dropped (``koff.data.blocks``).
+    Each block is one forward from an empty cache; its tokens 2..T are scored, each given the tokens
+    before it in the block. With the mean negative log-likelihood m over all scored tokens, in nats
+    and summed in float64,
+
+        perplexity = exp(m),   bits per byte = m / ln 2 * tokens per byte of the whole split.
+
+    Gates are deterministic, dropout is off; the model's mode is restored.
 
     Args:
         model: a koff model, or any causal LM of transformers (measured without memory, as "base").
-        tokenizer: the model's tokenizer.
-        datasets: {domain: documents}, documents as `koff.data.pack` takes them.
+        tokenizer: the model's tokenizer; None if the documents are token ids.
+        datasets: domain -> documents: texts, records with "text" or "input_ids", a
+            ``datasets.Dataset`` of these, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block, at most what the model has positions for.
         batch_size: blocks per forward; a different one may change the last digits.
@@ -74,129 +82,132 @@ def evaluate(
         One row per dataset and memory, datasets in their order, memories within.
 
     Raises:
-        KeyError, ValueError: unknown memory; too little text; block beyond the context.
+        KeyError, TypeError, ValueError: unknown memory; datasets of another kind; too little text;
+            a block beyond the context.
     """
-    names = _memory_names(model)
-    chosen = _check_memories(names, memories)
-    _check_datasets(datasets)
-    check_sizes(model, block_size, batch_size, "evaluate")
-    packed = {
-        domain: _packed(model, tokenizer, documents, block_size, f"dataset {domain!r}")
-        for domain, documents in datasets.items()
-    }
+    state = getattr(model, "koff", None)
+    names = () if state is None else tuple(state.memory_names)
+    chosen = _choose_memories(names, memories)
+    if not isinstance(datasets, Mapping):
+        raise TypeError(
+            f"evaluate: datasets must be a mapping, got {type(datasets).__name__}; pass "
+            "{domain: documents}"
+        )
+    if not datasets:
+        raise ValueError("evaluate: datasets must not be empty, got {}; pass documents")
+    check_sizes(model, block_size, batch_size)
+    packed = {}
+    for domain, documents in datasets.items():  # all of them, before the first forward
+        what = f"dataset {domain!r}"
+        packed[domain] = pack(documents, tokenizer, block_size, name=what)
+        check_vocabulary(model, packed[domain].blocks, what)
     rows = []
     with evaluating(model), torch.inference_mode():
         for domain, data in packed.items():
             for memory in chosen:
-                options = {} if names is None else {"memory": memory}
-                nll = _mean_nll(model, data.blocks, batch_size, options)
-                rows.append(_row(names is not None, memory, domain, split, nll, data))
+                # A plain transformers model has no such argument.
+                argument = {} if state is None else {"memory": memory}
+                nats = _mean_nats(model, data.blocks, batch_size, argument)
+                row = EvalRow(
+                    variant="base" if state is None else "koff",
+                    memory=memory,
+                    domain=domain,
+                    split=split,
+                    perplexity=math.inf if nats > _MOST_NATS else math.exp(nats),
+                    bits_per_byte=nats / math.log(2) * data.tokens_per_byte,
+                    tokens=_scored(data.blocks),
+                )
+                rows.append(row)
     return rows
 
 
-def _check_datasets(datasets: Any) -> None:
-    step, got = "pass {domain: documents}", type(datasets).__name__
-    good = isinstance(datasets, Mapping)
-    require(good, "evaluate", "datasets", "be a mapping", got, step, TypeError)
-    require(bool(datasets), "evaluate", "datasets", "not be empty", "{}", "pass documents")
-
-
-def _packed(model: Any, tokenizer: Any, documents: Any, size: int, name: str) -> PackedBlocks:
-    data = pack(documents, tokenizer, size, name=name)
-    check_vocabulary(model, data.blocks, "evaluate", name)
-    return data
-
-
-def _row(
-    is_koff: bool, memory: str | None, domain: str, split: str, nll: float, data: PackedBlocks
-) -> EvalRow:
-    return EvalRow(
-        variant="koff" if is_koff else "base",
-        memory=memory,
-        domain=domain,
-        split=split,
-        perplexity=math.inf if nll > 700 else math.exp(nll),
-        bits_per_byte=nll / math.log(2) * data.tokens_per_byte,
-        tokens=data.blocks.shape[0] * (data.blocks.shape[1] - 1),
-    )
-
-
-def _mean_nll(model: Any, blocks: torch.Tensor, batch_size: int, options: dict[str, Any]) -> float:
-    """Mean negative log-likelihood in nats of tokens 2..T of every block, blocks int64 [N, T]."""
-    device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in blocks.split(batch_size):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False, **options).logits
-        total += token_losses(logits, batch)[0].double().sum()
-    return total.item() / (blocks.shape[0] * (blocks.shape[1] - 1))
-
-
-def _memory_names(model: Any) -> tuple[str, ...] | None:
-    """Names of the model's memories; None for a plain transformers model."""
-    handle = getattr(model, "koff", None)
-    return None if handle is None else tuple(handle.memory_names)
-
-
-def _check_memories(
-    names: tuple[str, ...] | None, memories: Iterable[str | None] | None
+def _choose_memories(
+    names: tuple[str, ...], memories: Iterable[str | None] | None
 ) -> list[str | None]:
+    """Return which memories to measure with, each once."""
     if memories is None:
-        return [*(names or ()), None]
+        return [*names, None]
     if isinstance(memories, str):
         raise TypeError(
             f"evaluate: memories must be a list of names and None, got the text {memories!r}; "
             f"write [{memories!r}]"
         )
     chosen = list(dict.fromkeys(memories))
-    unknown = [name for name in chosen if name is not None and name not in (names or ())]
+    unknown = [name for name in chosen if name is not None and name not in names]
     if unknown:
         raise KeyError(
-            f"evaluate: memory must be one of {list(names or ())} or None, got {unknown[0]!r}; "
+            f"evaluate: memory must be one of {list(names)} or None, got {unknown[0]!r}; "
             + ("correct the name" if names else "this model has no memories")
         )
     return chosen
 
 
-def check_sizes(model: Any, block_size: int, batch_size: int, where: str) -> None:
-    """Raises ValueError for a batch without rows, or blocks beyond the model's positions.
+def _mean_nats(
+    model: Any, blocks: torch.Tensor, batch_size: int, argument: dict[str, Any]
+) -> float:
+    """Return the mean negative log-likelihood of tokens 2..T of every block of int64 [N, T]."""
+    device = next(model.parameters()).device
+    # On the device, and read once at the end. In fp64, since in fp32 a sum over millions of tokens
+    # would round away part of each further batch.
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in blocks.split(batch_size):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False, **argument).logits
+        total += token_losses(logits, batch)[0].double().sum()
+    return total.item() / _scored(blocks)
 
-    Args:
-        model: a causal LM.
-        block_size: tokens per block.
-        batch_size: blocks per forward.
-        where: for errors.
+
+def _scored(blocks: torch.Tensor) -> int:
+    """Return how many tokens of blocks [N, T] are scored: all but the first of each."""
+    return blocks.shape[0] * (blocks.shape[1] - 1)
+
+
+# ---- what other measurements and the trainer use too ----
+
+
+def check_sizes(model: Any, block_size: int, batch_size: int) -> None:
+    """Refuse a batch without rows, or blocks beyond the model's positions.
+
+    Raises:
+        ValueError: one of these.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
-            f"{where}: batch_size must be an integer of at least 1, got {batch_size!r}; 8 is usual"
+            f"{asker()}: batch_size must be an integer of at least 1, got {batch_size!r}; 8 is "
+            "usual"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and block_size > limit:
         raise ValueError(
-            f"{where}: block_size must be at most the model's {limit} positions, got "
+            f"{asker()}: block_size must be at most the model's {limit} positions, got "
             f"{block_size}; choose a smaller block_size"
         )
 
 
-def check_vocabulary(model: Any, blocks: torch.Tensor, where: str, what: str) -> None:
-    """Raises ValueError for token ids that the model has no embedding of.
+def check_vocabulary(model: Any, blocks: torch.Tensor, what: str) -> None:
+    """Refuse token ids that the model has no embedding of: on a GPU they would end the process.
 
     Args:
         model: a causal LM.
-        blocks: token ids.
-        where, what: for errors.
+        blocks: token ids [N, T], on the CPU.
+        what: what these tokens are, for the error.
+
+    Raises:
+        ValueError: an id beyond the vocabulary.
     """
     size = model.get_input_embeddings().num_embeddings
     low, high = (int(x) for x in blocks.aminmax())
-    rule, got = f"have token ids in 0..{size - 1}", f"{low}..{high}"
-    good, step = 0 <= low and high < size, "use the model's own tokenizer"
-    require(good, where, what, rule, got, step)
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{asker()}: {what} must have token ids in 0..{size - 1}, got {low}..{high}; use the "
+            "model's own tokenizer"
+        )
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode restored after."""
+    """Switch to evaluation mode inside, and give every module its own mode back after."""
+    # Not model.train(): a user may have left single modules in evaluation mode on purpose.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,17 @@
-"""Training checkpoints: everything learned, and never the base weights.
+"""Training checkpoints: what one holds, and when it is complete.
 
-A checkpoint is written below ``.koff-staging-checkpoints``, sealed with the sha256 of its files,
-and then renamed to ``checkpoint-<step>``, so that under this name there is never a part of one.
+A checkpoint holds everything learned, and never the base weights. Besides koff's own two files
+(``WEIGHTS`` and ``FACTS``) there are those of transformers' Trainer: optimizer, scheduler, random
+states, ``trainer_state.json``. ``resume_checks`` looks into those.
+
+It is written below ``.koff-staging-checkpoints``, sealed with the size and sha256 of all its files,
+and then renamed to ``checkpoint-<step>``. So under this name there is never a part of one, whatever
+moment a process dies at:
+
+    run/.koff-staging-checkpoints/checkpoint-9    being written; once sealed, it counts
+    run/checkpoint-9                              complete
+
+Errors begin with "resume: ", since only who resumes meets them.
 """
 
 from __future__ import annotations
@@ -12,28 +22,39 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import require
+from ..errors import asked_by
 from ..model.state import KoffState
 from ..storage import publish as atomic
 from ..storage.adapters import read_header, read_json, read_tensors
 from ..storage.layout import digests, is_plain
 
-WEIGHTS, FACTS = "koff_state.safetensors", "koff_state.json"
-FORMAT = 1
-SEAL, STATE = "koff_checkpoint.json", "trainer_state.json"
+WEIGHTS = "koff_state.safetensors"  # gates, multiplier, masks, memories
+FACTS = "koff_state.json"  # what no tensor says: the config, whether the mask is fixed
+STATE = "trainer_state.json"  # transformers' own: steps, logs
+SEAL = "koff_checkpoint.json"  # written last
+NEEDED = (WEIGHTS, FACTS, STATE, SEAL)
 STAGED = f"{atomic.STAGING}-checkpoints"
-_WHERE = "resume"
-_EARLIER = "resume from an earlier checkpoint"
+FORMAT = 1
+
+EARLIER = "resume from an earlier checkpoint"
+
+# A step has at most 18 digits, which is still an int64.
+_NAME = re.compile(r"checkpoint-(\d{1,18})")
+
+# What safetensors calls the dtypes of a koff state: memories and gates are fp32 (fp64 where a model
+# was turned to it), masks are bool.
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL"}
-_STEP = re.compile(r"checkpoint-(\d{1,18})")
 
 logger = logging.getLogger("koff")
+
+
+# ---- koff's own two files ----
 
 
 def write_checkpoint(
@@ -59,67 +80,87 @@ def write_checkpoint(
     Path(directory, FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def check_state(state: KoffState, directory: str | Path) -> dict[str, Any]:
-    """The facts of a checkpoint, checked, with the names, shapes and dtypes of its tensors, against
-    the model that resumes from it; reads no data.
+@asked_by("resume")
+def check_state(state: KoffState, directory: str | Path) -> None:
+    """Refuse a checkpoint that is not of the model that resumes from it; reads no tensor's data.
+
+    Compared are the config, the widths, and the names, shapes and dtypes of all tensors.
+
+    Args:
+        state: ``model.koff`` of the model that resumes.
+        directory: a complete checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: not a koff checkpoint, or one of another model or config.
     """
-    path = Path(directory)
-    for name in (WEIGHTS, FACTS):
-        there, what = (path / name).is_file(), f"checkpoint {path.name}"
-        require(there, _WHERE, what, f"hold {name}", "none", _EARLIER, FileNotFoundError)
-    facts = read_json(path / FACTS, _WHERE)
-    got = facts.get("format")
-    require(got == FORMAT, _WHERE, "the checkpoint format", f"be {FORMAT}", got, "update koff")
-    for name, own in (("config", state.config.to_dict()), ("dense_widths", state.dense_widths)):
-        got, step = facts.get(name), "attach with the settings of the run that wrote it"
-        require(got == own, _WHERE, f"the checkpoint's {name}", f"be {own}", got, step)
-    fixed, filled = facts.get("mask_fixed"), facts.get("kv_filled")
-    good = type(fixed) is bool and (state.gates is not None or not fixed)
-    rule, what = "be true or false, and false without gates", "the checkpoint's mask_fixed"
-    require(good, _WHERE, what, rule, repr(fixed), _EARLIER)
-    good = isinstance(filled, dict) and set(filled) == set(state.memory_names)
-    good = good and all(type(value) is bool for value in filled.values())
-    rule, what = "be true or false for each memory", "the checkpoint's kv_filled"
-    require(good, _WHERE, what, rule, repr(filled), _EARLIER)
-    header, own = read_header(path / WEIGHTS, _WHERE), state.state_dict()
-    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in own.items()}
-    differ = sorted(n for n in {*header, *wanted} if header.get(n) != wanted.get(n))
-    rule = "have the model's names, shapes and dtypes"
-    got = f"a difference in {differ[:3]}"
-    require(not differ, _WHERE, "the checkpoint's tensors", rule, got, "check the model")
-    return facts
+    facts = read_json(Path(directory, FACTS), "resume")
+    if facts.get("format") != FORMAT:
+        raise ValueError(
+            f"resume: the checkpoint format must be {FORMAT}, got {facts.get('format')}; update "
+            "koff"
+        )
+    own_facts = {"config": state.config.to_dict(), "dense_widths": state.dense_widths}
+    for name, own in own_facts.items():
+        if facts.get(name) != own:
+            raise ValueError(
+                f"resume: the checkpoint's {name} must be {own}, got {facts.get(name)}; attach "
+                "with the settings of the run that wrote it"
+            )
+    fixed = facts.get("mask_fixed")
+    if type(fixed) is not bool or (fixed and state.gates is None):
+        raise ValueError(
+            "resume: the checkpoint's mask_fixed must be true or false, and false without gates, "
+            f"got {fixed!r}; {EARLIER}"
+        )
+    filled = facts.get("kv_filled")
+    if (
+        not isinstance(filled, dict)
+        or set(filled) != set(state.memory_names)
+        or not all(type(value) is bool for value in filled.values())
+    ):
+        raise ValueError(
+            "resume: the checkpoint's kv_filled must be true or false for each memory, got "
+            f"{filled!r}; {EARLIER}"
+        )
+    found = read_header(Path(directory, WEIGHTS), "resume")
+    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.state_dict().items()}
+    differ = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    if differ:
+        raise ValueError(
+            "resume: the checkpoint's tensors must have the model's names, shapes and dtypes, got "
+            f"a difference in {differ[:3]}; check the model"
+        )
 
 
 @torch.no_grad()
+@asked_by("resume")
 def read_checkpoint(state: KoffState, directory: str | Path) -> None:
-    """Load what ``write_checkpoint`` wrote, in place, after checking that it belongs to this model.
+    """Load what ``write_checkpoint`` wrote, in place.
 
     Args:
-        state: ``model.koff`` of a model attached with the same config.
+        state: ``model.koff`` of a model that ``check_state`` found to fit.
         directory: the checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: not a koff checkpoint, or one of another model or config.
+        FileNotFoundError, ValueError: a value that is not finite; nothing was changed.
     """
-    facts, own = check_state(state, directory), state.state_dict()
-    tensors = read_tensors(Path(directory, WEIGHTS), _WHERE)
+    facts = read_json(Path(directory, FACTS), "resume")
+    tensors = read_tensors(Path(directory, WEIGHTS), "resume")
     for name, tensor in tensors.items():
-        good = bool(tensor.isfinite().all())
-        require(good, _WHERE, name, "be finite", "NaN or infinity", _EARLIER)
-    for name, t in own.items():
-        t.copy_(tensors[name])
+        if not tensor.isfinite().all():
+            raise ValueError(f"resume: {name} must be finite, got NaN or infinity; {EARLIER}")
+    for name, own in state.state_dict().items():
+        own.copy_(tensors[name])
     if facts["mask_fixed"]:
+        # The masks came with the tensors. ``fix_`` also stops the gates' gradients.
         state.gates.fix_([mask.clone() for mask in state.gates.masks])
     elif state.gates is not None:
-        state.gates.unfix_()
+        state.gates.unfix_()  # this run may have fixed a later mask already
     for name, filled in facts["kv_filled"].items():
         state.memories[name].kv_filled = filled
 
 
-# ---- complete ones ----
+# ---- complete or not ----
 
 
 def seal(folder: Path) -> None:
@@ -133,78 +174,64 @@ def seal(folder: Path) -> None:
     atomic.sync_tree(folder)
 
 
+@asked_by("resume")
 def check_complete(folder: Path) -> list[str]:
-    """Names of a checkpoint's files, after checking that all are there and as they were written.
+    """Return the names of a checkpoint's files, if all are there and as they were written.
+
+    Files that the seal does not name are not looked at: somebody put them there.
 
     Raises:
         FileNotFoundError, ValueError: an incomplete or changed checkpoint.
     """
-    what, missing = f"checkpoint {folder.name}", FileNotFoundError
-    require(folder.is_dir(), _WHERE, what, "be a folder", "none there", _EARLIER, missing)
-    for name in (WEIGHTS, FACTS, STATE, SEAL):
+    what = f"checkpoint {folder.name}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"resume: {what} must be a folder, got none there; {EARLIER}")
+    for name in NEEDED:
         _check_there(folder, name)
-    sealed = read_json(folder / SEAL, _WHERE)
-    got, files = sealed.get("format"), sealed.get("files")
-    same = type(got) is int and got == FORMAT
-    require(same, _WHERE, f"the format of {what}", f"be {FORMAT}", got, "update koff")
-    good = isinstance(files, dict) and all(map(is_plain, files))
-    good = good and {WEIGHTS, FACTS, STATE} <= set(files)
-    good = good and all(isinstance(entry, dict) for entry in files.values())
-    require(good, _WHERE, f"{SEAL} of {what}", "list its files", repr(files)[:80], _EARLIER)
+    sealed = read_json(folder / SEAL, "resume")
+    version = sealed.get("format")
+    if type(version) is not int or version != FORMAT:  # true == 1, but is no version
+        raise ValueError(
+            f"resume: the format of {what} must be {FORMAT}, got {version}; update koff"
+        )
+    files = sealed.get("files")
+    if (
+        not isinstance(files, dict)
+        or not all(map(is_plain, files))  # before a name becomes a path
+        or not {WEIGHTS, FACTS, STATE} <= set(files)
+        or not all(isinstance(entry, dict) for entry in files.values())
+    ):
+        raise ValueError(
+            f"resume: {SEAL} of {what} must list its files, got {repr(files)[:80]}; {EARLIER}"
+        )
+    # All sizes before the first hash: a file that was cut is found without reading gigabytes.
     for name, entry in files.items():
         _check_there(folder, name)
-        size, rule = (folder / name).stat().st_size, f"have {entry.get('size')} bytes"
-        require(size == entry.get("size"), _WHERE, f"{name} of {what}", rule, size, _EARLIER)
-    for name, got in digests(folder, files).items():
-        wanted = files[name].get("sha256")
-        require(got == wanted, _WHERE, f"{name} of {what}", f"have sha256 {wanted}", got, _EARLIER)
+        size = (folder / name).stat().st_size
+        if size != entry.get("size"):
+            raise ValueError(
+                f"resume: {name} of {what} must have {entry.get('size')} bytes, got {size}; "
+                f"{EARLIER}"
+            )
+    for name, digest in digests(folder, files).items():
+        if digest != files[name].get("sha256"):
+            raise ValueError(
+                f"resume: {name} of {what} must have sha256 {files[name].get('sha256')}, got "
+                f"{digest}; {EARLIER}"
+            )
     return list(files)
 
 
 def _check_there(folder: Path, name: str) -> None:
     """Refuse a file that is missing, or that a link leads out of the checkpoint."""
-    path, what = folder / name, f"checkpoint {folder.name}"
-    there, missing = path.is_file(), FileNotFoundError
-    require(there, _WHERE, what, f"hold {name}", "none", _EARLIER, missing)
-    inside, got = path.resolve().is_relative_to(folder.resolve()), f"a link to {path.resolve()}"
-    require(inside, _WHERE, f"{name} of {what}", "lie in it", got, _EARLIER)
-
-
-def _found(run_dir: Path) -> Iterator[tuple[int, bool, Path]]:
-    """(step, is in place, folder) of what may be a checkpoint: those in place, and a complete one
-    that only awaits its rename."""
-    for parent in (run_dir, run_dir / STAGED):
-        for path in parent.iterdir() if parent.is_dir() else ():
-            match = _STEP.fullmatch(path.name)
-            if match and path.is_dir() and (parent == run_dir or (path / SEAL).is_file()):
-                yield int(match[1]), parent == run_dir, path
-
-
-def last_complete(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, None if there is none; others are ignored with a
-    warning.
-
-    Args:
-        run_dir: where the trainer writes ``checkpoint-<step>``.
-    """
-    for _, _, path in sorted(_found(Path(run_dir)), reverse=True):
-        try:
-            check_complete(path)
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning("koff: checkpoint %s is ignored: %s", path.name, error)
-        else:
-            return path
-    return None
-
-
-def settle(run_dir: Path) -> None:
-    """Finish the rename of a complete staged checkpoint that has no complete one in its place, and
-    remove what interrupted saves left."""
-    staged = run_dir / STAGED
-    for _, in_place, path in list(_found(run_dir)):
-        if not in_place and _is_complete(path) and not _is_complete(run_dir / path.name):
-            _put(path, run_dir / path.name)
-    shutil.rmtree(staged, ignore_errors=True)
+    path = folder / name
+    what = f"checkpoint {folder.name}"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: {what} must hold {name}, got none; {EARLIER}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"resume: {name} of {what} must lie in it, got a link to {path.resolve()}; {EARLIER}"
+        )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -215,18 +242,69 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def _put(staged: Path, target: Path) -> None:
-    """Rename a complete checkpoint into place; what stands there makes room first."""
-    if target.exists():
-        atomic.rename(target, staged.with_name(f"replaced-{target.name}"))
-    atomic.rename(staged, target)
+# ---- the checkpoints of a run ----
+
+
+class _Candidate(NamedTuple):
+    """A folder that may be a checkpoint. Candidates sort by step; of two of one step, the one in
+    place is the greater."""
+
+    step: int
+    in_place: bool
+    path: Path
+
+
+def _candidates(run_dir: Path) -> Iterator[_Candidate]:
+    """Yield every folder that has a checkpoint's name: those in place, and a sealed one that only
+    awaits its rename."""
+    for parent in (run_dir, run_dir / STAGED):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir() and (parent == run_dir or (path / SEAL).is_file()):
+                yield _Candidate(int(match[1]), parent == run_dir, path)
+
+
+def last_complete(run_dir: str | Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, None if there is none; others are ignored
+    with a warning.
+
+    Args:
+        run_dir: where the trainer writes ``checkpoint-<step>``.
+    """
+    for candidate in sorted(_candidates(Path(run_dir)), reverse=True):
+        try:
+            check_complete(candidate.path)
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning("koff: checkpoint %s is ignored: %s", candidate.path.name, error)
+        else:
+            return candidate.path
+    return None
+
+
+def settle(run_dir: Path) -> None:
+    """Finish the rename of a complete staged checkpoint that has no complete one in its place, and
+    remove what interrupted saves left."""
+    for candidate in list(_candidates(run_dir)):  # listed first: renames change the folders
+        staged, target = candidate.path, run_dir / candidate.path.name
+        if not candidate.in_place and _is_complete(staged) and not _is_complete(target):
+            _put(staged, target)
+    shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
 def publish(run_dir: Path, name: str) -> None:
-    """Seal a staged checkpoint and rename it into place; one of the same step makes room first."""
+    """Seal a staged checkpoint and rename it into place."""
     seal(run_dir / STAGED / name)
     _put(run_dir / STAGED / name, run_dir / name)
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
+
+
+def _put(staged: Path, target: Path) -> None:
+    """Rename a sealed checkpoint into place; what stands there makes room first."""
+    if target.exists():
+        # A folder cannot be swapped for another in one step. In the moment between the two renames
+        # the staged one counts, since it is sealed.
+        atomic.rename(target, staged.with_name(f"replaced-{target.name}"))
+    atomic.rename(staged, target)
 
 
 def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
@@ -235,16 +313,20 @@ def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> 
     Args:
         run_dir: folder of the run.
         newest: the one just written.
-        limit: how many to keep; None or 0: all.
+        limit: how many may stay; None or 0: all.
         best: path of the best one, if there is one.
     """
     if not limit:
         return
-    complete = [p for _, there, p in _found(run_dir) if there and (p / SEAL).is_file()]
+    # Only sealed ones count and go: an incomplete one may be somebody's, and must not take the
+    # place of one that can be resumed from.
+    complete = [c.path for c in _candidates(run_dir) if c.in_place and (c.path / SEAL).is_file()]
+    # By time and not by step: a run that went back to step 3 leaves older ones of higher numbers.
     complete.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-    kept = {newest.name, Path(best or newest).name}
-    others = [path for path in complete if path.name not in kept]
-    for path in others[: max(0, len(complete) - max(limit, len(kept)))]:
+    spared = {newest.name, Path(best or newest).name}
+    others = [path for path in complete if path.name not in spared]
+    for path in others[: max(0, len(complete) - max(limit, len(spared)))]:
+        # Renamed first, so that no kill leaves half of one under its name.
         (run_dir / STAGED).mkdir(exist_ok=True)
         atomic.rename(path, run_dir / STAGED / f"old-{path.name}")
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)

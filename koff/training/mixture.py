@@ -6,101 +6,124 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..data.blocks import pack
-from ..errors import require
-from ..model.state import KoffState
+from ..evaluation.perplexity import check_vocabulary
 from .arguments import Settings
 from .schedule import Mixture, Source
 
-_WHERE = "KoffTrainer"
-# (train_datasets, general_datasets, general_weights) as KoffTrainer takes them
-Datasets = tuple[Mapping[str, Any], Mapping[str, Any] | None, Mapping[str, float] | None]
-
 
 def build_mixture(
-    state: KoffState, settings: Settings, datasets: Datasets, tokenizer: Any, seed: int
+    model: PreTrainedModel,
+    settings: Settings,
+    train_datasets: Mapping[str, Any],
+    general_datasets: Mapping[str, Any] | None,
+    general_weights: Mapping[str, float] | None,
+    tokenizer: Any,
+    seed: int,
 ) -> Mixture:
     """Pack every domain and every part of the general mixture.
 
     Args:
-        state: ``model.koff``.
+        model: an attached model.
         settings: of the run.
-        datasets: as ``KoffTrainer`` takes them.
-        tokenizer: of the model.
+        train_datasets, general_datasets, general_weights: as ``KoffTrainer`` takes them.
+        tokenizer: of the model; None if the documents are token ids.
         seed: of the schedule.
 
+    Returns:
+        What the schedule draws from.
+
     Raises:
-        KeyError, ValueError: domains that do not match the memories, too little text, rows too
-            long.
+        KeyError, TypeError, ValueError: domains that do not match the memories, documents of
+            another kind or of another tokenizer, too little text, rows too long.
     """
-    train, general, weights = datasets
-    for name, given in (("train_datasets", train), ("general_datasets", general or {})):
-        good, got, step = isinstance(given, Mapping), type(given).__name__, "pass name -> documents"
-        require(good, _WHERE, name, "be a mapping", got, step, TypeError)
+    state = model.koff
     names = state.memories.names
-    _check_domains(names, train)
     size = settings.block_size
-    _check_length(state, size)
-    domains = [
-        Source(d, pack(docs, tokenizer, size, name=d).blocks, names.index(d) if names else -1)
-        for d, docs in train.items()
-    ]
-    _check_text(state, domains)
-    parts = [
-        Source(f"general/{d}", pack(docs, tokenizer, size, name=f"general/{d}").blocks)
-        for d, docs in (general or {}).items()
-    ]
-    every = settings.general_every if parts else 0
-    mixed = settings.batching == "mixed"
-    shares = _shares(parts, weights)
-    return Mixture(domains, parts, shares, len(names), every, mixed, seed)
-
-
-def _check_domains(names: list[str], train: Mapping[str, Any]) -> None:
-    require(bool(train), _WHERE, "train_datasets", "name a domain", "none", "give documents")
-    missing = sorted(set(names) - set(train))
-    rule = "have the domain of every memory"
-    require(not missing, _WHERE, "train_datasets", rule, f"none for {missing}", "add it", KeyError)
-    extra = sorted(set(train) - set(names)) if names else []
-    step = "move the others to general_datasets"
-    require(
-        not extra, _WHERE, "train_datasets", f"name only memories {names}", extra, step, KeyError
-    )
-
-
-def _check_length(state: KoffState, size: int) -> None:
+    general_datasets = general_datasets or {}
+    for name, given in (
+        ("train_datasets", train_datasets),
+        ("general_datasets", general_datasets),
+    ):
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"KoffTrainer: {name} must be a mapping, got {type(given).__name__}; pass name -> "
+                "documents"
+            )
+    _check_domains(names, train_datasets)
     longest = max((memory.length for memory in state.memories), default=0)
-    limit = state.max_positions
-    require(
-        longest + size <= limit,
-        _WHERE,
-        "prefix + block_size",
-        f"fit the model's {limit} positions",
-        f"{longest} + {size}",
-        "lower block_size or KVConfig.num_tokens",
-    )
-
-
-def _check_text(state: KoffState, domains: list[Source]) -> None:
-    for source in domains:
-        if source.memory >= 0 and not state.memories[source.memory].kv_filled:
-            need, got = state.memories[source.memory].length, source.blocks.numel()
-            what, rule = f"domain {source.name!r} (KV init 'text')", f"have at least {need} tokens"
-            require(got >= need, _WHERE, what, rule, got, "give more text or a shorter memory")
-
-
-def _shares(parts: list[Source], weights: Mapping[str, float] | None) -> list[float]:
-    """Probabilities of the general parts; by number of tokens where no weights are given."""
-    if weights is None:
-        values = [float(part.blocks.numel()) for part in parts]
-    else:
-        names = [part.name.removeprefix("general/") for part in parts]
-        same = set(weights) == set(names)
-        rule, step = f"name {sorted(names)}", "give one weight per part"
-        require(same, _WHERE, "general_weights", rule, sorted(weights), step)
-        values = [float(weights[name]) for name in names]
-        good = all(math.isfinite(v) and v >= 0 for v in values) and sum(values) > 0
-        require(
-            good, _WHERE, "general_weights", "be at least 0 and not all 0", values, "change them"
+    if longest + size > state.max_positions:
+        raise ValueError(
+            f"KoffTrainer: prefix + block_size must fit the model's {state.max_positions} "
+            f"positions, got {longest} + {size}; lower block_size or KVConfig.num_tokens"
         )
-    return [v / sum(values) for v in values]
+
+    domains = []
+    for name, documents in train_datasets.items():
+        blocks = pack(documents, tokenizer, size, name=name).blocks
+        domains.append(Source(name, blocks, names.index(name) if names else -1))
+    for source in domains:  # the training fills a cache from the first tokens of its domain
+        if source.memory < 0 or state.memories[source.memory].kv_filled:
+            continue
+        need = state.memories[source.memory].length
+        if source.blocks.numel() < need:
+            raise ValueError(
+                f"KoffTrainer: domain {source.name!r} (KV init 'text') must have at least {need} "
+                f"tokens, got {source.blocks.numel()}; give more text or a shorter memory"
+            )
+    general = []
+    for name, documents in general_datasets.items():
+        name = f"general/{name}"  # a domain may have the same name
+        general.append(Source(name, pack(documents, tokenizer, size, name=name).blocks))
+    mixture = Mixture(
+        domains=domains,
+        general=general,
+        weights=_shares(general, general_weights),
+        memories=len(names),
+        general_every=settings.general_every if general else 0,
+        mixed=settings.batching == "mixed",
+        seed=seed,
+    )
+    for source in mixture.sources:
+        check_vocabulary(model, source.blocks, f"the text of {source.name!r}")
+    return mixture
+
+
+def _check_domains(names: list[str], train_datasets: Mapping[str, Any]) -> None:
+    """Refuse domains that are not those of the memories; without memories, any will do."""
+    if not train_datasets:
+        raise ValueError("KoffTrainer: train_datasets must name a domain, got none; give documents")
+    missing = sorted(set(names) - set(train_datasets))
+    if missing:
+        raise KeyError(
+            "KoffTrainer: train_datasets must have the domain of every memory, got none for "
+            f"{missing}; add it"
+        )
+    extra = sorted(set(train_datasets) - set(names)) if names else []
+    if extra:
+        raise KeyError(
+            f"KoffTrainer: train_datasets must name only memories {names}, got {extra}; move the "
+            "others to general_datasets"
+        )
+
+
+def _shares(general: list[Source], weights: Mapping[str, float] | None) -> list[float]:
+    """Return the probability of each general source: by its tokens where no weights are given."""
+    if weights is None:
+        values = [float(source.blocks.numel()) for source in general]
+    else:
+        names = [source.name.removeprefix("general/") for source in general]
+        if set(weights) != set(names):
+            raise ValueError(
+                f"KoffTrainer: general_weights must name {sorted(names)}, got {sorted(weights)}; "
+                "give one weight per part"
+            )
+        values = [float(weights[name]) for name in names]
+        if not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) <= 0:
+            raise ValueError(
+                f"KoffTrainer: general_weights must be at least 0 and not all 0, got {values}; "
+                "change them"
+            )
+    return [value / sum(values) for value in values]

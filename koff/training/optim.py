@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import require
 from ..model.state import KoffState
 from .arguments import Settings
 
 
 def parameter_groups(
     state: KoffState, settings: Settings, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Groups for LoRA, KV, gates and the multiplier, in this order; empty ones are left out.
+) -> dict[str, dict[str, Any]]:
+    """Return the optimiser's groups by name: lora, kv, gates and multiplier; empty ones are left
+    out.
+
+    The names stay outside of the groups: whatever is in a group is written into checkpoints, and a
+    checkpoint's groups hold numbers and switches only.
 
     Args:
         state: ``model.koff``.
@@ -23,62 +27,87 @@ def parameter_groups(
         weight_decay: of the LoRA matrices; everything else has none.
 
     Returns:
-        Groups for a torch optimiser. The multiplier's maximises, and is marked "unclipped"; gates
-        and multiplier are marked "constant".
+        Groups for a torch optimiser, in the order that checkpoints have them. The multiplier's
+        maximises, and is marked "unclipped"; gates and multiplier are marked "constant".
     """
-    lora, kv = _memory_parameters(state)
-    groups = [
-        {"params": lora, "lr": settings.lora_learning_rate, "weight_decay": weight_decay},
-        {"params": kv, "lr": settings.kv_learning_rate, "weight_decay": 0.0},
-    ]
+    groups = {
+        "lora": {
+            "params": [p for memory in state.memories for p in memory.lora.parameters()],
+            "lr": settings.lora_learning_rate,
+            "weight_decay": weight_decay,
+        },
+        # Only LoRA decays: at zero it is the frozen model. A cache or a gate at zero is not.
+        "kv": {
+            "params": [p for memory in state.memories for p in memory.kv.parameters()],
+            "lr": settings.kv_learning_rate,
+            "weight_decay": 0.0,
+        },
+    }
     if state.gates is not None:
-        still = {"weight_decay": 0.0, "constant": True}
-        gates, multiplier = list(state.gates.log_alpha), [state.gates.multiplier]
-        ascent = {"maximize": True, "unclipped": True, **still}
-        groups.append({"params": gates, "lr": settings.gate_learning_rate, **still})
-        groups.append({"params": multiplier, "lr": settings.multiplier_learning_rate, **ascent})
-    return [group for group in groups if group["params"]]
+        groups["gates"] = {
+            "params": list(state.gates.log_alpha),
+            "lr": settings.gate_learning_rate,
+            "weight_decay": 0.0,
+            "constant": True,
+        }
+        groups["multiplier"] = {
+            "params": [state.gates.multiplier],
+            "lr": settings.multiplier_learning_rate,
+            "maximize": True,
+            "unclipped": True,
+            "weight_decay": 0.0,
+            "constant": True,
+        }
+    return {name: group for name, group in groups.items() if group["params"]}
 
 
-def _memory_parameters(state: KoffState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """All LoRA matrices, and all learned caches."""
-    lora = [p for memory in state.memories for p in memory.lora.parameters()]
-    return lora, [p for memory in state.memories for p in memory.kv.parameters()]
+def clip_groups(
+    names: list[str], groups: list[dict[str, Any]], max_norm: float
+) -> dict[str, Tensor]:
+    """Clip the gradients of each group by itself, in place; "unclipped" groups are left alone.
 
+    By itself, since the norms differ (a cache's is a tenth of LoRA's): clipped together, the
+    largest would decide what is left of the others. The multiplier's gradient is the gap s - t, the
+    very amount by which it is to grow.
 
-def clipped_parts(state: KoffState) -> list[str]:
-    """Names of the groups that ``clip_groups`` clips, in its order."""
-    lora, kv = _memory_parameters(state)
-    parts = {"lora": lora, "kv": kv, "gates": state.gates is not None}
-    return [name for name, there in parts.items() if there]
+    Args:
+        names: as ``parameter_groups`` has them.
+        groups: the optimiser's, in the same order.
+        max_norm: what each group's norm is cut to.
 
-
-def _constant(step: int) -> float:
-    return 1.0
+    Returns:
+        The norm of each clipped group before clipping, by name; on the parameters' device.
+    """
+    return {
+        name: torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+        for name, group in zip(names, groups, strict=True)
+        if not group.get("unclipped")
+    }
 
 
 def hold_constant_groups(scheduler: Any, groups: list[dict[str, Any]]) -> None:
-    """Let the groups marked "constant" keep their rate under a ``LambdaLR``, in place; any other
-    scheduler is an error."""
-    good, got = isinstance(scheduler, LambdaLR), type(scheduler).__name__
-    require(good, "KoffTrainer", "the scheduler", "be a LambdaLR", got, "choose another", TypeError)
+    """Let the groups marked "constant" keep their rate under a ``LambdaLR``, in place.
+
+    Raises:
+        TypeError: any other scheduler.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise TypeError(
+            f"KoffTrainer: the scheduler must be a LambdaLR, got {type(scheduler).__name__}; "
+            "choose another"
+        )
     scheduler.lr_lambdas = [
-        _constant if group.get("constant") else fn
+        _one if group.get("constant") else fn
         for group, fn in zip(groups, scheduler.lr_lambdas, strict=True)
     ]
     for group, base in zip(groups, scheduler.base_lrs, strict=True):
         if group.get("constant"):
+            # The scheduler was made with other functions, and has set the first rates by them: to 0
+            # with a warm-up.
             group["lr"] = base
 
 
-def clip_groups(groups: list[dict[str, Any]], max_norm: float) -> list[torch.Tensor]:
-    """Clip the gradients of each group by itself, in place; "unclipped" groups are left alone.
-
-    Returns:
-        The norm of each clipped group before clipping, in order.
-    """
-    return [
-        torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
-        for group in groups
-        if not group.get("unclipped")
-    ]
+def _one(step: int) -> float:
+    """Return the factor of a constant rate. A plain function, of which a checkpoint holds nothing:
+    the state of a callable object would be written down."""
+    return 1.0

@@ -2,7 +2,9 @@
 
 They are the only files koff does not write itself: optimizer, scheduler and RNG states are pickles,
 read with ``weights_only=True``, which builds tensors and plain values and runs nothing. What they
-hold is then compared with what the run needs.
+hold is then compared with what the run needs, since transformers takes it over unseen: a moment of
+another shape would fail in the middle of a step, and a name in the scheduler's state can hide one
+of its methods.
 """
 
 from __future__ import annotations
@@ -20,19 +22,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from ..errors import refuse, require
+from ..errors import asked_by
 from ..model.state import KoffState
 from ..storage.adapters import read_json
-from .checkpoint import STATE, check_complete, check_state
+from .checkpoint import EARLIER, STATE, check_complete, check_state
 
-OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state"
-_WHERE = "resume"
-_STEP = "resume from an earlier checkpoint"
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-# Optimiser state that has the shape of its parameter; the rest may be scalars too.
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+RNG = "rng_state"  # rng_state.pth, or rng_state_<rank>.pth of several processes
 
 
+@asked_by("resume")
 def check_resume(
     path: Path, state: KoffState, groups: list[dict[str, Any]], *, sharded: bool = False
 ) -> None:
@@ -53,16 +53,23 @@ def check_resume(
     check_state(state, path)
     if not sharded:
         for name in (OPTIMIZER, SCHEDULER):
-            step = "it was written with save_only_model=True; resume from another"
-            there = name in files
-            require(there, _WHERE, f"checkpoint {path.name}", f"hold {name}", "none", step)
+            if name not in files:
+                raise ValueError(
+                    f"resume: checkpoint {path.name} must hold {name}, got none; it was written "
+                    "with save_only_model=True; resume from another"
+                )
         _check_pickles(path, files)
-        _check_optimizer(_plain(path / OPTIMIZER), groups)
-    _check_scheduler(_plain(path / SCHEDULER), len(groups))
+        _check_optimizer(_read_pickle(path / OPTIMIZER), groups)
+    _check_scheduler(_read_pickle(path / SCHEDULER), len(groups))
     for name in files:
         if name.startswith(RNG):
-            _check_rng(name, _plain(path / name))
-    _check_trainer_state(read_json(path / STATE, _WHERE))
+            _check_rng(name, _read_pickle(path / name))
+    _check_trainer_state(read_json(path / STATE, "resume"))
+
+
+# ---- pickles ----
+
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def _check_pickles(path: Path, files: list[str]) -> None:
@@ -71,19 +78,24 @@ def _check_pickles(path: Path, files: list[str]) -> None:
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         own = name in files and (name in (OPTIMIZER, SCHEDULER) or name.startswith(RNG))
-        good = own or file.suffix not in _PICKLES
-        rule, got = "hold no file that can execute", name
-        require(good, _WHERE, f"checkpoint {path.name}", rule, got, "remove it")
+        if not own and file.suffix in _PICKLE_SUFFIXES:
+            raise ValueError(
+                f"resume: checkpoint {path.name} must hold no file that can execute, got {name}; "
+                "remove it"
+            )
 
 
-def _plain(path: Path) -> Any:
-    """Tensors and plain values of a pickle, without running anything."""
+def _read_pickle(path: Path) -> Any:
+    """Return the tensors and plain values of a pickle, without running anything."""
     try:
-        with safe_globals():
+        with safe_globals():  # of transformers: the parts of a numpy array, for its RNG state
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own advice here is to load it with weights_only=False
-        got = f"something else ({type(error).__name__})"
-        refuse(_WHERE, path.name, "hold tensors and plain values only", got, _STEP)
+    except Exception as error:
+        # Not the error's own text: torch advises there to load it with weights_only=False.
+        raise ValueError(
+            f"resume: {path.name} must hold tensors and plain values only, got something else "
+            f"({type(error).__name__}); {EARLIER}"
+        ) from None
 
 
 def _is_number(value: Any) -> bool:
@@ -91,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_setting(value: Any) -> bool:
-    """A number, a switch, None, or a few of them."""
+    """Whether a value is a number, a switch, None, or a few of them."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_setting, value))
     if isinstance(value, Tensor):
@@ -99,48 +111,96 @@ def _is_setting(value: Any) -> bool:
     return value is None or isinstance(value, bool) or _is_number(value)
 
 
+# ---- the optimizer ----
+
+# State of torch's optimisers that has the shape of its parameter. Everything else (the step) may be
+# a scalar too.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+
+
 def _check_optimizer(saved: Any, groups: list[dict[str, Any]]) -> None:
-    what, rule = OPTIMIZER, "fit the run's parameter groups"
-    good = isinstance(saved, dict) and set(saved) == {"state", "param_groups"}
-    require(good, _WHERE, what, "hold state and param_groups", type(saved).__name__, _STEP)
-    state, stored = saved["state"], saved["param_groups"]
-    good = isinstance(state, dict) and isinstance(stored, list) and len(stored) == len(groups)
-    require(good, _WHERE, what, rule, f"{len(stored)} groups", _STEP)
-    index = 0
-    for own, group in zip(groups, stored, strict=True):
-        ids = list(range(index, index + len(own["params"])))
-        good = isinstance(group, dict) and group.get("params") == ids
-        require(good, _WHERE, what, rule, "other parameters", _STEP)
-        index += len(ids)
-        for name, value in group.items():
-            good = isinstance(name, str) and (name == "params" or _is_setting(value))
-            require(good, _WHERE, f"{name} in {what}", "be a number", repr(value)[:80], _STEP)
+    """Compare a saved optimizer with the run's parameter groups.
+
+    torch's format: ``param_groups`` are the run's, with numbers in the place of parameters, counted
+    through all groups; ``state`` has the moments of each number.
+    """
+    if not isinstance(saved, dict) or set(saved) != {"state", "param_groups"}:
+        raise ValueError(
+            f"resume: {OPTIMIZER} must hold state and param_groups, got {type(saved).__name__}; "
+            f"{EARLIER}"
+        )
+    state, saved_groups = saved["state"], saved["param_groups"]
+    is_list = isinstance(saved_groups, list)
+    if not isinstance(state, dict) or not is_list or len(saved_groups) != len(groups):
+        got = f"{len(saved_groups)} groups" if is_list else repr(saved_groups)[:80]
+        raise ValueError(
+            f"resume: {OPTIMIZER} must fit the run's parameter groups, got {got}; {EARLIER}"
+        )
     parameters = [p for group in groups for p in group["params"]]
-    for number, entry in state.items():
-        good = type(number) is int and 0 <= number < index and isinstance(entry, dict)
-        require(good, _WHERE, f"{what}'s state", rule, repr(number), _STEP)
-        _check_moments(entry, parameters[number], number)
+    first = 0
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        numbers = list(range(first, first + len(group["params"])))
+        first += len(numbers)
+        if not isinstance(saved_group, dict) or saved_group.get("params") != numbers:
+            raise ValueError(
+                f"resume: {OPTIMIZER} must fit the run's parameter groups, got other parameters; "
+                f"{EARLIER}"
+            )
+        for name, value in saved_group.items():
+            if not isinstance(name, str) or not (name == "params" or _is_setting(value)):
+                raise ValueError(
+                    f"resume: {name} in {OPTIMIZER} must be a number, got {repr(value)[:80]}; "
+                    f"{EARLIER}"
+                )
+    for number, moments in state.items():
+        if (
+            type(number) is not int
+            or not 0 <= number < len(parameters)
+            or not isinstance(moments, dict)
+        ):
+            raise ValueError(
+                f"resume: {OPTIMIZER}'s state must fit the run's parameter groups, got "
+                f"{number!r}; {EARLIER}"
+            )
+        shape = tuple(parameters[number].shape)
+        for name, value in moments.items():
+            shapes = (shape,) if name in _MOMENTS else ((), shape)
+            if not (
+                isinstance(value, Tensor)
+                and tuple(value.shape) in shapes
+                and value.is_floating_point()
+                and bool(value.isfinite().all())
+            ):
+                is_tensor = isinstance(value, Tensor)
+                got = (tuple(value.shape), value.dtype) if is_tensor else repr(value)[:80]
+                raise ValueError(
+                    f"resume: {name} of parameter {number} in {OPTIMIZER} must be finite numbers "
+                    f"of shape {shape}, got {got}; {EARLIER}"
+                )
 
 
-def _check_moments(entry: dict, parameter: Tensor, number: int) -> None:
-    for name, value in entry.items():
-        shape = tuple(parameter.shape)
-        shapes = (shape,) if name in _MOMENTS else ((), shape)
-        good = isinstance(value, Tensor) and tuple(value.shape) in shapes
-        good = good and value.is_floating_point() and bool(value.isfinite().all())
-        got = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)[:80]
-        what = f"{name} of parameter {number} in {OPTIMIZER}"
-        require(good, _WHERE, what, f"be finite numbers of shape {shape}", got, _STEP)
+# ---- the scheduler ----
 
 
 def _check_scheduler(saved: Any, groups: int) -> None:
-    require(isinstance(saved, dict), _WHERE, SCHEDULER, "hold a dict", type(saved).__name__, _STEP)
+    """Check what the scheduler takes over as its attributes, whatever their names."""
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f"resume: {SCHEDULER} must hold a dict, got {type(saved).__name__}; {EARLIER}"
+        )
     for name, value in saved.items():
-        # The scheduler takes these over as its attributes: none may hide a method.
-        good = isinstance(name, str) and not name.startswith("__") and name != "optimizer"
-        good = good and not callable(getattr(LambdaLR, name, None))
-        require(good, _WHERE, f"{name!r} in {SCHEDULER}", "be a setting", "a method's name", _STEP)
+        if (
+            not isinstance(name, str)
+            or name.startswith("__")
+            or name == "optimizer"
+            or callable(getattr(LambdaLR, name, None))
+        ):
+            raise ValueError(
+                f"resume: {name!r} in {SCHEDULER} must be a setting, got a method's name; {EARLIER}"
+            )
         if name == "lr_lambdas":
+            # Functions are saved as None, and a partial as its empty ``__dict__``. Anything else
+            # would be written into the ``__dict__`` of the run's own.
             good = isinstance(value, list) and all(not fn for fn in value)
         elif name in ("base_lrs", "_last_lr"):
             good = isinstance(value, list) and all(map(_is_number, value)) and len(value) == groups
@@ -148,46 +208,90 @@ def _check_scheduler(saved: Any, groups: int) -> None:
             good = type(value) is int and value >= 0
         else:
             good = isinstance(value, str) or _is_setting(value)
-        rule = f"fit {groups} parameter groups"
-        require(good, _WHERE, f"{name} in {SCHEDULER}", rule, repr(value)[:80], _STEP)
+        if not good:
+            raise ValueError(
+                f"resume: {name} in {SCHEDULER} must fit {groups} parameter groups, got "
+                f"{repr(value)[:80]}; {EARLIER}"
+            )
+
+
+# ---- random generators ----
 
 
 def _check_rng(name: str, saved: Any) -> None:
-    """Set throw-away generators to the stored states."""
+    """Set throw-away generators to the stored states: what these take, the run's own will take."""
     try:
         random.Random().setstate(saved["python"])
         np.random.RandomState().set_state(saved["numpy"])
         torch.Generator().set_state(saved["cpu"])
+        # There may be no such device here to try it on, and one state or one per device.
         for device in ("cuda", "xla", "npu", "hpu", "mlu", "musa"):
             states = saved.get(device, [])
             for state in states if isinstance(states, list) else [states]:
                 if not isinstance(state, Tensor) or state.dtype != torch.uint8:
                     raise TypeError(f"a {device} state that is no tensor of bytes")
     except Exception as error:
-        refuse(_WHERE, name, "hold states of random generators", error, _STEP)
+        raise ValueError(
+            f"resume: {name} must hold states of random generators, got {error}; {EARLIER}"
+        ) from None
 
 
-_COUNTS = ("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen")
-_SETTINGS = ("epoch", "logging_steps", "eval_steps", "save_steps", "total_flos")
+# ---- trainer_state.json ----
+
+
+def _is_count(value: Any) -> bool:
+    # Below 2^53 a count is exact as a float too, which transformers makes of some.
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_log(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _is_object_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_COUNT = ("be a count", _is_count)
+_AMOUNT = ("be a number of at least 0", _is_amount)
+_OBJECT = ("be an object", _is_object_or_none)
+_TEXT = ("be a text or null", _is_text_or_none)
+_SETTING = ("be a number, true, false or null", _is_setting)
+_FIELDS = {  # what TrainerState's fields must be; _SETTING where nothing stands here
+    "global_step": _COUNT,
+    "max_steps": _COUNT,
+    "num_train_epochs": _COUNT,
+    "num_input_tokens_seen": _COUNT,
+    "epoch": _AMOUNT,
+    "logging_steps": _AMOUNT,
+    "eval_steps": _AMOUNT,
+    "save_steps": _AMOUNT,
+    "total_flos": _AMOUNT,
+    "log_history": ("be a list of objects", _is_log),
+    "stateful_callbacks": _OBJECT,
+    "trial_params": _OBJECT,
+    "best_model_checkpoint": _TEXT,
+    "trial_name": _TEXT,
+}
 
 
 def _check_trainer_state(values: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(TrainerState)}
     for name, value in values.items():
-        require(name in known, _WHERE, STATE, "hold known fields", repr(name), _STEP)
-        if name in _COUNTS:
-            good, rule = type(value) is int and 0 <= value < 2**53, "be a count"
-        elif name in _SETTINGS:
-            good, rule = _is_number(value) and value >= 0, "be a number of at least 0"
-        elif name == "log_history":
-            good = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-            rule = "be a list of objects"
-        elif name in ("stateful_callbacks", "trial_params"):
-            good, rule = value is None or isinstance(value, dict), "be an object"
-        elif name in ("best_model_checkpoint", "trial_name"):
-            good, rule = value is None or isinstance(value, str), "be a text or null"
-        else:
-            good, rule = _is_setting(value), "be a number, true, false or null"
-        require(good, _WHERE, f"{name} in {STATE}", rule, repr(value)[:80], _STEP)
-    got = values.get("global_step", "nothing")
-    require(isinstance(got, int), _WHERE, STATE, "hold global_step", got, _STEP)
+        if name not in known:
+            raise ValueError(f"resume: {STATE} must hold known fields, got {name!r}; {EARLIER}")
+        rule, is_right = _FIELDS.get(name, _SETTING)
+        if not is_right(value):
+            raise ValueError(
+                f"resume: {name} in {STATE} must {rule}, got {repr(value)[:80]}; {EARLIER}"
+            )
+    if "global_step" not in values:
+        raise ValueError(f"resume: {STATE} must hold global_step, got nothing; {EARLIER}")

@@ -1,5 +1,5 @@
 """Which rows each training batch holds and which memory each row uses: a function of (seed, step)
-alone.
+alone. So a run that resumes sees what an uninterrupted one would have seen.
 
 The order is the same on every rank: accelerate deals the batches of this sampler out in turn, so
 the batches of one micro-step follow each other here, one per rank, all of the same kind.
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-# (source, row of the source, memory id or -1)
+# One training row: (source, row of the source, memory id or -1).
 Index = tuple[int, int, int]
+
+# What a random stream is for: the first part of its key after the seed. Two purposes never share a
+# stream, whatever the numbers that follow.
+_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class MixtureDataset(Dataset):
 
 
 def collate(rows: list[dict]) -> dict:
-    """A batch: input_ids int64 [B, T], memory (list of names or None), source (list of ints)."""
+    """Return a batch: input_ids int64 [B, T], memory (list of names or None), source (list of
+    ints)."""
     return {
         "input_ids": torch.stack([row["input_ids"] for row in rows]),
         "memory": [row["memory"] for row in rows],
@@ -91,21 +96,27 @@ class _Cursor:
     """Goes through one source's rows in a new random order each epoch."""
 
     def __init__(self, source: int, rows: int, seed: int):
-        self.source, self.rows, self.seed, self.drawn = source, rows, seed, 0
-        self.order: list[int] = []
+        self.source = source
+        self.rows = rows
+        self.seed = seed
+        self.drawn = 0
+        self.order: list[int] = []  # of this epoch
 
     def next(self) -> int:
         epoch, position = divmod(self.drawn, self.rows)
         if position == 0:
-            generator = _generator(self.seed, 1, self.source, epoch)
+            generator = _generator(self.seed, _ROW_ORDER, self.source, epoch)
             self.order = torch.randperm(self.rows, generator=generator).tolist()
         self.drawn += 1
         return self.order[position]
 
 
 def _generator(*key: int) -> torch.Generator:
+    """Return the random stream of a key."""
     mixed = 0
-    for part in key:  # a splitmix-like spread, so that neighbouring keys give unrelated streams
+    for part in key:
+        # Knuth's linear congruential generator (MMIX): neighbouring keys give seeds far apart.
+        # Below 2^63, as manual_seed wants them.
         mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
     return torch.Generator().manual_seed(mixed)
 
@@ -124,8 +135,11 @@ class MixtureSampler(Sampler):
     def __init__(
         self, mixture: Mixture, batch_size: int, steps: int, accumulation: int, ranks: int
     ):
-        self.mixture, self.batch_size = mixture, batch_size
-        self.steps, self.accumulation, self.ranks = steps, accumulation, ranks
+        self.mixture = mixture
+        self.batch_size = batch_size
+        self.steps = steps
+        self.accumulation = accumulation
+        self.ranks = ranks
 
     def __len__(self) -> int:
         return self.steps * self.accumulation * self.ranks
@@ -135,28 +149,33 @@ class MixtureSampler(Sampler):
         cursors = [_Cursor(i, len(s.blocks), mix.seed) for i, s in enumerate(mix.sources)]
         domain_rows = domain_batches = 0
         for step in range(self.steps):
-            general = (
+            is_general = (
                 bool(mix.general) and mix.general_every and (step + 1) % mix.general_every == 0
             )
             for micro in range(self.accumulation):
-                shared = _generator(mix.seed, 2, step, micro)
+                # All ranks' general rows come from one stream: the draws of one rank follow those
+                # of the rank before it.
+                shared = _generator(mix.seed, _GENERAL_ROWS, step, micro)
                 one = int(torch.randint(max(mix.memories, 1), (), generator=shared))
                 for _ in range(self.ranks):
-                    if general:
+                    if is_general:
                         yield self._general(cursors, shared, one)
                         continue
-                    first = domain_rows if mix.mixed else self._domain(domain_batches)
-                    stride = 1 if mix.mixed else 0
-                    yield self._rows(cursors, first, stride)
+                    # Mixed rows go round the domains, on from where the last batch ended; those of
+                    # a single-domain batch stay with its domain.
+                    if mix.mixed:
+                        yield self._rows(cursors, first=domain_rows, stride=1)
+                    else:
+                        yield self._rows(cursors, first=self._domain(domain_batches), stride=0)
                     domain_rows += self.batch_size
-                domain_batches += not general
+                domain_batches += not is_general
 
     def _domain(self, batch: int) -> int:
-        """Domain of a single-domain batch: every domain once, in random order, before any comes
-        again."""
+        """Return the domain of a single-domain batch: every domain once, in random order, before
+        any comes again."""
         cycle, position = divmod(batch, len(self.mixture.domains))
         order = torch.randperm(
-            len(self.mixture.domains), generator=_generator(self.mixture.seed, 3, cycle)
+            len(self.mixture.domains), generator=_generator(self.mixture.seed, _DOMAIN_ORDER, cycle)
         )
         return int(order[position])
 
@@ -166,6 +185,7 @@ class MixtureSampler(Sampler):
         return [(d, cursors[d].next(), domains[d].memory) for d in picks]
 
     def _general(self, cursors: list[_Cursor], generator: torch.Generator, one: int) -> list[Index]:
+        """Return general rows; in single batches all of them use memory ``one``."""
         mix = self.mixture
         draws = torch.multinomial(
             torch.tensor(mix.weights), self.batch_size, True, generator=generator

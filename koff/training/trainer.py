@@ -1,4 +1,9 @@
-"""Learn gates and memories together: ``KoffTrainer`` on ``transformers.Trainer``."""
+"""Learn gates and memories together: ``KoffTrainer`` on ``transformers.Trainer``.
+
+The file follows a run: what is checked before it, how it starts or goes on, what a step does and
+how the mask is fixed amid the steps, the optimiser, the logs, and what is measured and saved in the
+end. How checkpoints are written is in ``checkpointing``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,36 +20,29 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data.losses import token_losses
-from ..errors import asked_by, require
-from ..evaluation.perplexity import check_vocabulary
+from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
+from ..storage.save_load import save
 from .arguments import Settings
-from .checkpointing import SafeTrainer
+from .checkpoint import last_complete
+from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
-from .optim import clip_groups, clipped_parts, hold_constant_groups, parameter_groups
-from .schedule import MixtureDataset, MixtureSampler, collate
+from .optim import clip_groups, hold_constant_groups, parameter_groups
+from .resume_checks import check_resume
+from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 
 logger = logging.getLogger("koff")
 
+# What the recipes of the large models give their gates. A rule of thumb: with fewer steps more
+# gates are undecided when the mask is fixed, and rounding them costs more.
 FEW_GATE_STEPS = 1000
 
 
-class _ClampGates(TrainerCallback):
-    """Keeps log_alpha in range after every optimiser step."""
-
-    def __init__(self, state: KoffState):
-        self.koff = state
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.koff.gates is not None and not self.koff.gates.fixed:
-            self.koff.gates.clamp_()
-
-
-class KoffTrainer(SafeTrainer):
+class KoffTrainer(CheckpointingTrainer):
     """Trains the gates and memories of an attached model; the base stays frozen.
 
     Loss: (1 - w) mean-token cross-entropy + w KL to the frozen model (``distillation_weight``)
@@ -56,12 +55,12 @@ class KoffTrainer(SafeTrainer):
             ``max_steps``, ``num_train_epochs`` counts passes over all domains together; general
             steps come on top.
         train_datasets: domain -> documents (texts, records with "text" or "input_ids", a
-            datasets.Dataset, or ``PackedBlocks``). Each memory needs the domain of its name; with
-            no memories the rows use none.
+            ``datasets.Dataset``, or ``PackedBlocks``). Each memory needs the domain of its name;
+            with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
         general_weights: probability of each part; None: by number of tokens.
         eval_datasets: domain -> documents for ``evaluate``, or None.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; None if the documents are token ids.
         callbacks: transformers callbacks.
 
     Raises:
@@ -71,8 +70,7 @@ class KoffTrainer(SafeTrainer):
     Source: KOFF (arXiv 2605.29075); constraint after LLM-Shearing (arXiv 2310.06694).
     """
 
-    loss_is_scaled_for_ga = False
-
+    @asked_by("KoffTrainer")
     def __init__(
         self,
         model: PreTrainedModel,
@@ -84,64 +82,116 @@ class KoffTrainer(SafeTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        where = "KoffTrainer"
-        with asked_by(where):
-            state = require_attached(model)
-        good, got = isinstance(args, TrainingArguments), type(args).__name__
-        step = "make KoffTrainingArguments"
-        require(good, where, "args", "be TrainingArguments", got, step, TypeError)
-        args = copy.copy(args)
+        state = require_attached(model)
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"KoffTrainer: args must be TrainingArguments, got {type(args).__name__}; make "
+                "KoffTrainingArguments"
+            )
+        args = copy.copy(args)  # changed below; the caller's own stay as they are
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
         open_gates = state.gates is not None and not state.gates.fixed
-        step = "attach gates or memories"
-        something = open_gates or len(state.memories) > 0
-        require(something, where, "the model", "have something to train", "nothing", step)
+        if not open_gates and not len(state.memories):
+            raise ValueError(
+                "KoffTrainer: the model must have something to train, got nothing; attach gates "
+                "or memories"
+            )
         self.mixture = build_mixture(
-            state,
+            model,
             self.settings,
-            (train_datasets, general_datasets, general_weights),
+            train_datasets,
+            general_datasets,
+            general_weights,
             processing_class,
-            _seed(args),
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
-        for source in self.mixture.sources:
-            check_vocabulary(model, source.blocks, where, f"the text of {source.name!r}")
         self.eval_datasets = eval_datasets
-        rows = MixtureDataset(self.mixture, state.memories.names)
-        self._set_steps(args)
+        if args.max_steps <= 0:
+            args.max_steps = _steps_of_epochs(args, self.mixture)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # an unused memory has no gradient
+        # transformers would read each micro-batch's loss back, twice, to leave what is not finite
+        # out of the logged mean. Such a loss ends the run here (``training_step``), so there is
+        # never anything to leave out.
+        args.logging_nan_inf_filter = False
+        rows = MixtureDataset(self.mixture, state.memories.names)
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows,
+            # ``evaluate`` reads eval_datasets; transformers only wants to see that there is one.
             eval_dataset=rows if eval_datasets else None,
             processing_class=processing_class,
             data_collator=collate,
             callbacks=[_ClampGates(state), *(callbacks or [])],
         )
+        # The loss is a mean over the micro-batch's tokens, and all micro-batches are of one size:
+        # transformers is to divide it by their number.
         self.model_accepts_loss_kwargs = False
-        self._norms: list[Tensor] = []
-        self._sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
-        self._warn_few_steps()
-
-    # ---- data ----
-
-    def _set_steps(self, args: TrainingArguments) -> None:
-        if args.max_steps <= 0:
-            mixture = self.mixture
-            rows = sum(len(source.blocks) for source in mixture.domains)
-            per_step = (
-                args.per_device_train_batch_size
-                * args.gradient_accumulation_steps
-                * args.world_size
+        # Loss summed up, and number of rows, of each source since the last log: [sources, 2]. On
+        # the device, where adding to it waits for nothing.
+        self._source_sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
+        self._step_loss: Tensor | float = 0.0  # of the optimizer step's micro-batches so far
+        self._group_names: list[str] = []  # of the optimizer's groups
+        self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
+        self._bound: dict[str, Any] = {}  # see _take_bound
+        if open_gates and self._gate_steps() < FEW_GATE_STEPS:
+            logger.warning(
+                "koff: %d steps are few for the gates; about %d decide better",
+                self._gate_steps(),
+                FEW_GATE_STEPS,
             )
-            steps, every = math.ceil(args.num_train_epochs * rows / per_step), mixture.general_every
-            args.max_steps = max(1, steps + ((steps - 1) // (every - 1) if every > 1 else 0))
+
+    # ---- the run starts, or goes on from a checkpoint ----
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As transformers', after filling caches from text or checking the checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last complete one of
+                ``args.output_dir``. It is checked wholly before anything of it is used.
+            kwargs: as transformers'.
+
+        Raises:
+            FileNotFoundError, ValueError: no complete checkpoint, or one that is damaged, hostile
+                or of another model; or a loss that is not finite.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+        else:
+            self._fill_caches()
+        self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
+        model = self.accelerator.unwrap_model(self.model)
+        vars(model).update(self._bound)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._bound = _take_bound(model)
+
+    def _checked_checkpoint(self, wanted: str | Path | bool) -> str:
+        """Return the path of a checkpoint that fits this run, down to the optimiser's moments."""
+        path = last_complete(self.args.output_dir) if wanted is True else Path(wanted)
+        if path is None:
+            raise ValueError(
+                f"resume: {self.args.output_dir} must hold a complete checkpoint, got none; train "
+                "without resume_from_checkpoint"
+            )
+        groups = list(self._parameter_groups().values())
+        check_resume(path, self.koff, groups, sharded=self.is_fsdp_enabled)
+        return str(path)
+
+    def _fill_caches(self) -> None:
+        """Fill the KV memories that are initialised from text, each from its domain's first
+        tokens."""
+        for source in self.mixture.domains:
+            if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
+                fill_from_tokens(self.model, source.name, source.blocks.flatten())
 
     def get_train_dataloader(self) -> DataLoader:
-        """The whole run's batches, in an order that depends on the seed and the step alone."""
+        """Return the whole run's batches, in an order that depends on the seed and the step
+        alone."""
         args = self.args
         sampler = MixtureSampler(
             self.mixture,
@@ -159,30 +209,56 @@ class KoffTrainer(SafeTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    # ---- loss ----
+    # ---- a step ----
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """As transformers' (one micro-batch, forward and backward), after fixing the mask when its
+        time has come.
+
+        Raises:
+            ValueError: the loss of the optimiser step is not finite; its gradient was not used.
+        """
+        gates = self.koff.gates
+        if gates is not None and not gates.fixed and self.settings.fix_mask_at is not None:
+            if self.state.global_step >= self._gate_steps():
+                self._fix_mask(model, inputs)
+        if gates is not None and gates.fixed and not len(self.koff.memories):
+            # Gates alone: nothing is left to tune. The run ends after this step, with a checkpoint
+            # and an evaluation if it makes any.
+            self.control.should_training_stop = True
+            self.control.should_save |= self.args.save_strategy == "steps"
+            self.control.should_evaluate |= self.args.eval_strategy == "steps"
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss = self._step_loss + loss
+        if self.accelerator.sync_gradients:  # the optimiser steps after this micro-batch
+            # The one value that a step of koff's reads back. The host waits here until the device
+            # has finished the backward pass, and then the device waits until the host has queued
+            # the optimiser's first kernel: a moment, once per optimiser step. Not later, since one
+            # step on such a loss makes all memories NaN, in the model and then in the checkpoints.
+            # Not for each micro-batch, since a sum is finite only if all of its parts are.
+            total = float(self._step_loss)
+            self._step_loss = 0.0
+            self._check_finite(total)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean-token cross-entropy, mixed with the divergence from the frozen model where it is
-        asked for, plus the sparsity constraint while the mask is open."""
+        """Return the mean-token cross-entropy, mixed with the divergence from the frozen model
+        where a run distils, plus the sparsity constraint while the mask is open; of a model in
+        evaluation mode, the cross-entropy alone.
+
+        Nothing is read back from the device.
+        """
         ids, sources = inputs["input_ids"], inputs["source"]
         logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
         losses, divergences = token_losses(logits, ids, self._teacher(model, ids))
-        per_row = losses.mean(1)
+        per_row = losses.mean(1)  # [B]; rows have equally many tokens
         loss = per_row.mean()
-        require(
-            bool(torch.isfinite(loss)),
-            "KoffTrainer",
-            f"the loss at step {self.state.global_step}",
-            "be finite",
-            float(loss.detach()),
-            "lower the learning rates or check the data",
-        )
         if model.training:
-            index = torch.tensor(sources, device=self._sums.device)
-            values = torch.stack(
-                [per_row.detach().float(), torch.ones_like(per_row, dtype=torch.float32)], 1
-            )
-            self._sums.index_add_(0, index, values.to(self._sums.device))
+            # A blocking copy to the device would wait for all that is queued there.
+            index = torch.tensor(sources).to(per_row.device, non_blocking=True)
+            values = torch.stack([per_row.detach(), torch.ones_like(per_row)], 1)  # [B, 2]
+            self._source_sums.index_add_(0, index, values)
             if divergences is not None:
                 weight = self.distillation_weight
                 loss = (1 - weight) * loss + weight * divergences.mean()
@@ -190,42 +266,38 @@ class KoffTrainer(SafeTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _teacher(self, model, ids: Tensor) -> Tensor | None:
-        """Logits of the same frozen model with gates open and no memory, where a training step
-        distils from it."""
+        """Return logits [B, T, V] of the same frozen model with gates open and no memory, where a
+        training step distils from it."""
         if not model.training or self.distillation_weight == 0:
             return None
         with torch.no_grad(), self.koff.bypass():
             return model(input_ids=ids, use_cache=False).logits
 
-    def target_now(self) -> float:
-        """The warmed-up target t."""
-        warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
-        return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
-
     def constraint(self) -> Tensor | float:
-        """lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
+        """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
         gates = self.koff.gates
         if gates is None or gates.fixed:
             return 0.0
         gap = gates.expected_sparsity() - self.target_now()
         return gates.multiplier * gap + self.settings.sparsity_penalty * gap**2
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        """As transformers', after fixing the mask when its time has come."""
-        at, gates = self.settings.fix_mask_at, self.koff.gates
-        if at is not None and gates is not None and not gates.fixed:
-            if self.state.global_step >= self._gate_steps():
-                self._fix_mask(model, inputs)
-        if gates is not None and gates.fixed and not len(self.koff.memories):
-            self._stop()  # gates alone: nothing is left to tune
-            return torch.zeros((), device=self.args.device)
-        return super().training_step(model, inputs, *args, **kwargs)
+    def target_now(self) -> float:
+        """Return the target t of this step: it rises linearly, from above 0, while it warms up."""
+        warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
+        return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
 
-    def _stop(self) -> None:
-        """End the run after this step, with a checkpoint and an evaluation if it makes any."""
-        self.control.should_training_stop = True
-        self.control.should_save |= self.args.save_strategy == "steps"
-        self.control.should_evaluate |= self.args.eval_strategy == "steps"
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"KoffTrainer: the loss at step {self.state.global_step} must be finite, got "
+                f"{loss}; lower the learning rates or check the data"
+            )
+
+    # ---- the mask is fixed amid the steps ----
+
+    def _gate_steps(self) -> int:
+        """Return for how many steps the gates are trained, at least one."""
+        return max(1, round((self.settings.fix_mask_at or 1.0) * self.args.max_steps))
 
     @torch.no_grad()
     def _fix_mask(self, model, inputs) -> None:
@@ -233,10 +305,12 @@ class KoffTrainer(SafeTrainer):
         inputs = self._prepare_inputs(dict(inputs))
         model.eval()
         soft = float(self.compute_loss(model, inputs))
+        self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
         )
         hard = float(self.compute_loss(model, inputs))
+        self._check_finite(hard)
         model.train()
         self.log(
             {"loss_soft_gates": soft, "loss_hard_gates": hard, "undecided_before": report.undecided}
@@ -250,75 +324,61 @@ class KoffTrainer(SafeTrainer):
                 hard,
             )
 
-    def _gate_steps(self) -> int:
-        """How many steps the gates are trained for, at least one."""
-        return max(1, round((self.settings.fix_mask_at or 1.0) * self.args.max_steps))
+    # ---- the optimiser ----
 
-    def _warn_few_steps(self) -> None:
-        if self.koff.gates is None or self.koff.gates.fixed:
-            return
-        steps = self._gate_steps()
-        if steps < FEW_GATE_STEPS:
-            logger.warning(
-                "koff: %d steps are few for the gates; about %d decide better",
-                steps,
-                FEW_GATE_STEPS,
-            )
-
-    # ---- optimiser ----
+    def _parameter_groups(self, model: nn.Module | None = None) -> dict[str, dict[str, Any]]:
+        """Return the optimiser's groups by name, of ``model`` if it is wrapped anew."""
+        koff = self.accelerator.unwrap_model(model or self.model).koff
+        return parameter_groups(koff, self.settings, self.args.weight_decay)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group each for LoRA, KV, gates and the multiplier (which ascends)."""
+        """Make an optimiser with one group each for LoRA, KV, gates and the multiplier (which
+        ascends)."""
         if self.optimizer is not None:
             return self.optimizer
         cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = cls(self.groups(model), **kwargs)
-        require(
-            "maximize" in self.optimizer.defaults,
-            "KoffTrainer",
-            "optim",
-            "be able to maximise (the multiplier)",
-            self.args.optim,
-            "use adamw_torch or adamw_torch_fused",
-        )
-        return self.optimizer
+        groups = self._parameter_groups(model)
+        optimizer = cls(list(groups.values()), **kwargs)
+        if "maximize" not in optimizer.defaults:
+            raise ValueError(
+                "KoffTrainer: optim must be able to maximise (the multiplier), got "
+                f"{self.args.optim}; use adamw_torch or adamw_torch_fused"
+            )
+        self._group_names = list(groups)
+        self.optimizer = optimizer
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """transformers' scheduler for the memories; gates and multiplier keep their rates."""
+        """Make transformers' scheduler for the memories; gates and multiplier keep their rates."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         hold_constant_groups(scheduler, (optimizer or self.optimizer).param_groups)
         return scheduler
 
     def _clip_grad_norm(self, model: nn.Module):
-        """Clip each group by itself; the multiplier is left alone. Returns the norm over all."""
-        self._norms = clip_groups(self.optimizer.param_groups, self.args.max_grad_norm)
-        return torch.linalg.vector_norm(torch.stack([norm.float() for norm in self._norms]))
+        """Clip each group by itself; the multiplier is left alone. Return the norm over all."""
+        self._norms = clip_groups(
+            self._group_names, self.optimizer.param_groups, self.args.max_grad_norm
+        )
+        return torch.linalg.vector_norm(torch.stack([n.float() for n in self._norms.values()]))
 
-    # ---- start, logs, evaluation ----
-
-    def start(self) -> None:
-        """Fill KV memories from text where they ask for it."""
-        for source in self.mixture.domains:
-            if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
-                fill_from_tokens(self.model, source.name, source.blocks.flatten())
-
-    def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
-        """One parameter group each for LoRA, KV, gates and the multiplier."""
-        koff = self.accelerator.unwrap_model(model or self.model).koff
-        return parameter_groups(koff, self.settings, self.args.weight_decay)
+    # ---- logs ----
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the loss per source, the last gradient norm of each part, and the sparsities,
-        undecided share, multiplier and target while gates are open."""
+        """As transformers', with the loss per source, the last gradient norm of each part, and the
+        sparsities, undecided share, multiplier and target while gates are open.
+
+        What is added is read back from the device here, once per log and not per step.
+        """
         if "loss" in logs:
-            parts = zip(clipped_parts(self.koff), self._norms, strict=True) if self._norms else ()
-            norms = {f"grad_norm_{name}": float(norm) for name, norm in parts}
+            norms = {f"grad_norm_{name}": float(norm) for name, norm in self._norms.items()}
             logs = {**logs, **norms, **self._source_losses(), **self._sparsity_logs()}
         super().log(logs, *args, **kwargs)
 
     def _source_losses(self) -> dict[str, float]:
-        sums = self.accelerator.reduce(self._sums.clone(), reduction="sum").tolist()
-        self._sums.zero_()
+        """Return the mean loss of each source since the last log, over all ranks; of those that had
+        a row."""
+        sums = self.accelerator.reduce(self._source_sums.clone(), reduction="sum").tolist()
+        self._source_sums.zero_()
         names = [source.name for source in self.mixture.sources]
         return {
             f"loss_{name}": total / rows
@@ -342,25 +402,46 @@ class KoffTrainer(SafeTrainer):
             logs["sparsity_target"] = self.target_now()
         return logs
 
+    # ---- what is measured and saved ----
+
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Perplexity of every evaluation domain with its own memory (see ``koff.evaluate``)."""
-        where, what, step = "KoffTrainer.evaluate", "eval_datasets", "pass domain -> documents"
-        data = self.eval_datasets if eval_dataset is None else eval_dataset
-        require(data is not None, where, what, "be given", "none", step)
-        good, got = isinstance(data, Mapping), type(data).__name__
-        require(good, where, what, "be a mapping", got, step, TypeError)
-        require(len(data) > 0, where, what, "name a domain", "none", step)
-        model, names = self.accelerator.unwrap_model(self.model), self.koff.memories.names
-        metrics, nats = {}, []
-        for domain, documents in data.items():
-            memory = domain if domain in names else None
+        """Measure the perplexity of every evaluation domain with its own memory (see
+        ``koff.evaluate``); a domain without a memory is measured with none.
+
+        Returns:
+            ``<prefix>_<domain>_perplexity`` of each domain, and ``<prefix>_loss``, the mean of
+            their logarithms.
+
+        Raises:
+            TypeError, ValueError: no domains, or not as domain -> documents.
+        """
+        domains = self.eval_datasets if eval_dataset is None else eval_dataset
+        if domains is None:
+            raise ValueError(
+                "KoffTrainer.evaluate: eval_datasets must be given, got none; pass domain -> "
+                "documents"
+            )
+        if not isinstance(domains, Mapping):
+            raise TypeError(
+                f"KoffTrainer.evaluate: eval_datasets must be a mapping, got "
+                f"{type(domains).__name__}; pass domain -> documents"
+            )
+        if not domains:
+            raise ValueError(
+                "KoffTrainer.evaluate: eval_datasets must name a domain, got none; pass domain -> "
+                "documents"
+            )
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {}
+        nats = []
+        for domain, documents in domains.items():
             rows = evaluate_domains(
                 model,
                 self.processing_class,
                 {domain: documents},
-                memories=[memory],
+                memories=[domain if domain in self.koff.memories.names else None],
                 block_size=self.settings.block_size,
                 batch_size=self.args.per_device_eval_batch_size,
             )
@@ -373,6 +454,75 @@ class KoffTrainer(SafeTrainer):
         )
         return metrics
 
+    def predict(self, *args, **kwargs):
+        """Refuse: there are no labels to predict.
 
-def _seed(args: TrainingArguments) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "KoffTrainer: predict must not be called, got a call; use evaluate, or the model itself"
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a model that has no gates (any more) as ``koff.save`` does, with the tokenizer.
+
+        Args:
+            output_dir: where; ``args.output_dir`` if None.
+
+        Raises:
+            ValueError: gates that are not compacted, or a taken folder; nothing is written.
+        """
+        if _internal_call:  # by transformers, for a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        if self.koff.gates is not None:
+            raise ValueError(
+                "save_model: the model must be without gates, got gates that are not compacted; "
+                "save what koff.compact(trainer.model) returns with koff.save"
+            )
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
+
+
+class _ClampGates(TrainerCallback):
+    """Keeps log_alpha in range after every optimiser step."""
+
+    def __init__(self, state: KoffState):
+        self.koff = state
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.koff.gates is not None and not self.koff.gates.fixed:
+            self.koff.gates.clamp_()
+
+
+def _steps_of_epochs(args: TrainingArguments, mixture: Mixture) -> int:
+    """Return the steps in which domain rows are seen ``num_train_epochs`` times, all domains
+    together."""
+    rows = sum(len(source.blocks) for source in mixture.domains)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = math.ceil(args.num_train_epochs * rows / per_step)
+    every = mixture.general_every
+    if every > 1:
+        # One general step after every - 1 of the domains; none after the last of these.
+        steps += (steps - 1) // (every - 1)
+    return max(1, steps)
+
+
+def _take_bound(model: nn.Module) -> dict[str, Any]:
+    """Take off a model what accelerate bound to it for training, and return it by name.
+
+    That is a forward under autocast, which would stay on after the run, also in copies; and the
+    mark that keeps another trainer from preparing the model. ``train`` binds it again, since
+    accelerate prepares a model only once.
+    """
+    own = vars(model)
+    names = ["_is_accelerate_prepared"]
+    # A ``forward`` of the instance is accelerate's only if it put the one before aside.
+    names += ["forward", "_original_forward"] if "_original_forward" in own else []
+    taken = {name: own.pop(name) for name in names if name in own}
+    original = taken.get("_original_forward")
+    # What was there before need not be the class's: then it was the user's, and goes back.
+    if original is not None and getattr(original, "__func__", None) is not type(model).forward:
+        model.forward = original
+    return taken

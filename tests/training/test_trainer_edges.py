@@ -1,12 +1,15 @@
 """What users of transformers' Trainer do with a KoffTrainer beside calling train once."""
 
+import collections
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from support.models import NAMES, VOCAB, tiny, tokens
 from support.trainings import DOMAINS, GENERAL, arguments, fresh, learned, trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 import koff
@@ -151,3 +154,43 @@ def test_arguments_of_other_kinds_are_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"text of 'en' must have token ids in 0..{VOCAB - 1}"):
         koff.KoffTrainer(fresh(), arguments(tmp_path / "run"), foreign)
     assert not (tmp_path / "run").exists()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that Python reads from a tensor, by the trainer's function that asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            if frame.f_code.co_filename.endswith("trainer.py"):
+                self.counts[frame.f_code.co_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_reads_one_value_from_the_device(tmp_path, accumulation):
+    """koff's trainer and transformers': on a GPU each reading waits for all that is queued."""
+    settings = dict(max_steps=4, logging_steps=100, gradient_accumulation_steps=accumulation)
+    run = trainer(tmp_path, fix_mask_at=None, **settings)
+    with Reads() as reads:
+        run.train()
+    assert reads.counts == {"training_step": 4, "_finalize_training": 1}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_nothing_is_learned_from_a_loss_that_is_not_finite(tmp_path, accumulation):
+    model = fresh(kv=koff.KVConfig(5, "normal"))
+    with torch.no_grad():
+        model.koff.memories["en"].lora["0_q_proj"].b[0, 0] = float("inf")
+    before = learned(model)
+    run = trainer(tmp_path, model=model, gradient_accumulation_steps=accumulation)
+    for _ in range(2):  # the second time on what the first has left
+        with pytest.raises(ValueError, match="the loss at step 0 must be finite, got nan; lower"):
+            run.train()
+    assert all(torch.equal(t, before[name]) for name, t in learned(model).items())
