@@ -281,24 +281,24 @@ def last_complete(run_dir: str | Path) -> Path | None:
     return None
 
 
-def settle(run_dir: Path) -> None:
+def clean_up(run_dir: Path) -> None:
     """Finish the rename of a complete staged checkpoint that has no complete one in its place, and
     remove what interrupted saves left."""
     for candidate in list(_candidates(run_dir)):  # listed first: renames change the folders
         staged, target = candidate.path, run_dir / candidate.path.name
         if not candidate.in_place and _is_complete(staged) and not _is_complete(target):
-            _put(staged, target)
+            _rename_into_place(staged, target)
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
-def publish(run_dir: Path, name: str) -> None:
+def put_in_place(run_dir: Path, name: str) -> None:
     """Seal a staged checkpoint and rename it into place."""
     seal(run_dir / STAGED / name)
-    _put(run_dir / STAGED / name, run_dir / name)
+    _rename_into_place(run_dir / STAGED / name, run_dir / name)
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
-def _put(staged: Path, target: Path) -> None:
+def _rename_into_place(staged: Path, target: Path) -> None:
     """Rename a sealed checkpoint into place; what stands there makes room first."""
     if target.exists():
         # A folder cannot be swapped for another in one step. In the moment between the two renames

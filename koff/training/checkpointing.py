@@ -44,7 +44,7 @@ class CheckpointingTrainer(Trainer):
         # they wait for each other before and after.
         writes = self.args.should_save
         if writes:
-            checkpoint.settle(run_dir)
+            checkpoint.clean_up(run_dir)
         self.accelerator.wait_for_everyone()
         self._staging = True
         try:
@@ -58,7 +58,7 @@ class CheckpointingTrainer(Trainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if writes:
-            checkpoint.publish(run_dir, name)
+            checkpoint.put_in_place(run_dir, name)
             checkpoint.rotate(
                 run_dir,
                 newest=run_dir / name,

@@ -122,5 +122,5 @@ def test_a_complete_staged_checkpoint_is_not_lost_to_a_broken_one(tmp_path, whol
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     staged = tmp_path / checkpoint.STAGED / "checkpoint-2"
     assert checkpoint.last_complete(tmp_path) == staged
-    checkpoint.settle(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert checkpoint.last_complete(tmp_path) == tmp_path / "checkpoint-2" and not staged.exists()
