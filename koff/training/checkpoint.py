@@ -18,16 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import require
+from ..errors import asked_by, require
 from ..model.state import KoffState
-from ..storage import publish as atomic
-from ..storage.adapters import read_header, read_json, read_tensors
-from ..storage.layout import digests, is_plain
+from ..storage.files import File, digests, is_plain
+from ..storage.publish import STAGING, files_of, rename, sync_tree
 
 WEIGHTS, FACTS = "koff_state.safetensors", "koff_state.json"
 FORMAT = 1
 SEAL, STATE = "koff_checkpoint.json", "trainer_state.json"
-STAGED = f"{atomic.STAGING}-checkpoints"
+STAGED = f"{STAGING}-checkpoints"
 _WHERE = "resume"
 _EARLIER = "resume from an earlier checkpoint"
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL"}
@@ -59,6 +58,7 @@ def write_checkpoint(
     Path(directory, FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
+@asked_by(_WHERE)
 def check_state(state: KoffState, directory: str | Path) -> dict[str, Any]:
     """The facts of a checkpoint, checked, with the names, shapes and dtypes of its tensors, against
     the model that resumes from it; reads no data.
@@ -70,7 +70,7 @@ def check_state(state: KoffState, directory: str | Path) -> dict[str, Any]:
     for name in (WEIGHTS, FACTS):
         there, what = (path / name).is_file(), f"checkpoint {path.name}"
         require(there, _WHERE, what, f"hold {name}", "none", _EARLIER, FileNotFoundError)
-    facts = read_json(path / FACTS, _WHERE)
+    facts = File(path / FACTS).json()
     got = facts.get("format")
     require(got == FORMAT, _WHERE, "the checkpoint format", f"be {FORMAT}", got, "update koff")
     for name, own in (("config", state.config.to_dict()), ("dense_widths", state.dense_widths)):
@@ -84,7 +84,7 @@ def check_state(state: KoffState, directory: str | Path) -> dict[str, Any]:
     good = good and all(type(value) is bool for value in filled.values())
     rule, what = "be true or false for each memory", "the checkpoint's kv_filled"
     require(good, _WHERE, what, rule, repr(filled), _EARLIER)
-    header, own = read_header(path / WEIGHTS, _WHERE), state.state_dict()
+    header, own = File(path / WEIGHTS).header(), state.state_dict()
     wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in own.items()}
     differ = sorted(n for n in {*header, *wanted} if header.get(n) != wanted.get(n))
     rule = "have the model's names, shapes and dtypes"
@@ -93,6 +93,7 @@ def check_state(state: KoffState, directory: str | Path) -> dict[str, Any]:
     return facts
 
 
+@asked_by(_WHERE)
 @torch.no_grad()
 def read_checkpoint(state: KoffState, directory: str | Path) -> None:
     """Load what ``write_checkpoint`` wrote, in place, after checking that it belongs to this model.
@@ -105,7 +106,7 @@ def read_checkpoint(state: KoffState, directory: str | Path) -> None:
         FileNotFoundError, ValueError: not a koff checkpoint, or one of another model or config.
     """
     facts, own = check_state(state, directory), state.state_dict()
-    tensors = read_tensors(Path(directory, WEIGHTS), _WHERE)
+    tensors = File(Path(directory, WEIGHTS)).tensors()
     for name, tensor in tensors.items():
         good = bool(tensor.isfinite().all())
         require(good, _WHERE, name, "be finite", "NaN or infinity", _EARLIER)
@@ -126,13 +127,14 @@ def seal(folder: Path) -> None:
     """Write down what a complete checkpoint holds, as the last of its files, and fsync them all."""
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in digests(folder, atomic.files_of(folder)).items()
+        for name, digest in digests(folder, files_of(folder)).items()
     }
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)
     (folder / SEAL).write_text(text, encoding="utf-8")
-    atomic.sync_tree(folder)
+    sync_tree(folder)
 
 
+@asked_by(_WHERE)
 def check_complete(folder: Path) -> list[str]:
     """Names of a checkpoint's files, after checking that all are there and as they were written.
 
@@ -143,7 +145,7 @@ def check_complete(folder: Path) -> list[str]:
     require(folder.is_dir(), _WHERE, what, "be a folder", "none there", _EARLIER, missing)
     for name in (WEIGHTS, FACTS, STATE, SEAL):
         _check_there(folder, name)
-    sealed = read_json(folder / SEAL, _WHERE)
+    sealed = File(folder / SEAL).json()
     got, files = sealed.get("format"), sealed.get("files")
     same = type(got) is int and got == FORMAT
     require(same, _WHERE, f"the format of {what}", f"be {FORMAT}", got, "update koff")
@@ -218,8 +220,8 @@ def _is_complete(folder: Path) -> bool:
 def _put(staged: Path, target: Path) -> None:
     """Rename a complete checkpoint into place; what stands there makes room first."""
     if target.exists():
-        atomic.rename(target, staged.with_name(f"replaced-{target.name}"))
-    atomic.rename(staged, target)
+        rename(target, staged.with_name(f"replaced-{target.name}"))
+    rename(staged, target)
 
 
 def publish(run_dir: Path, name: str) -> None:
@@ -246,5 +248,5 @@ def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> 
     others = [path for path in complete if path.name not in kept]
     for path in others[: max(0, len(complete) - max(limit, len(kept)))]:
         (run_dir / STAGED).mkdir(exist_ok=True)
-        atomic.rename(path, run_dir / STAGED / f"old-{path.name}")
+        rename(path, run_dir / STAGED / f"old-{path.name}")
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)

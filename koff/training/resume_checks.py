@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from ..errors import refuse, require
+from ..errors import asked_by, refuse, require
 from ..model.state import KoffState
-from ..storage.adapters import read_json
+from ..storage.files import File
 from .checkpoint import STATE, check_complete, check_state
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state"
@@ -33,6 +33,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 
 
+@asked_by(_WHERE)
 def check_resume(
     path: Path, state: KoffState, groups: list[dict[str, Any]], *, sharded: bool = False
 ) -> None:
@@ -62,7 +63,7 @@ def check_resume(
     for name in files:
         if name.startswith(RNG):
             _check_rng(name, _plain(path / name))
-    _check_trainer_state(read_json(path / STATE, _WHERE))
+    _check_trainer_state(File(path / STATE).json())
 
 
 def _check_pickles(path: Path, files: list[str]) -> None:
