@@ -84,6 +84,7 @@ def test_a_checkpoint_resumes_to_the_same_end(tmp_path):
     before = load_file(SAVED / "checkpoint-2" / "koff_state.safetensors")
     got = run.model.koff.state_dict()
     assert got.keys() == trained.keys()
+    moved = set()
     for name, want in trained.items():
         if not want.is_floating_point():
             assert torch.equal(got[name], want), name
@@ -95,5 +96,6 @@ def test_a_checkpoint_resumes_to_the_same_end(tmp_path):
         rate = 0.1 if "log_alpha" in name else 1e-2
         error = 4 * rate * 64 * U / arguments.adam_epsilon + 2 * U * want.abs()
         assert ((got[name] - want).abs() <= error).all(), name
-    moved = [name for name in trained if not torch.equal(trained[name], before[name])]
-    assert len(moved) >= len(trained) // 2  # two steps at these rates are not within the tolerance
+        if ((before[name] - want).abs() > 100 * error).any():
+            moved |= {part for part in ("gates.log_alpha", ".lora.", ".kv.") if part in name}
+    assert len(moved) == 3  # what the two steps did is far beyond what is tolerated
