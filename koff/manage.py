@@ -72,6 +72,7 @@ def add_memory(
         saved = open_saved(folder)
         tokenizer = saved.load_tokenizer() if saved.has_tokenizer else None
     config = model.koff.config
+    # transformers' Trainer makes its output folder, whether it writes checkpoints or not.
     with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
         args = args or KoffTrainingArguments(place, save_strategy="no")
         writes = learn(
@@ -197,7 +198,7 @@ def import_memory(
             fill_kv(model, memory, weights.tensors())
         check_memory(memory)
         model.koff.memories.add(memory)
-        use_koff_attention(model)
+        use_koff_attention(model)  # it may be the first memory with a KV part
         if folder is not None:
             put_memory(folder, model, name)
         return target

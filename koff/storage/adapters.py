@@ -131,11 +131,14 @@ def read_memory(
             lora = lora_config(folder.file(f"{place}/{LORA}/{ADAPTER_CONFIG}").json())
         if KV in parts:
             kv = kv_config(folder.file(f"{place}/{KV}/{ADAPTER_CONFIG}").json())
+        # The header says what the file holds; a config that claims more is refused before anything
+        # of its size is made.
         if lora is not None:
             check_lora(model, lora, folder.file(lora_weights).header())
         if kv is not None:
             check_kv(model, kv, folder.file(kv_weights).header())
-        # What is used may be missing from the manifest, and is refused then.
+        # All that koff.save listed, and what is used even if the manifest does not list it: then it
+        # is refused. Memories are small, so there is no verify=False for them.
         used = {f"{place}/{MEMORY}"}
         used |= {f"{place}/{p}/{f}" for p in parts for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
         folder.verify(used.union(memory_names(folder.manifest.files, name)))
@@ -195,6 +198,7 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
     for site, weights in memory.sites():
         tensors[_lora_key(model, site, "A")] = weights.a.detach().cpu().contiguous()
         tensors[_lora_key(model, site, "B")] = weights.b.detach().cpu().contiguous()
+    # The mark of torch, which PEFT and transformers write too, and older versions ask for.
     save_file(tensors, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     LoraConfig(
         r=config.r,
@@ -344,9 +348,10 @@ def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str 
         num_virtual_tokens=config.num_tokens,
         num_frozen_tokens=config.num_frozen_tokens,
         num_layers=len(memory.kv),
+        # PEFT divides token_dim by the heads: kv heads are what a cache has, where they are fewer.
         num_attention_heads=heads,
         token_dim=heads * width,
-        num_transformer_submodules=1,
+        num_transformer_submodules=1,  # 2 would be an encoder and a decoder
         inference_mode=True,
         base_model_name_or_path=base,
     ).save_pretrained(str(directory))
@@ -411,6 +416,8 @@ def fill_kv(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor
     check_finite(tensors)
     heads, width = arch.kv_shape(model)
     # [P, 2 L Hkv D] -> [P, L, 2, Hkv, D]; key and value of a layer are [Hkv, P, D] in the memory
+    # Keys stay as they are on disk, at positions 0..P-1: a rotation here, and one back at save,
+    # would not be bit-equal.
     cache = tensors[_CACHE].view(memory.length, len(memory.kv), 2, heads, width).float()
     for index, weights in enumerate(memory.kv):
         key, value = cache[:, index, 0].transpose(0, 1), cache[:, index, 1].transpose(0, 1)

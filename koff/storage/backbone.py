@@ -79,6 +79,8 @@ def check_backbone(folder: SavedFolder) -> tuple[Any, type[PreTrainedModel]]:
         raise DamagedFolder(
             f"the backbone's tensors must be those of {CONFIG}, got a difference in {differ[:3]}"
         )
+    # Equal shapes here, and files that their tensors fill (``File.header``): the model is as large
+    # as its files, whatever the config claims.
     for name, (dtype, shape) in header.items():
         if shape != wanted[name]:
             raise DamagedFolder(
@@ -136,7 +138,8 @@ def build_backbone(
 
 
 def _read_config(folder: SavedFolder, name: str) -> dict[str, Any]:
-    """A config's values without those that lead elsewhere."""
+    """A config's values without those that lead elsewhere. Names with "_" are transformers' own
+    attributes, such as the implementation of attention."""
     values = folder.file(name).json()
     return {k: v for k, v in values.items() if k not in _FOREIGN and not k.startswith("_")}
 

@@ -16,6 +16,7 @@ from .manifest import Manifest
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a hub repository
 
+# The hub reads what stands between the lines of "---".
 _TEMPLATE = """---
 library_name: koff
 {metadata}tags: [koff, pruned, lora, kv-cache]
@@ -116,6 +117,7 @@ def _code(
     """Code that loads a model and generates with it."""
     names = ["AutoModelForCausalLM"] if "import koff" not in imports else []
     names += ["AutoTokenizer"] if tokenizer else []
+    # Without a tokenizer any ids will do; these are in every vocabulary.
     ids, shown = "ids = torch.tensor([[1, 2, 3]])", "print(output)"
     if tokenizer:
         load = [*load, f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
@@ -147,6 +149,8 @@ def _without_koff(narrow: bool, tokenizer: bool, lora: str | None, kv: str | Non
         'folder = "."  # this folder',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
     ]
+    # The LORA goes into the model itself: PEFT holds no LORA and CARTRIDGE in one PeftModel, and of
+    # two nested ones generate drops the cache.
     if lora:
         load.append(f'model.load_adapter(f"{{folder}}/{lora}")')
     if kv:
@@ -176,7 +180,7 @@ def model_card(manifest: Manifest, folder: Path) -> str:
     narrow = len(set(manifest.widths)) > 1
     return _TEMPLATE.format(
         title=f"koff backbone of {base}",
-        # The hub refuses a card whose base_model is a path.
+        # The hub makes a link of it, so a path has no place here.
         metadata=f"base_model: {base}\n" if _ID.fullmatch(base) else "",
         base=base,
         version=manifest.koff,

@@ -45,16 +45,18 @@ def put_memory(
     check_memory(memory)
     with _changed(directory) as (manifest, staging):
         target, new = directory / MEMORIES / name, staging / MEMORIES / name
+        # A link in the place of memories/ would put the new folder elsewhere.
         check_place(directory, f"{MEMORIES}/{name}/file")
         if target.exists():  # not listed: an earlier attempt was cut short here
             shutil.rmtree(target)
         write_memory(model, memory, new, manifest)
         manifest.files |= digests(staging, filter(is_plain, files_of(staging)))
         manifest.memories = [*manifest.memories, name]
-        _forget(manifest.metadata, name)
+        _forget(manifest.metadata, name)  # of one that had this name before
         if record is not None:
             added = manifest.metadata.get("added") or {}
             manifest.metadata["added"] = added | {name: record}
+        # Whole and on disk before koff.json names it; memories/ may be new in the folder, too.
         sync_tree(staging)
         target.parent.mkdir(exist_ok=True)
         rename(new, target)
@@ -73,6 +75,7 @@ def drop_memory(directory: Path, name: str) -> None:
         for file in memory_names(manifest.files, name):
             del manifest.files[file]
         _forget(manifest.metadata, name)
+    # koff.json no longer names it, so a crash here leaves files that nobody reads.
     shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
 
 
@@ -100,6 +103,7 @@ def _changed(directory: Path) -> Iterator[tuple[Manifest, Path]]:
     try:
         manifest = open_saved(directory).manifest
         yield manifest, staging
+        # Also in the place of a card that somebody edited: what it says of memories is wrong now.
         card = model_card(manifest, directory)
         manifest.files[CARD] = hashlib.sha256(card.encode()).hexdigest()
         for name, text in ((MARKER, manifest.to_text()), (CARD, card)):

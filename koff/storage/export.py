@@ -85,7 +85,7 @@ def export_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if memory.kv_config is not None:
-            write_kv(model, memory, staging / KV, None)
+            write_kv(model, memory, staging / KV, None)  # its base is the folder around it
         card = export_card(model, name, tokenizer is not None)
         (staging / CARD).write_text(card, encoding="utf-8")
     return output
@@ -102,7 +102,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         sync_tree(staging)
-        if target.exists():
+        if target.exists():  # os.replace does not take the place of a folder on every system
             target.rmdir()
         rename(staging, target)
     finally:

@@ -28,7 +28,7 @@ FLOATING = ("F16", "BF16", "F32", "F64")
 _MOST_JSON = 1 << 26
 _FEW_BYTES = 1 << 24  # 16 MiB are hashed before a pool of threads has started
 _BLOCK = 1 << 22  # hashlib releases the GIL for blocks, and no file need fit into memory
-_THREADS = 4  # sha256 of one core is 1.4 GB/s; with more than four the disk is the limit
+_THREADS = 4  # sha256 runs at 1.4 GB/s on one core; with four, most disks are the limit
 
 # Part of a path. Windows forbids some characters in names; a leading "." hides, or leads upwards.
 # Longer or deeper names than these koff does not write.

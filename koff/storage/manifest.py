@@ -25,7 +25,8 @@ from .layout import MARKER, weight_names
 from .metadata import check_shapes
 
 FORMAT = 1
-# A width or an index has to fit into 32 bits: Python reads a number of any length, torch does not.
+# No layer has more neurons. Python reads a number of any length from JSON, and torch would fail on
+# one with an error of its own.
 _WIDEST = 1 << 31
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -129,10 +130,11 @@ class Manifest:
             raise ValueError(
                 f"{asker()}: the format version must be {FORMAT}, got {version!r}; update koff"
             )
+        # A field that is left out counts as null: base and revision may be.
         for field in _FIELDS:
             value, holds = values.get(field.name), field.metadata["holds"]
             if not isinstance(value, field.metadata["kinds"]) or (holds and not holds(value)):
-                got = repr(values.get(field.name, "nothing"))[:80]
+                got = repr(values.get(field.name, "nothing"))[:80]  # "kept" can be a megabyte
                 raise DamagedFolder(
                     f"{field.name!r} in {MARKER} must {field.metadata['rule']}, got {got}"
                 )
@@ -163,6 +165,7 @@ class Manifest:
                 f"'kept' in {MARKER} must have one list of kept neurons for each of "
                 f"{len(self.dense_widths)} layers, got {len(self.kept)}"
             )
+        # Not sealed, so it may have been edited since; the card and the commands read it.
         check_shapes(self.metadata, f"the metadata of {MARKER}", "correct or remove it")
         for name in self.files:
             if not is_plain(name):
@@ -190,7 +193,7 @@ class Manifest:
         """Return the inverse of ``from_json``, with a checksum."""
         fields = {field.name: getattr(self, field.name) for field in _FIELDS}
         values = {"format": FORMAT, **fields, "config": self.config.to_dict(), **self.others}
-        return {**values, "checksum": seal_of(values)}
+        return {**values, "checksum": seal_of(values)}  # last, as a reader of the file expects it
 
     def to_text(self) -> str:
         """Return the text of koff.json."""

@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 def _converted(value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
-    if isinstance(value, type):  # a class has to_dict too, but not as a method of its own
+    if isinstance(value, type):  # the class of a row, say: its to_dict lacks the row
         return value
     if callable(getattr(value, "to_dict", None)):
         return value.to_dict()

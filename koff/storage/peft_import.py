@@ -36,7 +36,7 @@ _HONOURED = frozenset(
 )
 # The other initialisations of PEFT move a part of the base weights into the adapter.
 _INITS_BESIDE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-# Six digits are more layers than any model has, and few enough for int() not to take long.
+# Six digits are more layers than any model has, and few enough for int().
 _KEY = re.compile(r"base_model\.model\.(.+)\.([0-9]{1,6})\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.weight")
 # Which matrix of a LoRA counts neurons: B in its rows where they come out, A in its columns where
 # they go in. Attention has none.

@@ -50,7 +50,7 @@ def rename(source: Path, target: Path) -> None:
 def link(source: Path, target: Path) -> None:
     """Give a file a second name (or, where there are no hard links, a second copy)."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)  # of an earlier, interrupted attempt
     try:
         os.link(source, target)
     except OSError:
@@ -60,7 +60,7 @@ def link(source: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a folder in such a way that its name never stands for a part of it."""
-    hidden = new_staging(folder.parent, folder.name)
+    hidden = new_staging(folder.parent, folder.name)  # rmtree may be killed half way
     rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -100,7 +100,7 @@ def publish(staged: Path, directory: Path) -> None:
     Raises:
         ValueError: a folder or a link stands in the place of a file; nothing was changed.
     """
-    if directory.exists():
+    if directory.exists():  # all of them first: after the commit there is no way back
         for name in files_of(staged):
             check_place(directory, name)
     sync_tree(staged)
@@ -139,9 +139,9 @@ def settle(directory: Path) -> None:
     for name in sorted(names, key=lambda n: (n == MARKER, n.endswith(".json"), n)):
         link(committed / name, directory / name)
         touched.update(p for p in (directory / name).parents if p.is_relative_to(directory))
-    for folder in sorted(touched, reverse=True):
+    for folder in sorted(touched, reverse=True):  # the innermost first
         sync(folder)
-    remove(committed)
+    remove(committed)  # only once every file is in place, on disk
 
 
 def _files_of_old_version(directory: Path) -> list[str]:

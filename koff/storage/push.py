@@ -78,7 +78,7 @@ def push_to_hub(
             revision=revision,
             commit_message=message,
             allow_patterns=_UPLOADED,
-            delete_patterns=_UPLOADED,
+            delete_patterns=_UPLOADED,  # what is there and not in the folder: a removed memory
         )
     return commit.commit_url
 
@@ -99,10 +99,11 @@ def _portable(directory: Path, staging: Path) -> Path:
     for memory in staging.glob(f"{MEMORIES}/*"):
         if memory.name not in manifest.memories:  # left by an interrupted change
             shutil.rmtree(memory)
-    own_card = _is_as_written(staging, CARD, manifest)
+    card_is_ours = _is_as_written(staging, CARD, manifest)
     names = [_RECIPE, *(n for n in manifest.files if _ADAPTER.fullmatch(n))]
     files = {n: File(staging / n).json() for n in names if (staging / n).is_file()}
     added = manifest.metadata.get("added") or {}
+    # What relative paths in a recipe start from is a folder of this machine.
     for record in (files.get(_RECIPE, {}), *added.values()):
         if "root" in record:
             record["root"] = "."
@@ -111,11 +112,12 @@ def _portable(directory: Path, staging: Path) -> Path:
     manifest.base = _renamed(manifest.base, short)
     manifest.metadata = _renamed(manifest.metadata, short)
     manifest.files = {n: digest for n, digest in manifest.files.items() if _travels(n)}
+    # Other content, other hashes; the manifest's own seal comes with its text, last.
     for name, values in files.items():
         _rewrite(staging / name, json.dumps(_renamed(values, short), indent=1))
         if name in manifest.files:
             manifest.files[name] = sha256(staging / name)
-    if own_card:  # one that somebody edited holds their own words
+    if card_is_ours:  # one that somebody edited holds their own words
         _rewrite(staging / CARD, model_card(manifest, staging))
         manifest.files[CARD] = sha256(staging / CARD)
     _rewrite(staging / MARKER, manifest.to_text())

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import asked_by
 from ..model import arch
-from ..model.attach import install, use_koff_attention
+from ..model.attach import install
 from ..model.memory_argument import write_backbone
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
@@ -90,6 +90,7 @@ def save(
         write_backbone(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        # The backbone's hash is known before the memories are written, each of which repeats it.
         # A name that is not legal everywhere, as a tokenizer's file may have it, is not listed.
         files = digests(staging, filter(is_plain, files_of(staging)))
         manifest = _describe(model, files, base, revision, metadata)
@@ -98,7 +99,7 @@ def save(
         (staging / CARD).write_text(model_card(manifest, staging), encoding="utf-8")
         new = [n for n in files_of(staging) if is_plain(n) and n not in manifest.files]
         manifest.files |= digests(staging, new)
-        (staging / MARKER).write_text(manifest.to_text(), encoding="utf-8")
+        (staging / MARKER).write_text(manifest.to_text(), encoding="utf-8")  # it lists the others
         publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -202,5 +203,4 @@ def load(
     for name in manifest.memories:
         state.memories.add(read_memory(folder, model, name, generator))
     install(model, state)
-    use_koff_attention(model)
     return model.to(device or "cpu").eval()

@@ -100,7 +100,7 @@ class SavedFolder:
         Raises:
             FileNotFoundError, ValueError: a missing, foreign or changed file.
         """
-        names = sorted(names)
+        names = sorted(names)  # of several damaged files the same is named each time
         for name in names:
             self.file(name)
         for name, got in digests(self.path, names).items():
@@ -124,7 +124,7 @@ class SavedFolder:
             FileNotFoundError, ValueError: none there, one of its files is not as it was saved, or
                 transformers cannot load it.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # slow, and a model needs none
 
         if not self.has_tokenizer:
             raise FileNotFoundError(
