@@ -107,10 +107,13 @@ def eval_(
         check_writable(json)
 
     from .commands.saved import evaluate_run
-    from .storage.change import saved_facts, write_results
+    from .errors import asked_by
+    from .storage.change import write_results
+    from .storage.saved_folder import open_saved
 
     if card:
-        saved_facts(directory, "koff eval --card")  # a folder of one's own, not a download
+        with asked_by("koff eval --card"):
+            open_saved(directory)  # a folder of one's own, not a download
     rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
     if card:
         write_results(directory, [row.to_dict() for row in rows])

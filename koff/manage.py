@@ -12,17 +12,19 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from .errors import asked_by, require
+from .errors import asked_by, asker
 from .model import arch
 from .model.attach import new_memory, use_koff_attention
 from .model.config import KVConfig, LoRAConfig, check_memory_name
-from .model.memories import Memory
 from .model.prefill import fill_from_random_tokens
 from .model.state import require_attached
-from .storage import adapters as disk
-from .storage.change import drop_memory, put_memory, saved_facts, saved_tokenizer
-from .storage.peft_import import fill_lora, read_lora
-from .storage.save_load import check_memory, load
+from .storage.adapters import check_kv, check_memory, fill_kv, kv_config
+from .storage.change import drop_memory, put_memory
+from .storage.files import File
+from .storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .storage.peft_import import import_lora
+from .storage.save_load import load
+from .storage.saved_folder import open_saved
 from .training.arguments import KoffTrainingArguments
 from .training.trainer import KoffTrainer
 
@@ -30,6 +32,7 @@ Target = TypeVar("Target", PreTrainedModel, str, Path)
 Same = Literal["same"]
 
 
+@asked_by("koff.add_memory")
 def add_memory(
     target: Target,
     name: str,
@@ -63,27 +66,41 @@ def add_memory(
             name, gates that are still open, or arguments that KoffTrainer refuses; the target is
             then as before.
     """
-    folder = check_new_name(target, name, "koff.add_memory")
+    folder = check_new_name(target, name)
     model = target if folder is None else load(folder)
     if tokenizer is None and folder is not None:
-        tokenizer = saved_tokenizer(folder, "koff.add_memory")
-    config, data = model.koff.config, {name: documents}
-    parts = (config.lora if lora == "same" else lora, config.kv if kv == "same" else kv)
+        saved = open_saved(folder)
+        tokenizer = saved.load_tokenizer() if saved.has_tokenizer else None
+    config = model.koff.config
+    # transformers' Trainer makes its output folder, whether it writes checkpoints or not.
     with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
         args = args or KoffTrainingArguments(place, save_strategy="no")
-        make = functools.partial(
-            KoffTrainer, args=args, train_datasets=data, processing_class=tokenizer, **trainer
+        writes = learn(
+            model,
+            name,
+            lora=config.lora if lora == "same" else lora,
+            kv=config.kv if kv == "same" else kv,
+            make_trainer=functools.partial(
+                KoffTrainer,
+                args=args,
+                train_datasets={name: documents},
+                processing_class=tokenizer,
+                **trainer,
+            ),
+            seed=args.seed,
         )
-        writes = learn(model, name, parts, make, args.seed)
     if folder is not None and writes:
         put_memory(folder, model, name)
     return target
 
 
+@asked_by("koff.add_memory")
 def learn(
     model: PreTrainedModel,
     name: str,
-    parts: tuple[LoRAConfig | None, KVConfig | None],
+    *,
+    lora: LoRAConfig | None,
+    kv: KVConfig | None,
     make_trainer: Callable[[PreTrainedModel], Trainer],
     seed: int,
 ) -> bool:
@@ -92,26 +109,34 @@ def learn(
     Args:
         model: an attached model whose mask is fixed.
         name: of the new memory.
-        parts: its LoRA and its KV config; not both None.
+        lora, kv: its parts; not both None.
         make_trainer: makes the trainer of the model, which then holds the new memory alone.
         seed: of the initial values.
 
     Returns:
         Whether this process is the one that writes files.
+
+    Raises:
+        ValueError: gates that are still open, or a memory without parts.
     """
-    where, (lora, kv), state = "koff.add_memory", parts, model.koff
-    settled = state.gates is None or state.gates.fixed
-    step = "call koff.binarize first"
-    require(settled, where, "the mask", "be fixed", "open gates", step)
-    step = "give lora=koff.LoRAConfig(...) or kv=koff.KVConfig(...)"
-    some = lora is not None or kv is not None
-    require(some, where, "the memory", "have a LoRA or a KV part", "neither", step)
+    state = model.koff
+    if state.gates is not None and not state.gates.fixed:
+        raise ValueError(
+            "koff.add_memory: the mask must be fixed, got open gates; call koff.binarize first"
+        )
+    if lora is None and kv is None:
+        raise ValueError(
+            "koff.add_memory: the memory must have a LoRA or a KV part, got neither; give "
+            "lora=koff.LoRAConfig(...) or kv=koff.KVConfig(...)"
+        )
     if kv is not None:
-        with asked_by(where):
-            arch.check_prefix(model)
+        arch.check_prefix(model)
     generator = torch.Generator().manual_seed(seed)
-    memory, training = new_memory(model, name, lora, kv, generator), model.training
+    memory = new_memory(model, name, lora, kv, generator)
+    was_training = model.training  # the trainer leaves it in train mode
     try:
+        # The others are out of the model meanwhile: no gradient and no weight decay can reach them.
+        # If training fails, they come back without the new one.
         with state.memories.only(memory):
             use_koff_attention(model)
             if kv is not None and kv.init == "tokens":
@@ -119,7 +144,7 @@ def learn(
             trainer = make_trainer(model)
             trainer.train()
     finally:
-        model.train(training)
+        model.train(was_training)
     return trainer.is_world_process_zero()
 
 
@@ -148,33 +173,38 @@ def import_memory(
         FileNotFoundError, ValueError: no such folder, an illegal or taken name, or an adapter that
             does not fit or is of another kind; the target is then as before.
     """
-    where = f"koff.import_memory {name!r}"
-    some, step = lora is not None or kv is not None, "give lora= or kv="
-    require(some, where, "the memory", "have a LoRA or a KV part", "neither", step)
-    folder = check_new_name(target, name, where)
-    model = target if folder is None else load(folder)
-    settings, matrices, scaling = None, {}, {}
-    if lora is not None:
-        settings, matrices, scaling = read_lora(model, Path(lora), where)
-    cache = None
-    if kv is not None:
-        with asked_by(where):
+    with asked_by(f"koff.import_memory {name!r}"):
+        if lora is None and kv is None:
+            raise ValueError(
+                f"{asker()}: the memory must have a LoRA or a KV part, got neither; give lora= or "
+                "kv="
+            )
+        folder = check_new_name(target, name)
+        model = target if folder is None else load(folder)
+        imported = cache = None
+        if lora is not None:
+            imported = import_lora(model, Path(lora))
+        if kv is not None:
             arch.check_prefix(model)
-        cache = disk.kv_config(Path(kv), where)
-        disk.check_kv(model, cache, Path(kv), where)  # before what it claims is allocated
-    memory: Memory = new_memory(model, name, settings, cache, torch.Generator())
-    if lora is not None:
-        fill_lora(memory, matrices, scaling)
-    if kv is not None:
-        disk.read_kv(model, memory, Path(kv), where)
-    check_memory(memory, where)
-    model.koff.memories.add(memory)
-    use_koff_attention(model)
-    if folder is not None:
-        put_memory(folder, model, name)
-    return target
+            cache = kv_config(File(Path(kv, ADAPTER_CONFIG)).json())
+            weights = File(Path(kv, ADAPTER_WEIGHTS))
+            check_kv(model, cache, weights.header())  # before what the settings claim is allocated
+        # Its initial values are overwritten, so any generator will do.
+        settings = None if imported is None else imported.config
+        memory = new_memory(model, name, settings, cache, torch.Generator())
+        if imported is not None:
+            imported.copy_to(memory)
+        if cache is not None:
+            fill_kv(model, memory, weights.tensors())
+        check_memory(memory)
+        model.koff.memories.add(memory)
+        use_koff_attention(model)  # it may be the first memory with a KV part
+        if folder is not None:
+            put_memory(folder, model, name)
+        return target
 
 
+@asked_by("koff.remove_memory")
 def remove_memory(target: Target, name: str) -> Target:
     """Take a memory out; backbone and other memories stay as they are.
 
@@ -189,35 +219,44 @@ def remove_memory(target: Target, name: str) -> Target:
         FileNotFoundError, ValueError: no saved model there, or koff is not attached. KeyError: no
             such memory; nothing has changed then.
     """
-    where = "koff.remove_memory"
-    if isinstance(target, (str, Path)):
-        names = saved_facts(Path(target), where)["memories"]
-    else:
-        with asked_by(where):
-            names = require_attached(target).memories.names
-    rule, step = f"be one of {list(names)}", "correct the name"
-    require(name in names, where, "the memory", rule, repr(name), step, KeyError)
-    if isinstance(target, (str, Path)):
-        drop_memory(Path(target), name)
+    folder = Path(target) if isinstance(target, (str, Path)) else None
+    names = _memory_names(target, folder)
+    if name not in names:
+        raise KeyError(
+            f"koff.remove_memory: the memory must be one of {names}, got {name!r}; correct the name"
+        )
+    if folder is not None:
+        drop_memory(folder, name)
     else:
         target.koff.memories.remove(name)
     return target
 
 
-def check_new_name(target: PreTrainedModel | str | Path, name: str, where: str) -> Path | None:
-    """Refuse a name that is illegal or taken; the target's folder, None for a model.
+def check_new_name(target: PreTrainedModel | str | Path, name: str) -> Path | None:
+    """Refuse a name that is illegal or taken.
+
+    Args:
+        target: an attached model, or the folder of a saved one.
+        name: of a memory to come.
+
+    Returns:
+        The folder; None for a model.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: so is the target itself.
+        FileNotFoundError, TypeError, ValueError: so is the name, or the target is neither.
     """
-    with asked_by(where):
-        check_memory_name(name)
+    check_memory_name(name)
     folder = Path(target) if isinstance(target, (str, Path)) else None
-    if folder is not None:
-        names = saved_facts(folder, where)["memories"]
-    else:
-        with asked_by(where):
-            names = require_attached(target).memories.names
-    rule, step = f"differ from those there are, {list(names)}", "choose another or remove it first"
-    require(name not in names, where, "the name", rule, repr(name), step)
+    names = _memory_names(target, folder)
+    if name in names:
+        raise ValueError(
+            f"{asker()}: the name must differ from those there are, {names}, got {name!r}; choose "
+            "another or remove it first"
+        )
     return folder
+
+
+def _memory_names(target: Any, folder: Path | None) -> list[str]:
+    if folder is not None:
+        return open_saved(folder).manifest.memories
+    return list(require_attached(target).memories.names)

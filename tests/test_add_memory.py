@@ -13,7 +13,7 @@ from support.widths import spread
 from transformers import TrainerCallback
 
 import koff
-from koff.storage import change as revise
+from koff.storage.change import drop_memory, put_memory
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -165,7 +165,7 @@ def test_a_memory_that_is_not_finite_is_not_written(saved):
     with torch.no_grad():
         model.koff.memories["de"].lora["0_q_proj"].b[0, 0] = torch.nan
     with pytest.raises(ValueError, match="memory 'de' must be finite, got NaN or infinity"):
-        revise.put_memory(saved, model, "de")
+        put_memory(saved, model, "de")
     assert digests(saved) == before and koff.load(saved).koff.memory_names == NAMES
 
 
@@ -197,8 +197,8 @@ def test_a_folder_loads_wherever_a_change_was_cut_short(
     model, before = koff.load(saved), digests(saved)
     koff.import_memory(model, "de", lora=saved / "memories/en/lora", kv=saved / "memories/en/kv")
     act = {
-        "add": lambda at: revise.put_memory(at, model, "de"),
-        "remove": lambda at: revise.drop_memory(at, "es"),
+        "add": lambda at: put_memory(at, model, "de"),
+        "remove": lambda at: drop_memory(at, "es"),
     }[change]
     outcome = {"add": (*NAMES, "de"), "remove": ("en", "keys")}[change]
     kept = {name: d for name, d in before.items() if not name.startswith("memories/es/")}

@@ -12,10 +12,11 @@ import torch
 
 from koff.commands.saved import count_saved, eval_sources
 from koff.commands.train import LOG_FILE
-from koff.errors import require
+from koff.errors import asked_by, require
 from koff.model import arch
-from koff.storage.adapters import read_json
-from koff.storage.layout import MEMORIES, current, read_facts
+from koff.storage.files import File
+from koff.storage.layout import CONFIG, MEMORIES
+from koff.storage.saved_folder import open_saved
 
 from .. import timing
 from .measures import (
@@ -140,12 +141,14 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
         threads: of each child process, where a log does not say.
     """
     folder = plan.folder(run)
-    facts = read_facts(current(folder), WHERE)
-    hidden = read_json(current(folder) / "config.json", WHERE)["hidden_size"]
-    neurons = sum(facts["dense_widths"]) - sum(facts["widths"])
+    with asked_by(WHERE):
+        saved = open_saved(folder)
+        hidden = saved.file(CONFIG).json()["hidden_size"]
+        log = File(folder / LOG_FILE).json()
+    manifest = saved.manifest
+    neurons = sum(manifest.dense_widths) - sum(manifest.widths)
     removed = len(arch.MLP_LINEARS) * hidden * neurons
-    sizes = [count_saved(current(folder) / MEMORIES / name) for name in facts["memories"]]
-    log = read_json(folder / LOG_FILE, WHERE)
+    sizes = [count_saved(saved.path / MEMORIES / name) for name in manifest.memories]
     return {
         "name": run.name,
         "kind": run.kind,
@@ -155,8 +158,8 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
             shown(public(command, plan), threads_of(plan.log(run), command[0], threads))
             for command in plan.commands(run)
         ],
-        "versions": facts["versions"] | {"koff": facts["koff"]},
-        "sparsity": facts["sparsity"],
+        "versions": manifest.versions | {"koff": manifest.koff},
+        "sparsity": manifest.sparsity,
         "memory_parameters": max(sizes, default=0),
         "removed_parameters": removed,
         "ratio": max(sizes) / removed if sizes and removed else None,

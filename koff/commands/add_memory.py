@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import asked_by
 from ..manage import check_new_name, learn
-from ..storage.change import put_memory, saved_facts
+from ..storage.change import put_memory
 from ..storage.layout import current
 from ..storage.save_load import load
+from ..storage.saved_folder import open_saved
 from .recipe import DomainData, Recipe, apply_overrides, data_root, parse
 from .schema import build
 from .train import make_trainer, prepare, training_arguments
@@ -36,7 +38,9 @@ def addition(
         FileNotFoundError, KeyError, ValueError: no saved model, a taken name, or values that no
             recipe may have.
     """
-    check_new_name(directory, name, _WHERE)
+    with asked_by(_WHERE):
+        check_new_name(directory, name)
+        config = open_saved(directory).manifest.config.to_dict()
     overrides = list(overrides)
     for text in overrides:
         key = text.partition("=")[0].strip()
@@ -45,7 +49,6 @@ def addition(
                 f"{_WHERE}: --set must name a key under {', '.join(_SETTABLE)}, got {key!r}; the "
                 "backbone is fixed"
             )
-    config = saved_facts(directory, _WHERE)["config"]
     parts = {part: config[part] for part in ("lora", "kv")}
     values = {
         "model": str(current(directory).resolve()),
@@ -83,9 +86,10 @@ def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Pat
         writes = learn(
             model,
             name,
-            (recipe.koff.lora, recipe.koff.kv),
-            lambda model: make_trainer(model, prepared, arguments, f"memory {name}"),
-            recipe.seed,
+            lora=recipe.koff.lora,
+            kv=recipe.koff.kv,
+            make_trainer=lambda model: make_trainer(model, prepared, arguments, f"memory {name}"),
+            seed=recipe.seed,
         )
     if writes:
         values = recipe.to_dict()

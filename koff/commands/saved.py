@@ -9,12 +9,13 @@ from typing import Any
 
 from ..data.blocks import pack
 from ..data.sources import DataSource, load_documents
+from ..errors import asked_by
 from ..evaluation.attention_mass import PrefixMass, prefix_attention_mass
 from ..evaluation.perplexity import EvalRow, evaluate
-from ..storage.adapters import read_header
-from ..storage.change import load_saved_tokenizer
+from ..storage.files import File
 from ..storage.hub import resolve
-from ..storage.layout import MARKER, current, read_facts
+from ..storage.layout import MARKER, current
+from ..storage.saved_folder import open_saved
 from .add_memory import added_data
 from .recipe import Recipe, data_root, parse
 from .tables import millions
@@ -41,7 +42,7 @@ def read_run(directory: str | Path) -> Recipe:
         )
     values, root = stored_recipe(directory, "koff")
     recipe = parse(values, data_root(Path(root)))
-    added = read_facts(current(directory), "koff")["metadata"].get("added")
+    added = open_saved(directory).manifest.metadata.get("added")
     for name, record in (added or {}).items():
         recipe.data[name] = added_data(record, name)
     return recipe
@@ -96,7 +97,7 @@ def evaluate_run(
     size = recipe.train.block_size
     sources = eval_sources(recipe, split)
     documents = {name: load_documents(source) for name, source in sources.items()}
-    tokenizer = load_saved_tokenizer(directory)
+    tokenizer = open_saved(directory).load_tokenizer()
     packed = {
         name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
         for name, texts in documents.items()
@@ -148,7 +149,7 @@ def analyse_run(
     model = koff.load(directory, device=pick_device(device))
     size = recipe.train.block_size
     options: Mapping[str, Any] = {"block_size": size, "batch_size": batch_size}
-    tokenizer = load_saved_tokenizer(directory)
+    tokenizer = open_saved(directory).load_tokenizer()
     return prefix_attention_mass(model, tokenizer, documents, memory=memory, **options)
 
 
@@ -213,7 +214,7 @@ def generate_text(
 
     directory = check_saved(directory)
     check_memory(directory, memory, "koff generate")
-    tokenizer = load_saved_tokenizer(directory)
+    tokenizer = open_saved(directory).load_tokenizer()
     ids = _prompt_ids(tokenizer, prompt)
     model = koff.load(directory, device=pick_device(device))
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
@@ -257,7 +258,7 @@ def check_memory(directory: str | Path, memory: str | None, where: str) -> None:
 
 def saved_memories(directory: Path) -> tuple[str, ...]:
     """Returns the names of the memories of a saved model, in order."""
-    return tuple(read_facts(current(directory), "koff")["memories"])
+    return tuple(open_saved(directory).manifest.memories)
 
 
 def pick_device(device: str | None) -> str:
@@ -290,7 +291,8 @@ def count_saved(folder: Path, *, deep: bool = True) -> int:
     """
     total = 0
     for path in folder.rglob("*.safetensors") if deep else folder.glob("*.safetensors"):
-        total += sum(math.prod(shape) for _, shape in read_header(path, "koff info").values())
+        with asked_by("koff info"):
+            total += sum(math.prod(shape) for _, shape in File(path).header().values())
     return total
 
 
@@ -304,18 +306,19 @@ def describe(directory: str | Path) -> dict[str, str]:
         FileNotFoundError, ValueError: no saved model there, or a damaged koff.json.
     """
     directory = current(check_saved(directory))
-    facts = read_facts(directory, "koff info")
-    widths, dense, removed = facts["widths"], facts["dense_widths"], facts["sparsity"]
+    with asked_by("koff info"):
+        manifest = open_saved(directory).manifest
+    widths, dense, removed = manifest.widths, manifest.dense_widths, manifest.sparsity
     named = {
-        "base": str(facts["base"]),
-        "written": f"{facts['created']}, koff {facts['koff']}",
+        "base": str(manifest.base),
+        "written": f"{manifest.created}, koff {manifest.koff}",
         "backbone": f"{millions(count_saved(directory, deep=False))} parameters",
         "MLP widths": f"{_span(widths)} in {len(widths)} layers (dense: {_span(dense)})",
         "sparsity, of the MLP neurons": f"{removed['mlp']:.1%}",
         "sparsity, of all weights": f"{removed['model']:.1%}",
         "sparsity, of all but embeddings": f"{removed['non_embedding']:.1%}",
     }
-    for name in facts["memories"]:
+    for name in manifest.memories:
         folder = directory / "memories" / name
         parts = [
             f"{part} {millions(count_saved(folder / part))}"

@@ -13,7 +13,7 @@ from typing import Any
 from ..data.blocks import PackedBlocks, pack
 from ..data.sources import load_documents
 from ..errors import asked_by, refuse, require
-from ..storage.adapters import read_json
+from ..storage.files import File
 from ..storage.layout import MARKER, current
 from ..training.arguments import OWN_FIELDS
 from ..training.checkpoint import last_complete
@@ -243,7 +243,8 @@ def stored_recipe(output: Path, where: str) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: a damaged recipe.json.
     """
-    values = read_json(output / RECIPE_FILE, where)
+    with asked_by(where):
+        values = File(output / RECIPE_FILE).json()
     recipe, root = values.get("recipe"), values.get("root")
     good = isinstance(recipe, dict) and isinstance(root, str)
     rule, step = "hold the recipe and its folder", "copy the file again"

@@ -1,45 +1,196 @@
-"""Memories on disk, in PEFT's formats: LORA and CARTRIDGE. Only safetensors and JSON are read or
-written."""
+"""Memories on disk, in PEFT's formats: LORA and CARTRIDGE, in one folder with a memory.json.
+
+What is read comes through a ``SavedFolder`` or from a folder of the user's own; the functions here
+look at what was read: settings first, then the header, and the data once they fit.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import refuse, require
+from ..errors import asked_by, asker
 from ..model import arch
+from ..model.arch import Site
+from ..model.attach import new_memory
 from ..model.config import KVConfig, LoRAConfig
 from ..model.memories import Memory
+from .files import FLOATING, DamagedFolder
+from .layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    KV,
+    LORA,
+    MEMORIES,
+    MEMORY,
+    memory_names,
+    memory_parts,
+)
+from .manifest import FORMAT, Manifest
+from .saved_folder import SavedFolder
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FLOATING = ("F16", "BF16", "F32", "F64")
-FILES = (WEIGHTS, CONFIG)
-_KV = "prompt_embeddings"
-_PREFIX = "base_model.model."
-_MOST_JSON = 1 << 26
-_AGAIN = "copy the folder again"
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
+
+_CACHE = "prompt_embeddings"  # PEFT's name of the one tensor of a CARTRIDGE
 # Fields of PEFT's LoraConfig that may have any value: the first three make koff's config, the rest
 # have no effect on what the adapter computes.
-_FREE = ("r", "lora_alpha", "target_modules", "peft_type", "task_type", "peft_version", "revision")
-_FREE += ("base_model_name_or_path", "inference_mode", "lora_dropout", "init_lora_weights")
+_FREE = frozenset(
+    "r lora_alpha target_modules "
+    "peft_type task_type peft_version revision base_model_name_or_path inference_mode lora_dropout "
+    "init_lora_weights".split()
+)
 
 
-def _lora_key(model: PreTrainedModel, site: arch.Site, part: str) -> str:
-    """PEFT's name of one matrix:
-    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"."""
-    return f"{_PREFIX}{arch.site_path(site, model)}.lora_{part}.weight"
+# ---- one memory's folder ----
+
+
+def check_memory(memory: Memory) -> None:
+    """Refuse a memory that no folder may hold: one that waits for text, or is not finite.
+
+    Raises:
+        ValueError: one of these.
+    """
+    if not memory.kv_filled:
+        raise ValueError(
+            f"{asker()}: the KV part of memory {memory.name!r} must be filled, got one that waits "
+            "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
+        )
+    if not all(bool(t.isfinite().all()) for t in memory.state_dict().values()):
+        raise ValueError(
+            f"{asker()}: memory {memory.name!r} must be finite, got NaN or infinity; lower the "
+            "learning rates and train it again"
+        )
+
+
+def write_memory(
+    model: PreTrainedModel, memory: Memory, directory: Path, manifest: Manifest
+) -> None:
+    """Write a memory into a new folder, for a backbone that its manifest describes."""
+    directory.mkdir(parents=True)
+    if memory.lora_config is not None:
+        write_lora(model, memory, directory / LORA, manifest.base)
+    if memory.kv_config is not None:
+        write_kv(model, memory, directory / KV, manifest.base)
+    facts = {
+        "format": FORMAT,
+        "name": memory.name,
+        # A memory is worth nothing on another backbone, and folders of memories get copied around.
+        "backbone_sha256": manifest.backbone_sha256,
+    }
+    (directory / MEMORY).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def read_memory(
+    folder: SavedFolder, model: PreTrainedModel, name: str, generator: torch.Generator
+) -> Memory:
+    """Read one memory of a saved folder.
+
+    Args:
+        folder: whose manifest lists the memory.
+        model: the folder's backbone.
+        name: of the memory.
+        generator: of initial values, all of which are overwritten.
+
+    Returns:
+        A memory that fits the model and is not yet part of it.
+
+    Raises:
+        FileNotFoundError, ValueError: damaged, or of another backbone.
+    """
+    with asked_by(f"memory {name!r}"):
+        place = f"{MEMORIES}/{name}"
+        facts = folder.file(f"{place}/{MEMORY}").json()
+        for field, wanted in (("format", FORMAT), ("name", name)):
+            got = facts.get(field)
+            if got != wanted or isinstance(got, bool):  # True == 1
+                raise ValueError(
+                    f"{asker()}: its {field} in {MEMORY} must be {wanted!r}, got {got!r}; copy the "
+                    "memory again"
+                )
+        if facts.get("backbone_sha256") != folder.manifest.backbone_sha256:
+            raise ValueError(
+                f"{asker()}: the memory must belong to this backbone, "
+                f"got {facts.get('backbone_sha256')}; a memory works only on the backbone it was "
+                "trained with"
+            )
+        parts = memory_parts(folder.manifest.files, name)
+        if not parts:
+            raise ValueError(
+                f"{asker()}: it must have a LoRA or a KV part, got none; copy it again"
+            )
+        lora_weights, kv_weights = (f"{place}/{part}/{ADAPTER_WEIGHTS}" for part in (LORA, KV))
+        lora = kv = None
+        if LORA in parts:
+            lora = lora_config(folder.file(f"{place}/{LORA}/{ADAPTER_CONFIG}").json())
+        if KV in parts:
+            kv = kv_config(folder.file(f"{place}/{KV}/{ADAPTER_CONFIG}").json())
+        # The header says what the file holds; a config that claims more is refused before anything
+        # of its size is made.
+        if lora is not None:
+            check_lora(model, lora, folder.file(lora_weights).header())
+        if kv is not None:
+            check_kv(model, kv, folder.file(kv_weights).header())
+        # All that koff.save listed, and what is used even if the manifest does not list it: then it
+        # is refused. Memories are small, so there is no verify=False for them.
+        used = {f"{place}/{MEMORY}"}
+        used |= {f"{place}/{p}/{f}" for p in parts for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+        folder.verify(used.union(memory_names(folder.manifest.files, name)))
+        memory = new_memory(model, name, lora, kv, generator)
+        if lora is not None:
+            fill_lora(model, memory, folder.file(lora_weights).tensors())
+        if kv is not None:
+            fill_kv(model, memory, folder.file(kv_weights).tensors())
+        return memory
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a memory's tensors with NaN or infinity: one poisons every row that uses the memory.
+
+    Raises:
+        ValueError: the name of such a tensor.
+    """
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{asker()}: {name} must be finite, got NaN or infinity; train it again"
+            )
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    if dtype not in FLOATING:
+        raise DamagedFolder(
+            f"{name} must have one of the dtypes {', '.join(FLOATING)}, got {dtype}"
+        )
+
+
+def _config(kind: type, **values: Any) -> Any:
+    """A config dataclass from a file's values: a wrong type there is a damaged file."""
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{asker()}: {error}") from None
+
+
+# ---- LORA ----
 
 
 def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:
-    """Write a memory's LoRA as PEFT's LORA adapter into a new folder."""
-    from peft import LoraConfig
+    """Write a memory's LoRA as PEFT's LORA adapter into a new folder.
+
+    Args:
+        model: that the memory belongs to.
+        memory: with a LoRA.
+        directory: to make.
+        base: id of the dense model, for PEFT's config.
+    """
+    from peft import LoraConfig  # peft takes a second to import, and loading a model needs none
 
     config = memory.lora_config
     directory.mkdir(parents=True)
@@ -47,11 +198,12 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
     for site, weights in memory.sites():
         tensors[_lora_key(model, site, "A")] = weights.a.detach().cpu().contiguous()
         tensors[_lora_key(model, site, "B")] = weights.b.detach().cpu().contiguous()
-    save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+    # The mark of torch, which PEFT and transformers write too, and older versions ask for.
+    save_file(tensors, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
-        target_modules=sorted(config.target_modules),
+        target_modules=sorted(config.target_modules),  # PEFT has a set: its order would vary
         task_type="CAUSAL_LM",
         bias="none",
         inference_mode=True,
@@ -59,213 +211,215 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
     ).save_pretrained(str(directory))
 
 
-def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:
-    """Write a memory's learned cache as PEFT's CARTRIDGE adapter into a new folder.
-
-    One tensor ``prompt_embeddings`` [P, 2 L Hkv D]: for each token, layer by layer, its key then
-    its value.
-    """
-    from peft import CartridgeConfig
-
-    config, (heads, width) = memory.kv_config, arch.kv_shape(model)
-    directory.mkdir(parents=True)
-    parts = [t.detach().cpu().transpose(0, 1) for weights in memory.kv for t in weights.full()]
-    packed = torch.stack(parts, dim=1).reshape(config.num_tokens, -1).contiguous()
-    save_file({_KV: packed}, str(directory / WEIGHTS), metadata={"format": "pt"})
-    CartridgeConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=config.num_tokens,
-        num_frozen_tokens=config.num_frozen_tokens,
-        num_layers=len(memory.kv),
-        num_attention_heads=heads,
-        token_dim=heads * width,
-        num_transformer_submodules=1,
-        inference_mode=True,
-        base_model_name_or_path=base,
-    ).save_pretrained(str(directory))
+def _lora_key(model: PreTrainedModel, site: Site, part: str) -> str:
+    """PEFT's name of one matrix:
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"."""
+    return f"base_model.model.{arch.site_path(site, model)}.lora_{part}.weight"
 
 
-def require_file(path: Path, where: str) -> None:
-    """Refuse a path that is not a regular file (or a link to one)."""
-    got, step = "no such file", "check the folder"
-    require(path.is_file(), where, path.name, "be there", got, step, FileNotFoundError)
+def check_plain_lora(values: dict[str, Any], also: frozenset[str] = frozenset()) -> None:
+    """Refuse the settings of anything but a LORA whose formula is koff's, W + alpha / r * B A.
 
-
-def read_json(path: Path, where: str) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB.
-
-    Raises:
-        FileNotFoundError, ValueError: missing or malformed.
-    """
-    require_file(path, where)
-    size, rule = path.stat().st_size, f"have at most {_MOST_JSON} bytes"
-    require(size <= _MOST_JSON, where, path.name, rule, size, "check the folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        refuse(where, path.name, "be JSON", error, _AGAIN)
-    got = type(values).__name__
-    require(isinstance(values, dict), where, path.name, "hold a JSON object", got, "check it")
-    return values
-
-
-def read_header(path: Path, where: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """name -> (dtype, shape) of every tensor of a safetensors file; reads no data.
-
-    The library has checked that the tensors fill the file exactly, so sizes that pass here are the
-    file's real ones.
-
-    Raises:
-        FileNotFoundError, ValueError: missing, damaged, or a tensor without values.
-    """
-    require_file(path, where)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            header = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except Exception as error:
-        refuse(where, path.name, "be a safetensors file", error, _AGAIN)
-    for name, (_, shape) in header.items():
-        require(0 not in shape, where, f"{name} in {path.name}", "hold values", shape, _AGAIN)
-    return header
-
-
-def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        FileNotFoundError, ValueError: missing or damaged.
-    """
-    require_file(path, where)
-    try:
-        return load_file(str(path))
-    except Exception as error:
-        refuse(where, path.name, "be a safetensors file", error, _AGAIN)
-
-
-def lora_values(directory: Path, where: str, also: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The settings of a PEFT LORA folder; variants that change the formula are refused.
+    PEFT's variants are switched on by settings that are empty or at their default in a plain LoRA.
+    One that koff does not know yet counts as a variant.
 
     Args:
-        directory: the folder.
-        where: for errors.
+        values: of an adapter_config.json.
         also: further settings that may have any value, because the caller honours them.
+
+    Raises:
+        ValueError: another kind of adapter, or the setting that makes it another formula.
     """
     from peft import LoraConfig
 
-    values = read_json(directory / CONFIG, where)
-    kind = values.get("peft_type")
-    require(kind == "LORA", where, "peft_type", "be 'LORA'", repr(kind), "check the folder")
+    if values.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{asker()}: peft_type must be 'LORA', got {values.get('peft_type')!r}; check the "
+            "folder"
+        )
     plain = LoraConfig().to_dict()
     for name, value in values.items():
-        good = name in _FREE or name in also or not value or value == plain.get(name)
-        what, step = name if name.isidentifier() else repr(name), "merge or retrain it"
-        require(good, where, what, "be unset (koff has plain LoRA)", repr(value), step)
-    return values
+        if value and name not in _FREE and name not in also and value != plain.get(name):
+            raise ValueError(
+                f"{asker()}: {name if name.isidentifier() else repr(name)} must be unset (koff has "
+                f"plain LoRA), got {value!r}; merge or retrain it"
+            )
 
 
-def lora_config(directory: Path, where: str) -> LoRAConfig:
-    """koff's LoRA config of a PEFT LORA folder."""
-    values = lora_values(directory, where)
-    targets, rule = values.get("target_modules"), "be a list"
-    good = isinstance(targets, list)
-    require(good, where, "target_modules", rule, repr(targets), "check the folder")
-    r, alpha = values.get("r"), values.get("lora_alpha")
-    return _config(LoRAConfig, where, r=r, alpha=alpha, target_modules=tuple(targets))
+def lora_config(values: dict[str, Any]) -> LoRAConfig:
+    """Return koff's LoRA config of a PEFT LORA folder.
 
+    Args:
+        values: of its adapter_config.json.
 
-def kv_config(directory: Path, where: str) -> KVConfig:
-    """koff's KV config of a PEFT CARTRIDGE folder."""
-    values = read_json(directory / CONFIG, where)
-    kind = values.get("peft_type")
-    require(
-        kind == "CARTRIDGE", where, "peft_type", "be 'CARTRIDGE'", repr(kind), "check the folder"
+    Raises:
+        ValueError: not a plain LoRA, or damaged.
+    """
+    check_plain_lora(values)
+    targets = values.get("target_modules")
+    if not isinstance(targets, list):
+        raise ValueError(
+            f"{asker()}: target_modules must be a list, got {targets!r}; check the folder"
+        )
+    return _config(
+        LoRAConfig,
+        r=values.get("r"),
+        alpha=values.get("lora_alpha"),
+        target_modules=tuple(targets),
     )
-    frozen = values.get("num_frozen_tokens")
-    tokens = values.get("num_virtual_tokens")
-    return _config(KVConfig, where, num_tokens=tokens, num_frozen_tokens=frozen)
 
 
-def _config(cls: type, where: str, **values: Any) -> Any:
-    """A config dataclass from a file's values: a wrong type there is a damaged file."""
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+def check_lora(model: PreTrainedModel, config: LoRAConfig, header: Header) -> None:
+    """Refuse a LORA's tensors unless names, shapes and dtypes are those of a config on this model.
 
+    Args:
+        model: that it is for.
+        config: of the LoRA.
+        header: of its weights; so nothing is allocated by what a damaged file claims.
 
-def check_lora(model: PreTrainedModel, config: LoRAConfig, directory: Path, where: str) -> None:
-    """Refuse a PEFT LORA file whose names, shapes or dtypes are not those of a config on this
-    model; reads no data, so that nothing is allocated by what a damaged file claims."""
+    Raises:
+        ValueError: the first tensor that does not fit.
+    """
     wanted = {}
     for site, module in arch.sites(model):
         if site.linear in config.target_modules:
             width_out, width_in = module.weight.shape
             wanted[_lora_key(model, site, "A")] = (config.r, width_in)
             wanted[_lora_key(model, site, "B")] = (width_out, config.r)
-    header = read_header(directory / WEIGHTS, where)
-    names = sorted(set(wanted) ^ set(header))
-    got = f"a difference in {names[:3]}"
-    require(not names, where, "the LoRA tensors", "be the model's", got, "check the model")
-    step = "an unpruned LoRA does not fit a pruned backbone, nor the other way round"
+    differ = sorted(wanted.keys() ^ header.keys())
+    if differ:
+        raise ValueError(
+            f"{asker()}: the LoRA tensors must be the model's, got a difference in {differ[:3]}; "
+            "check the model"
+        )
     for name, want in wanted.items():
         dtype, shape = header[name]
-        require(shape == want, where, name, f"have shape {want}", shape, step)
-        _check_dtype(name, dtype, where)
-
-
-def check_kv(model: PreTrainedModel, config: KVConfig, directory: Path, where: str) -> None:
-    """Refuse a PEFT CARTRIDGE file whose shape or dtype is not that of a config on this model;
-    reads no data."""
-    heads, width = arch.kv_shape(model)
-    layers = len(arch.layers(model))
-    header = read_header(directory / WEIGHTS, where)
-    got = {name: shape for name, (_, shape) in header.items()}
-    want = {_KV: (config.num_tokens, 2 * layers * heads * width)}
-    step = f"this model has {layers} layers, {heads} kv heads and head_dim {width}"
-    require(got == want, where, "the learned cache", f"be {want}", got, step)
-    _check_dtype(_KV, header[_KV][0], where)
-
-
-def _check_dtype(name: str, dtype: str, where: str) -> None:
-    rule = f"have one of the dtypes {', '.join(FLOATING)}"
-    require(dtype in FLOATING, where, name, rule, dtype, _AGAIN)
-
-
-def read_finite(path: Path, where: str) -> dict[str, Tensor]:
-    """A file's tensors; one NaN or infinity would poison every row that uses the memory.
-
-    Raises:
-        FileNotFoundError, ValueError: missing, damaged, or not finite.
-    """
-    tensors = read_tensors(path, where)
-    for name, tensor in tensors.items():
-        good = bool(tensor.isfinite().all())
-        require(good, where, name, "be finite", "NaN or infinity", "train it again")
-    return tensors
+        if shape != want:
+            raise ValueError(
+                f"{asker()}: {name} must have shape {want}, got {shape}; an unpruned LoRA does not "
+                "fit a pruned backbone, nor the other way round"
+            )
+        _check_dtype(name, dtype)
 
 
 @torch.no_grad()
-def read_lora(model: PreTrainedModel, memory: Memory, directory: Path, where: str) -> None:
-    """Fill a memory's LoRA from a PEFT LORA folder, in place, after checking every name, shape and
-    value."""
-    check_lora(model, memory.lora_config, directory, where)
-    tensors = read_finite(directory / WEIGHTS, where)
+def fill_lora(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a LORA's tensors into a memory, in place.
+
+    Args:
+        model: that the memory belongs to.
+        memory: with a LoRA that ``check_lora`` found to fit.
+        tensors: the file's.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    check_finite(tensors)
     for site, weights in memory.sites():
         weights.a.copy_(tensors[_lora_key(model, site, "A")])
         weights.b.copy_(tensors[_lora_key(model, site, "B")])
 
 
-@torch.no_grad()
-def read_kv(model: PreTrainedModel, memory: Memory, directory: Path, where: str) -> None:
-    """Fill a memory's learned cache from a PEFT CARTRIDGE folder, in place, after checking its
-    shape and values."""
-    check_kv(model, memory.kv_config, directory, where)
+# ---- CARTRIDGE ----
+
+
+def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:
+    """Write a memory's learned cache as PEFT's CARTRIDGE adapter into a new folder.
+
+    One tensor ``prompt_embeddings`` [P, 2 L Hkv D]: for each token, layer by layer, its key then
+    its value.
+
+    Args:
+        model: that the memory belongs to.
+        memory: with a learned cache.
+        directory: to make.
+        base: id of the dense model, for PEFT's config.
+    """
+    from peft import CartridgeConfig
+
+    config, (heads, width) = memory.kv_config, arch.kv_shape(model)
+    directory.mkdir(parents=True)
+    # [Hkv, P, D] of key, value, key, value, ... -> [P, 2 L, Hkv, D] -> [P, 2 L Hkv D]
+    parts = [t.detach().cpu().transpose(0, 1) for weights in memory.kv for t in weights.full()]
+    cache = torch.stack(parts, dim=1).reshape(config.num_tokens, -1).contiguous()
+    save_file({_CACHE: cache}, str(directory / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+    CartridgeConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=config.num_tokens,
+        num_frozen_tokens=config.num_frozen_tokens,
+        num_layers=len(memory.kv),
+        # PEFT divides token_dim by the heads: kv heads are what a cache has, where they are fewer.
+        num_attention_heads=heads,
+        token_dim=heads * width,
+        num_transformer_submodules=1,  # 2 would be an encoder and a decoder
+        inference_mode=True,
+        base_model_name_or_path=base,
+    ).save_pretrained(str(directory))
+
+
+def kv_config(values: dict[str, Any]) -> KVConfig:
+    """Return koff's KV config of a PEFT CARTRIDGE folder.
+
+    Args:
+        values: of its adapter_config.json.
+
+    Raises:
+        ValueError: of another kind, or damaged.
+    """
+    if values.get("peft_type") != "CARTRIDGE":
+        raise ValueError(
+            f"{asker()}: peft_type must be 'CARTRIDGE', got {values.get('peft_type')!r}; check the "
+            "folder"
+        )
+    return _config(
+        KVConfig,
+        num_tokens=values.get("num_virtual_tokens"),
+        num_frozen_tokens=values.get("num_frozen_tokens"),
+    )
+
+
+def check_kv(model: PreTrainedModel, config: KVConfig, header: Header) -> None:
+    """Refuse a CARTRIDGE's tensor unless shape and dtype are those of a config on this model.
+
+    Args:
+        model: that it is for.
+        config: of the learned cache.
+        header: of its weights; so nothing is allocated by what a damaged file claims.
+
+    Raises:
+        ValueError: it does not fit.
+    """
     heads, width = arch.kv_shape(model)
-    layers, tokens = len(memory.kv), memory.length
-    packed = read_finite(directory / WEIGHTS, where)[_KV]
-    packed = packed.view(tokens, layers, 2, heads, width).float()
+    layers = len(arch.layers(model))
+    got = {name: shape for name, (_, shape) in header.items()}
+    want = {_CACHE: (config.num_tokens, 2 * layers * heads * width)}
+    if got != want:
+        raise ValueError(
+            f"{asker()}: the learned cache must be {want}, got {got}; this model has {layers} "
+            f"layers, {heads} kv heads and head_dim {width}"
+        )
+    _check_dtype(_CACHE, header[_CACHE][0])
+
+
+@torch.no_grad()
+def fill_kv(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a CARTRIDGE's tensor into a memory, in place.
+
+    Args:
+        model: that the memory belongs to.
+        memory: with a learned cache that ``check_kv`` found to fit.
+        tensors: the file's.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    check_finite(tensors)
+    heads, width = arch.kv_shape(model)
+    # [P, 2 L Hkv D] -> [P, L, 2, Hkv, D]; key and value of a layer are [Hkv, P, D] in the memory
+    # Keys stay as they are on disk, at positions 0..P-1: a rotation here, and one back at save,
+    # would not be bit-equal.
+    cache = tensors[_CACHE].view(memory.length, len(memory.kv), 2, heads, width).float()
     for index, weights in enumerate(memory.kv):
-        key, value = packed[:, index, 0].transpose(0, 1), packed[:, index, 1].transpose(0, 1)
+        key, value = cache[:, index, 0].transpose(0, 1), cache[:, index, 1].transpose(0, 1)
         weights.fill_(key.to(weights.k.device), value.to(weights.v.device))
     memory.kv_filled = True

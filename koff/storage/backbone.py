@@ -4,7 +4,6 @@ name is looked for."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,170 +11,162 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import asked_by, refuse, require
+from ..errors import asker
 from ..model import arch
 from ..model.narrow import narrow_classes
-from . import adapters as disk
-from .layout import WEIGHTS, check_inside
+from .files import FLOATING, DamagedFolder
+from .layout import CONFIG, GENERATION, weight_names
+from .saved_folder import SavedFolder
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# What config.json may say of a dtype. It names an attribute of torch, and must not name any other.
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Names under which transformers would fetch code, kernels or adapters from elsewhere.
 _FOREIGN = ("auto_map", "attn_implementation", "experts_implementation", "custom_generate")
 
 
-def names(files: dict[str, str]) -> list[str]:
-    """Which of the saved files make the backbone.
+def check_backbone(folder: SavedFolder) -> tuple[Any, type[PreTrainedModel]]:
+    """Compare config.json, koff.json and the headers of the weight files with each other.
+
+    No data is read, and nothing allocated: the model that the config describes is built on the meta
+    device, where tensors have a shape and no memory.
 
     Args:
-        files: "files" of koff.json.
-    """
-    own = [name for name in files if name == GENERATION or WEIGHTS.fullmatch(name)]
-    return [CONFIG, *own]
-
-
-def _read_config(directory: Path, name: str, where: str) -> dict[str, Any]:
-    """A config's values without those that lead elsewhere."""
-    check_inside(directory, name, where)
-    values = disk.read_json(directory / name, where)
-    return {k: v for k, v in values.items() if k not in _FOREIGN and not k.startswith("_")}
-
-
-def _headers(directory: Path, files: dict[str, str], where: str) -> dict[str, tuple[str, tuple]]:
-    """name -> (dtype, shape) over all weight files."""
-    found: dict[str, tuple[str, tuple]] = {}
-    for name in sorted(name for name in files if WEIGHTS.fullmatch(name)):
-        check_inside(directory, name, where)
-        header = disk.read_header(directory / name, where)
-        both = sorted(set(found) & set(header))
-        rule, step = "hold each tensor once", "copy the folder again"
-        require(not both, where, "the weight files", rule, f"{both[:3]} twice", step)
-        found |= header
-    step = "copy the folder again"
-    require(bool(found), where, "the folder", "hold weight files", "none in koff.json", step)
-    return found
-
-
-def _classes(values: dict[str, Any], where: str) -> tuple[type, type]:
-    """(config class, model class) that a config.json asks for, from transformers or koff alone."""
-    model_type = values.get("model_type")
-    known = isinstance(model_type, str)
-    require(known, where, "the model type", "be a text", repr(model_type), "check config.json")
-    with asked_by(where):
-        entry = arch.architecture(model_type)
-    if model_type.startswith(arch.NARROW_PREFIX):
-        return narrow_classes(entry.model_type)
-    return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
-
-
-def _build_config(values: dict[str, Any], where: str) -> tuple[Any, type]:
-    config_class, model_class = _classes(values, where)
-    for name in values:
-        own = callable(getattr(config_class, name, None))
-        step = "copy the folder again"
-        require(not own, where, f"{name!r} in {CONFIG}", "be a setting", "a method's name", step)
-    quantised, step = values.get("quantization_config"), "save it in bfloat16, float16 or float32"
-    require(not quantised, where, "the backbone", "not be quantised", quantised, step)
-    try:
-        return config_class.from_dict(values), model_class
-    except Exception as error:  # transformers' own checks, of many types
-        refuse(where, CONFIG, "be a config of its model type", error, "copy the folder again")
-
-
-def check_backbone(directory: Path, facts: dict[str, Any], where: str) -> tuple[Any, type]:
-    """Compare config.json, koff.json and the weight files with each other; reads no data.
-
-    Args:
-        directory: the saved folder.
-        facts: koff.json.
-        where: for errors.
+        folder: the saved folder.
 
     Returns:
-        (config, model class).
+        (config, model class), for ``build_backbone``.
 
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, or sizes that are not those of the
             weights.
     """
-    values = _read_config(directory, CONFIG, where)
-    _classes(values, where)
-    header = _headers(directory, facts["files"], where)
+    values = _read_config(folder, CONFIG)
+    config_class, model_class = _classes(values.get("model_type"))
+    header = _read_headers(folder)
+    # Before the skeleton: it takes time and memory for each layer, also on the meta device.
     layers = arch.count_layers(header, values["model_type"])
     got = values.get("num_hidden_layers")
-    same = type(got) is int and got == layers
-    rule, step = f"be {layers}, as in the weights", "copy the folder again"
-    require(same, where, f"num_hidden_layers in {CONFIG}", rule, repr(got), step)
-    config, model_class = _build_config(values, where)
+    if type(got) is not int or got != layers:
+        raise DamagedFolder(
+            f"num_hidden_layers in {CONFIG} must be {layers}, as in the weights, got {got!r}"
+        )
+    for name in values:  # the config takes its values over as attributes
+        if callable(getattr(config_class, name, None)):
+            raise DamagedFolder(f"{name!r} in {CONFIG} must be a setting, got a method's name")
+    if values.get("quantization_config"):
+        raise ValueError(
+            f"{asker()}: the backbone must not be quantised, got {values['quantization_config']}; "
+            "save it in bfloat16, float16 or float32"
+        )
+    try:
+        config = config_class.from_dict(values)
+    except Exception as error:  # transformers' own checks, of many types
+        raise DamagedFolder(f"{CONFIG} must be a config of its model type, got {error}") from error
     try:
         with torch.device("meta"):
             skeleton = model_class(config)
         wanted = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         tied = set(skeleton.all_tied_weights_keys)
     except Exception as error:
-        refuse(where, CONFIG, "describe a model", error, step)
-    _check_widths(facts, arch.widths(skeleton), where)
-    differ = sorted(set(header) ^ set(wanted) - (tied - set(header)))
-    what, got = "the backbone's tensors", f"a difference in {differ[:3]}"
-    require(not differ, where, what, f"be those of {CONFIG}", got, step)
+        raise DamagedFolder(f"{CONFIG} must describe a model, got {error}") from error
+    if arch.widths(skeleton) != folder.manifest.widths:
+        raise DamagedFolder(
+            f"the backbone's widths must be {folder.manifest.widths}, got {arch.widths(skeleton)}"
+        )
+    # The head of a tied model is its embedding, and not saved twice.
+    differ = sorted(header.keys() ^ wanted.keys() - (tied - header.keys()))
+    if differ:
+        raise DamagedFolder(
+            f"the backbone's tensors must be those of {CONFIG}, got a difference in {differ[:3]}"
+        )
+    # Equal shapes here, and files that their tensors fill (``File.header``): the model is as large
+    # as its files, whatever the config claims.
     for name, (dtype, shape) in header.items():
-        want = wanted[name]
-        require(shape == want, where, name, f"have shape {want}, as in {CONFIG}", shape, step)
-        rule = f"have one of the dtypes {', '.join(disk.FLOATING)}"
-        require(dtype in disk.FLOATING, where, name, rule, dtype, step)
+        if shape != wanted[name]:
+            raise DamagedFolder(
+                f"{name} must have shape {wanted[name]}, as in {CONFIG}, got {shape}"
+            )
+        if dtype not in FLOATING:
+            raise DamagedFolder(
+                f"{name} must have one of the dtypes {', '.join(FLOATING)}, got {dtype}"
+            )
     return config, model_class
 
 
-def _check_widths(facts: dict[str, Any], got: list[int], where: str) -> None:
-    widths = facts["widths"]
-    step = "copy the folder again"
-    require(got == widths, where, "the backbone's widths", f"be {widths}", got, step)
-
-
-def _tensors(directory: Path, files: dict[str, str], where: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        if WEIGHTS.fullmatch(name):
-            tensors |= disk.read_tensors(directory / name, where)
-    return tensors
-
-
 def build_backbone(
-    directory: Path, facts: dict[str, Any], built: tuple[Any, type], dtype: Any, where: str
+    folder: SavedFolder,
+    config: Any,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype | str,
 ) -> PreTrainedModel:
     """Build the model that ``check_backbone`` has checked.
 
     Args:
-        directory: the saved folder.
-        facts: koff.json.
-        built: what ``check_backbone`` returned.
+        folder: the saved folder.
+        config, model_class: what ``check_backbone`` returned.
         dtype: of the weights; "auto": as saved.
-        where: for errors.
 
     Returns:
         The model, on the CPU.
     """
-    config, model_class = built
-    tensors = _tensors(directory, facts["files"], where)
+    tensors: dict[str, Tensor] = {}
+    for name in weight_names(folder.manifest.files):
+        tensors |= folder.file(name).tensors()
     if dtype == "auto":
         saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        rule, step = f"be one of {', '.join(_DTYPES)}", "copy the folder again"
-        require(saved in _DTYPES, where, f"dtype in {CONFIG}", rule, saved, step)
+        if saved not in _DTYPES:
+            raise DamagedFolder(
+                f"dtype in {CONFIG} must be one of {', '.join(_DTYPES)}, got {saved}"
+            )
         dtype = getattr(torch, saved)
+    # Without a path transformers looks for nothing on disk or on the hub.
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
     )
     wrong = {kind: found for kind, found in report.items() if found}
-    rule, step = "all be used and complete", "copy the folder again"
-    require(not wrong, where, "the backbone's tensors", rule, wrong, step)
-    if GENERATION in facts["files"]:
-        model.generation_config = _generation(directory, where)
-    model.config._name_or_path = facts["base"] or ""
+    if wrong:
+        raise DamagedFolder(f"the backbone's tensors must all be used and complete, got {wrong}")
+    if GENERATION in folder.manifest.files:
+        values = _read_config(folder, GENERATION)
+        try:
+            model.generation_config = GenerationConfig.from_dict(values)
+        except Exception as error:
+            raise DamagedFolder(f"{GENERATION} must be a generation config, got {error}") from error
+    # As after transformers' from_pretrained; a later koff.save takes the id of the base from here.
+    model.config._name_or_path = folder.manifest.base or ""
     return model
 
 
-def _generation(directory: Path, where: str) -> GenerationConfig:
-    values = _read_config(directory, GENERATION, where)
-    try:
-        return GenerationConfig.from_dict(values)
-    except Exception as error:
-        refuse(where, GENERATION, "be a generation config", error, "copy the folder again")
+def _read_config(folder: SavedFolder, name: str) -> dict[str, Any]:
+    """A config's values without those that lead elsewhere. Names with "_" are transformers' own
+    attributes, such as the implementation of attention."""
+    values = folder.file(name).json()
+    return {k: v for k, v in values.items() if k not in _FOREIGN and not k.startswith("_")}
+
+
+def _classes(model_type: Any) -> tuple[type, type[PreTrainedModel]]:
+    """(config class, model class) of a model type, from transformers or koff alone."""
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"{asker()}: the model type must be a text, got {model_type!r}; check config.json"
+        )
+    entry = arch.architecture(model_type)
+    if model_type.startswith(arch.NARROW_PREFIX):
+        return narrow_classes(entry.model_type)
+    return getattr(transformers, entry.config), getattr(transformers, entry.causal_lm)
+
+
+def _read_headers(folder: SavedFolder) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """name -> (dtype, shape) over all weight files."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in sorted(weight_names(folder.manifest.files)):
+        header = folder.file(name).header()
+        both = sorted(found.keys() & header.keys())
+        if both:
+            raise DamagedFolder(
+                f"the weight files must hold each tensor once, got {both[:3]} twice"
+            )
+        found |= header
+    if not found:
+        raise DamagedFolder("the folder must hold weight files, got none in koff.json")
+    return found

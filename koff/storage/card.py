@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 from ..model.arch import NARROW_PREFIX
 from ..version import __version__
+from .layout import KV, LORA, MEMORIES
+from .manifest import Manifest
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a hub repository
 
+# The hub reads what stands between the lines of "---".
 _TEMPLATE = """---
 library_name: koff
 {metadata}tags: [koff, pruned, lora, kv-cache]
@@ -91,15 +94,15 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _data(facts: dict[str, Any]) -> str:
+def _data(manifest: Manifest) -> str:
     """Table lines that name what the memories that are there, or the gates of a backbone that was
     pruned without any, and the general mixture were trained on."""
-    metadata, there = facts["metadata"], facts["memories"]
+    metadata = manifest.metadata
     own = dict(metadata.get("data") or {})
     for name, record in (metadata.get("added") or {}).items():
         own[name] = record["source"]
-    if facts["config"].get("memories"):
-        own = {name: source for name, source in own.items() if name in there}
+    if manifest.config.memories:  # else these are domains of gates, and no memories to be missing
+        own = {name: source for name, source in own.items() if name in manifest.memories}
     lines = (("trained on", own), ("general mixture", metadata.get("general")))
     return "".join(
         f"| {title} | {', '.join(f'{k}: {v}' for k, v in named.items())} |\n"
@@ -114,6 +117,7 @@ def _code(
     """Code that loads a model and generates with it."""
     names = ["AutoModelForCausalLM"] if "import koff" not in imports else []
     names += ["AutoTokenizer"] if tokenizer else []
+    # Without a tokenizer any ids will do; these are in every vocabulary.
     ids, shown = "ids = torch.tensor([[1, 2, 3]])", "print(output)"
     if tokenizer:
         load = [*load, f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
@@ -145,6 +149,8 @@ def _without_koff(narrow: bool, tokenizer: bool, lora: str | None, kv: str | Non
         'folder = "."  # this folder',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
     ]
+    # The LORA goes into the model itself: PEFT holds no LORA and CARTRIDGE in one PeftModel, and of
+    # two nested ones generate drops the cache.
     if lora:
         load.append(f'model.load_adapter(f"{{folder}}/{lora}")')
     if kv:
@@ -157,47 +163,48 @@ def _remark(narrow: bool, architecture: str) -> str:
     return _REMOTE if narrow else _STOCK.format(architecture=architecture)
 
 
-def model_card(facts: dict[str, Any], folder: Path) -> str:
-    """Markdown of a model card.
+def model_card(manifest: Manifest, folder: Path) -> str:
+    """Return the Markdown of a model card.
 
     Args:
-        facts: the content of koff.json.
+        manifest: of the saved model.
         folder: where backbone, memories and perhaps a tokenizer have been written.
-
-    Returns:
-        The text of README.md.
     """
-    base, names = facts["base"] or "unknown", facts["memories"]
-    shares = {scope: facts["sparsity"][scope] for scope in ("mlp", "model", "non_embedding")}
-    packages = ("torch", "transformers", "peft")  # may be edited, and so may lack
+    base, names = manifest.base or "unknown", manifest.memories
     tokenizer = (folder / "tokenizer_config.json").is_file()
-    first = f"memories/{names[0]}" if names else ""
+    first = f"{MEMORIES}/{names[0]}" if names else ""
     lora, kv = (
         f"{first}/{part}" if first and (folder / first / part).is_dir() else None
-        for part in ("lora", "kv")
+        for part in (LORA, KV)
     )
-    narrow = len(set(facts["widths"])) > 1
+    narrow = len(set(manifest.widths)) > 1
     return _TEMPLATE.format(
         title=f"koff backbone of {base}",
+        # The hub makes a link of it, so a path has no place here.
         metadata=f"base_model: {base}\n" if _ID.fullmatch(base) else "",
         base=base,
-        version=facts["koff"],
+        version=manifest.koff,
         memories=", ".join(names) or "none",
-        widths=_range(facts["widths"]),
-        dense=_range(facts["dense_widths"]),
-        data=_data(facts),
-        created=facts["created"],
+        mlp=manifest.sparsity["mlp"],
+        model=manifest.sparsity["model"],
+        non_embedding=manifest.sparsity["non_embedding"],
+        widths=_range(manifest.widths),
+        dense=_range(manifest.dense_widths),
+        data=_data(manifest),
+        created=manifest.created,
+        # These may be edited, and so may lack.
+        torch=manifest.versions.get("torch", "unknown"),
+        transformers=manifest.versions.get("transformers", "unknown"),
+        peft=manifest.versions.get("peft", "unknown"),
         koff=_with_koff(tokenizer, names[0] if names else None),
         remark=_remark(narrow, "transformers") + (_PEFT if names else ""),
         stock=_without_koff(narrow, tokenizer, lora, kv),
-        results=_results(facts["metadata"].get("results")),
-        **shares,
-        **{name: facts["versions"].get(name, "unknown") for name in packages},
+        results=_results(manifest.metadata.get("results")),
     )
 
 
 def export_card(model: PreTrainedModel, name: str, tokenizer: bool) -> str:
-    """Markdown of the card of an exported model.
+    """Return the Markdown of the card of an exported model.
 
     Args:
         model: the attached model it comes from.

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import asked_by, require
+from ..errors import asked_by
 from ..model import arch
 from ..model.memory_argument import write_backbone
 from ..model.state import require_attached
-from . import adapters as disk
-from . import publish as atomic
+from .adapters import write_kv
 from .card import export_card
-from .change import saved_facts, saved_tokenizer
 from .hub import resolve
+from .layout import CARD, KV
+from .publish import left_over, new_staging, rename, sync_tree
 from .save_load import load
+from .saved_folder import open_saved
 
-KV = "kv"
 
-
+@asked_by("koff.export_merged")
 def export_merged(
     source: PreTrainedModel | str | Path,
     name: str,
@@ -55,19 +55,39 @@ def export_merged(
         FileNotFoundError, KeyError, ValueError: no saved model, no such memory, gates that are not
             compacted, or a taken folder; nothing is written then.
     """
-    where, output = "koff.export_merged", Path(output)
-    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    require(free, where, "the output", "be a new or empty folder", str(output), "choose another")
-    model, tokenizer = _opened(source, tokenizer, revision, where)
-    with asked_by(where):
-        state = require_attached(model)
-    step = "call koff.binarize and koff.compact first"
-    require(state.gates is None, where, "the model", "be compacted", "one with gates", step)
-    names = list(state.memory_names)
-    rule = f"be one of {names}"
-    require(name in names, where, "the memory", rule, repr(name), "correct the name", KeyError)
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(
+            f"koff.export_merged: the output must be a new or empty folder, got {output}; choose "
+            "another"
+        )
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        folder = open_saved(resolve(source, revision))
+        model = load(folder.directory)
+        if not tokenizer and folder.has_tokenizer:
+            tokenizer = folder.load_tokenizer()
+    state = require_attached(model)
+    if state.gates is not None:
+        raise ValueError(
+            "koff.export_merged: the model must be compacted, got one with gates; call "
+            "koff.binarize and koff.compact first"
+        )
+    if name not in state.memory_names:
+        raise KeyError(
+            f"koff.export_merged: the memory must be one of {list(state.memory_names)}, "
+            f"got {name!r}; correct the name"
+        )
+    memory = state.memories[name]
     with _new_folder(output.absolute()) as staging:
-        _write(model, name, tokenizer, staging)
+        write_backbone(model, staging, merged_weights(model, name))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if memory.kv_config is not None:
+            write_kv(model, memory, staging / KV, None)  # its base is the folder around it
+        card = export_card(model, name, tokenizer is not None)
+        (staging / CARD).write_text(card, encoding="utf-8")
     return output
 
 
@@ -75,41 +95,26 @@ def export_merged(
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes the place of a free or empty one, in one step, if the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in atomic.left_over(target.parent, target.name):
+    for left in left_over(target.parent, target.name):  # of an export that was killed
         shutil.rmtree(left)
-    staging = atomic.new_staging(target.parent, target.name)
+    staging = new_staging(target.parent, target.name)
     staging.mkdir()
     try:
         yield staging
-        atomic.sync_tree(staging)
-        if target.exists():
+        sync_tree(staging)
+        if target.exists():  # os.replace does not take the place of a folder on every system
             target.rmdir()
-        atomic.rename(staging, target)
+        rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write(model: PreTrainedModel, name: str, tokenizer: Any, folder: Path) -> None:
-    write_backbone(model, folder, merged_weights(model, name))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if model.koff.memories[name].kv_config is not None:
-        disk.write_kv(model, model.koff.memories[name], folder / KV, None)
-    text = export_card(model, name, tokenizer is not None)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _opened(source: Any, tokenizer: Any, revision: str | None, where: str):
-    if isinstance(source, PreTrainedModel):
-        return source, tokenizer
-    folder = resolve(source, revision, where)
-    saved_facts(folder, where)
-    return load(folder), tokenizer or saved_tokenizer(folder, where)
-
-
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
-    """The backbone's state dict with a memory's LoRA folded in; the model stays as it is.
+    """Return the backbone's state dict with a memory's LoRA folded in; the model stays as it is.
+
+    W + alpha / r * B A in fp32, rounded once: in 16 bits the product and the sum would be rounded
+    too, and a LoRA is small beside its weight.
 
     Args:
         model: an attached model.
@@ -117,6 +122,9 @@ def merged_weights(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
 
     Returns:
         name -> tensor, in the backbone's dtypes.
+
+    Raises:
+        ValueError: a sum that the backbone's dtype cannot hold.
     """
     memory = model.koff.memories[name]
     tensors = {key: t for key, t in model.state_dict().items() if not key.startswith("koff.")}
@@ -124,7 +132,10 @@ def merged_weights(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
         key = f"{arch.site_path(site, model)}.weight"
         weight = tensors[key]
         merged = (weight.float() + memory.scaling * (lora.b @ lora.a)).to(weight.dtype)
-        finite, step = bool(torch.isfinite(merged).all()), "load the backbone in another dtype"
-        require(finite, "koff.export_merged", key, "be finite when merged", "NaN or inf", step)
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"koff.export_merged: {key} must be finite when merged, got NaN or inf; load the "
+                "backbone in another dtype"
+            )
         tensors[key] = merged
     return tensors

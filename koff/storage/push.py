@@ -14,21 +14,25 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..errors import asked_by
 from ..model.narrow import REMOTE_FILE
-from .adapters import CONFIG, read_json
 from .card import model_card
-from .change import CARD, saved_facts
+from .files import File, sha256
 from .hub import PATTERNS
-from .layout import MARKER, MEMORIES, current, seal_of, sha256
+from .layout import ADAPTER_CONFIG, CARD, MARKER, MEMORIES, current
+from .manifest import Manifest
 from .save_load import save
+from .saved_folder import open_saved
 
 _RECIPE = "recipe.json"
 _UPLOADED = [*PATTERNS, REMOTE_FILE]
-_ADAPTER = re.compile(rf"{MEMORIES}/[^/]+/[^/]+/{re.escape(CONFIG)}")  # they name the base model
+# They name the base model.
+_ADAPTER = re.compile(rf"{MEMORIES}/[^/]+/[^/]+/{re.escape(ADAPTER_CONFIG)}")
 # Of this system or another; one line, and not a lone slash.
 _ABSOLUTE = re.compile(r"(/|~[\w.-]*/|[A-Za-z]:[/\\]|\\\\)[^\n]*[^\n/\\][/\\]*")
 
 
+@asked_by("koff.push_to_hub")
 def push_to_hub(
     source: PreTrainedModel | str | Path,
     repo_id: str,
@@ -74,7 +78,7 @@ def push_to_hub(
             revision=revision,
             commit_message=message,
             allow_patterns=_UPLOADED,
-            delete_patterns=_UPLOADED,
+            delete_patterns=_UPLOADED,  # what is there and not in the folder: a removed memory
         )
     return commit.commit_url
 
@@ -89,33 +93,34 @@ def _link(source: str, target: str) -> None:
 
 def _portable(directory: Path, staging: Path) -> Path:
     """A copy of a saved model's folder without checkpoints, log and local paths."""
-    where = "koff.push_to_hub"
-    facts = saved_facts(directory, where)
+    manifest = open_saved(directory).manifest
     left = shutil.ignore_patterns("checkpoints", "train_log.json", ".*")
     shutil.copytree(directory, staging, copy_function=_link, ignore=left)
-    listed = set(facts["memories"])
-    for folder in staging.glob(f"{MEMORIES}/*"):
-        if folder.name not in listed:  # left by an interrupted change
-            shutil.rmtree(folder)
-    own_card = _is_listed(staging, CARD, facts)
-    names = [_RECIPE, *(n for n in facts["files"] if _ADAPTER.fullmatch(n))]
-    files = {n: read_json(staging / n, where) for n in names if (staging / n).is_file()}
-    public = {name: facts[name] for name in ("base", "metadata")}
-    for record in (files.get(_RECIPE, {}), *(facts["metadata"].get("added") or {}).values()):
+    for memory in staging.glob(f"{MEMORIES}/*"):
+        if memory.name not in manifest.memories:  # left by an interrupted change
+            shutil.rmtree(memory)
+    card_is_ours = _is_as_written(staging, CARD, manifest)
+    names = [_RECIPE, *(n for n in manifest.files if _ADAPTER.fullmatch(n))]
+    files = {n: File(staging / n).json() for n in names if (staging / n).is_file()}
+    added = manifest.metadata.get("added") or {}
+    # What relative paths in a recipe start from is a folder of this machine.
+    for record in (files.get(_RECIPE, {}), *added.values()):
         if "root" in record:
             record["root"] = "."
+    public = {"base": manifest.base, "metadata": manifest.metadata}
     short = _short_names([public, files])
-    facts |= _renamed(public, short)
-    facts["files"] = {n: d for n, d in facts["files"].items() if _travels(n)}
+    manifest.base = _renamed(manifest.base, short)
+    manifest.metadata = _renamed(manifest.metadata, short)
+    manifest.files = {n: digest for n, digest in manifest.files.items() if _travels(n)}
+    # Other content, other hashes; the manifest's own seal comes with its text, last.
     for name, values in files.items():
-        _rewrite(staging / name, _renamed(values, short))
-        if name in facts["files"]:
-            facts["files"][name] = sha256(staging / name)
-    if own_card:  # one that somebody edited holds their own words
-        _replace(staging / CARD, model_card(facts, staging))
-        facts["files"][CARD] = sha256(staging / CARD)
-    facts["checksum"] = seal_of(facts)
-    _rewrite(staging / MARKER, facts)
+        _rewrite(staging / name, json.dumps(_renamed(values, short), indent=1))
+        if name in manifest.files:
+            manifest.files[name] = sha256(staging / name)
+    if card_is_ours:  # one that somebody edited holds their own words
+        _rewrite(staging / CARD, model_card(manifest, staging))
+        manifest.files[CARD] = sha256(staging / CARD)
+    _rewrite(staging / MARKER, manifest.to_text())
     return staging
 
 
@@ -123,10 +128,10 @@ def _travels(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _UPLOADED)
 
 
-def _is_listed(folder: Path, name: str, facts: dict[str, Any]) -> bool:
+def _is_as_written(folder: Path, name: str, manifest: Manifest) -> bool:
     """Whether a file is as koff wrote it."""
     path = folder / name
-    return path.is_file() and facts["files"].get(name) == sha256(path)
+    return path.is_file() and manifest.files.get(name) == sha256(path)
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -167,10 +172,6 @@ def _renamed(value: Any, short: dict[str, str]) -> Any:
     return short.get(value, value) if isinstance(value, str) else value
 
 
-def _rewrite(path: Path, values: dict[str, Any]) -> None:
-    _replace(path, json.dumps(values, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    path.unlink()  # or the linked original would change
+def _rewrite(path: Path, text: str) -> None:
+    path.unlink()  # a hard link: writing into it would change the original too
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,51 +13,26 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..errors import asked_by, require
+from ..errors import asked_by
 from ..model import arch
-from ..model.attach import install, new_memory, use_koff_attention
-from ..model.config import KoffConfig
-from ..model.memories import Memory
+from ..model.attach import install
 from ..model.memory_argument import write_backbone
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
-from . import adapters as disk
-from . import backbone
-from . import layout as folder
-from . import publish as atomic
+from .adapters import check_memory, read_memory, write_memory
+from .backbone import build_backbone, check_backbone
 from .card import model_card
+from .files import digests, is_plain
 from .hub import resolve
-from .layout import FORMAT, MARKER, MEMORIES
+from .layout import CARD, KV, MARKER, MEMORIES, backbone_names, current, memory_parts
+from .manifest import Manifest, backbone_digest
 from .metadata import plain_metadata
-
-MEMORY = "memory.json"
-_LOAD = "koff.load"
-
-
-def check_memory(memory: Memory, where: str) -> None:
-    """Refuse a memory that no folder may hold: one that waits for text, or is not finite."""
-    what = f"the KV part of memory {memory.name!r}"
-    step = "train it with KoffTrainer, or use KVConfig(init='tokens')"
-    require(memory.kv_filled, where, what, "be filled", "one that waits for text", step)
-    finite = all(bool(t.isfinite().all()) for t in memory.state_dict().values())
-    what, step = f"memory {memory.name!r}", "lower the learning rates and train it again"
-    require(finite, where, what, "be finite", "NaN or infinity", step)
+from .publish import files_of, new_staging, publish, settle
+from .saved_folder import SavedFolder
 
 
-def _check_savable(state: KoffState, directory: Path, overwrite: bool) -> None:
-    where = "koff.save"
-    step = "call koff.binarize and koff.compact first"
-    require(state.gates is None, where, "the model", "be compacted", "one with gates", step)
-    for memory in state.memories:
-        check_memory(memory, where)
-    good = directory.is_dir() or not (directory.exists() or directory.is_symlink())
-    require(good, where, "the directory", "be a folder", "a file or a dead link", "choose another")
-    step = "choose another folder or pass overwrite=True"
-    taken = (folder.current(directory) / MARKER).exists() and not overwrite
-    require(not taken, where, "the directory", "not hold a saved model", str(directory), step)
-
-
+@asked_by("koff.save")
 def save(
     model: PreTrainedModel,
     directory: str | Path,
@@ -78,7 +51,7 @@ def save(
         model: an attached model without gates (compacted, or attached with target_sparsity=0).
         directory: where; created if needed.
         tokenizer: saved beside the model if given.
-        metadata: JSON values to keep: "base" (id of the dense model) and "revision", texts; "data"
+        metadata: JSON values to store: "base" (id of the dense model) and "revision", texts; "data"
             and "general" ({name: what it was trained on}) and "results" (rows of
             ``koff.evaluate``), which the card shows; "added", koff's own; and whatever else.
         overwrite: replace a model saved there before.
@@ -88,99 +61,101 @@ def save(
 
     Raises:
         ValueError: gates that are not compacted, a KV memory that was never filled, a taken
-            directory, or metadata that cannot be kept; nothing is written then.
+            directory, or metadata that JSON cannot hold; nothing is written then.
     """
     directory = Path(directory)
-    with asked_by("koff.save"):
-        state = require_attached(model)
-    _check_savable(state, directory, overwrite)
-    metadata = plain_metadata(metadata, "koff.save")
+    state = require_attached(model)
+    if state.gates is not None:
+        raise ValueError(
+            "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
+            "koff.compact first"
+        )
+    for memory in state.memories:
+        check_memory(memory)
+    # A dead link neither exists nor is free.
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise ValueError(
+            "koff.save: the directory must be a folder, got a file or a dead link; choose another"
+        )
+    if (current(directory) / MARKER).exists() and not overwrite:
+        raise ValueError(
+            f"koff.save: the directory must not hold a saved model, got {directory}; choose "
+            "another folder or pass overwrite=True"
+        )
+    metadata = plain_metadata(metadata)
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
+    revision = metadata.pop("revision", None)
     staging = _new_staging(directory)
     try:
         write_backbone(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        facts = _facts(model, staging, base, metadata)
+        # The backbone's hash is known before the memories are written, each of which repeats it.
+        # A name that is not legal everywhere, as a tokenizer's file may have it, is not listed.
+        files = digests(staging, filter(is_plain, files_of(staging)))
+        manifest = _describe(model, files, base, revision, metadata)
         for memory in state.memories:
-            _write_memory(
-                model, memory, staging / MEMORIES / memory.name, facts["backbone_sha256"], base
-            )
-        (staging / "README.md").write_text(model_card(facts, staging), encoding="utf-8")
-        _write_facts(facts, staging)
-        folder.publish(staging, directory, "koff.save")
+            write_memory(model, memory, staging / MEMORIES / memory.name, manifest)
+        (staging / CARD).write_text(model_card(manifest, staging), encoding="utf-8")
+        new = [n for n in files_of(staging) if is_plain(n) and n not in manifest.files]
+        manifest.files |= digests(staging, new)
+        (staging / MARKER).write_text(manifest.to_text(), encoding="utf-8")  # it lists the others
+        publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 
 def _new_staging(directory: Path) -> Path:
-    """A new folder beside a directory, or in it if it exists (it may be a mount point), after
-    settling what an earlier save left."""
+    """A new folder beside a directory, or in it if it exists (it may be a mount point, and a rename
+    does not cross file systems), after settling what an earlier save left."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    folder.settle(directory)
+    settle(directory)
     if directory.exists():
-        staging = atomic.new_staging(directory, "new")
+        staging = new_staging(directory, "new")
     else:
-        target = Path(os.path.abspath(directory))
-        staging = atomic.new_staging(target.parent, target.name)
+        target = Path(os.path.abspath(directory))  # "." has no name
+        staging = new_staging(target.parent, target.name)
     staging.mkdir()
     return staging
 
 
-def _facts(
-    model: PreTrainedModel, staging: Path, base: str | None, metadata: dict
-) -> dict[str, Any]:
+def _describe(
+    model: PreTrainedModel,
+    files: dict[str, str],
+    base: str | None,
+    revision: str | None,
+    metadata: dict[str, Any],
+) -> Manifest:
+    """The manifest of a model whose backbone has been written."""
     state, report = model.koff, sparsity(model)
-    files = folder.digests(staging, filter(folder.is_plain, atomic.files_of(staging)))
-    return {
-        "format": FORMAT,
-        "koff": __version__,
-        "versions": {
+    return Manifest(
+        koff=__version__,
+        versions={
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "base": base,
-        "revision": metadata.pop("revision", None),
-        "config": state.config.to_dict(),
-        "memories": list(state.memory_names),
-        "dense_widths": state.dense_widths,
-        "widths": report.widths,
-        "kept": None if state.kept is None else [rows.tolist() for rows in state.kept],
-        "sparsity": {
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        base=base,
+        revision=revision,
+        config=state.config,
+        memories=list(state.memory_names),
+        dense_widths=state.dense_widths,
+        widths=report.widths,
+        kept=None if state.kept is None else [rows.tolist() for rows in state.kept],
+        sparsity={
             "mlp": report.mlp,
             "model": report.model,
             "non_embedding": report.non_embedding,
         },
-        "backbone_sha256": folder.backbone_digest(files),
-        "files": files,
-        "metadata": metadata,
-    }
+        backbone_sha256=backbone_digest(files),
+        files=files,
+        metadata=metadata,
+    )
 
 
-def _write_facts(facts: dict[str, Any], staging: Path) -> None:
-    """Write koff.json into a folder that is complete otherwise, with the sha256 of every file in it
-    and a checksum of its own."""
-    new = [n for n in atomic.files_of(staging) if folder.is_plain(n) and n not in facts["files"]]
-    facts["files"] |= folder.digests(staging, new)
-    facts["checksum"] = folder.seal_of(facts)
-    (staging / MARKER).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
-def _write_memory(
-    model: PreTrainedModel, memory, directory: Path, backbone: str, base: str | None
-) -> None:
-    directory.mkdir(parents=True)
-    if memory.lora_config is not None:
-        disk.write_lora(model, memory, directory / "lora", base)
-    if memory.kv_config is not None:
-        disk.write_kv(model, memory, directory / "kv", base)
-    facts = {"format": FORMAT, "name": memory.name, "backbone_sha256": backbone}
-    (directory / MEMORY).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-
+@asked_by("koff.load")
 def load(
     directory: str | Path,
     *,
@@ -189,8 +164,10 @@ def load(
     revision: str | None = None,
     verify: bool = True,
 ) -> PreTrainedModel:
-    """Load what ``save`` wrote, in eval mode. Nothing but safetensors and JSON is read, and no code
-    from the folder. Nothing is allocated before its size is compared with what the files hold.
+    """Load what ``koff.save`` wrote, in eval mode.
+
+    Nothing but safetensors and JSON is read, and no code from the folder. Nothing is allocated
+    before its size is compared with what the files hold.
 
     Args:
         directory: the saved folder, or the id of a repository of the Hugging Face hub.
@@ -207,68 +184,23 @@ def load(
         FileNotFoundError, ValueError: not a saved model, damaged, or memories that do not belong to
             the backbone.
     """
-    directory = folder.current(resolve(directory, revision, _LOAD))
-    facts = folder.read_facts(directory, _LOAD, sealed=False)
-    built = backbone.check_backbone(directory, facts, _LOAD)
-    kept = _kept(facts, _LOAD)
-    folder.check_seal(facts, _LOAD)
+    # From the cheapest check to the dearest, and each before what it protects: types and names in
+    # koff.json, sizes against the headers, hashes, then the data.
+    folder = SavedFolder(resolve(directory, revision))
+    manifest = folder.manifest
+    config, model_class = check_backbone(folder)
+    kept = manifest.kept_neurons()
+    folder.check_seal()
     if verify:
-        folder.check_files(directory, facts, backbone.names(facts["files"]), _LOAD)
-    model = backbone.build_backbone(directory, facts, built, dtype, _LOAD)
-    settings = KoffConfig.from_dict(facts["config"])
-    kv = any(re.match(rf"{MEMORIES}/[^/]+/kv/", name) for name in facts["files"])
-    with asked_by(_LOAD):
-        arch.check_supported(model, kv)
+        folder.verify(backbone_names(manifest.files))
+    model = build_backbone(folder, config, model_class, dtype)
+    with_kv = any(KV in memory_parts(manifest.files, name) for name in manifest.memories)
+    arch.check_supported(model, with_kv)
+    # Every parameter is overwritten by what is read; the generator only makes the numbers definite.
     generator = torch.Generator().manual_seed(0)
-    state = KoffState(model, settings, generator, with_gates=False)
-    state.dense_widths, state.kept = facts["dense_widths"], kept
-    for name in facts["memories"]:
-        state.memories.add(_read_memory(model, directory, name, facts, generator))
+    state = KoffState(model, manifest.config, generator, with_gates=False)
+    state.dense_widths, state.kept = manifest.dense_widths, kept
+    for name in manifest.memories:
+        state.memories.add(read_memory(folder, model, name, generator))
     install(model, state)
-    use_koff_attention(model)
     return model.to(device or "cpu").eval()
-
-
-def _kept(facts: dict[str, Any], where: str) -> list[torch.Tensor] | None:
-    """The kept neurons of each layer, checked against the widths; None for a dense backbone."""
-    if facts["kept"] is None:
-        return None
-    widths = zip(facts["kept"], facts["widths"], facts["dense_widths"], strict=True)
-    for index, (rows, width, dense) in enumerate(widths):
-        good = len(rows) == width and rows == sorted(set(rows)) and 0 <= rows[0] <= rows[-1] < dense
-        rule = f"be {width} increasing indices below {dense}"
-        what = f"the kept neurons of layer {index}"
-        require(good, where, what, rule, f"{len(rows)} entries", "copy koff.json again")
-    return [torch.tensor(rows) for rows in facts["kept"]]
-
-
-def _read_memory(model: PreTrainedModel, directory: Path, name: str, facts: dict, generator):
-    where, path = f"memory {name!r}", directory / MEMORIES / name
-    names = [n for n in facts["files"] if n.startswith(f"{MEMORIES}/{name}/")]
-    for file in names:
-        folder.check_inside(directory, file, where)
-    own = disk.read_json(path / MEMORY, where)
-    for field, wanted in (("format", FORMAT), ("name", name)):
-        got, step = own.get(field), "copy the memory again"
-        same = got == wanted and not isinstance(got, bool)
-        require(same, where, f"its {field} in {MEMORY}", f"be {wanted!r}", repr(got), step)
-    same = own.get("backbone_sha256") == facts["backbone_sha256"]
-    step = "a memory works only on the backbone it was trained with"
-    require(same, where, "the memory", "belong to this backbone", own.get("backbone_sha256"), step)
-    parts = {file.split("/")[2] for file in names}
-    lora = disk.lora_config(path / "lora", where) if "lora" in parts else None
-    kv = disk.kv_config(path / "kv", where) if "kv" in parts else None
-    require(bool(lora or kv), where, "it", "have a LoRA or a KV part", "none", "copy it again")
-    read = [MEMORY, *(f"{p}/{n}" for p in parts & {"lora", "kv"} for n in disk.FILES)]
-    names = {*names, *(f"{MEMORIES}/{name}/{file}" for file in read)}
-    if lora is not None:
-        disk.check_lora(model, lora, path / "lora", where)
-    if kv is not None:
-        disk.check_kv(model, kv, path / "kv", where)
-    folder.check_files(directory, facts, names, where)
-    memory = new_memory(model, name, lora, kv, generator)
-    if lora is not None:
-        disk.read_lora(model, memory, path / "lora", where)
-    if kv is not None:
-        disk.read_kv(model, memory, path / "kv", where)
-    return memory

@@ -30,16 +30,15 @@ from torch import Tensor
 
 from ..errors import asked_by
 from ..model.state import KoffState
-from ..storage import publish as atomic
-from ..storage.adapters import read_header, read_json, read_tensors
-from ..storage.layout import digests, is_plain
+from ..storage.files import File, digests, is_plain
+from ..storage.publish import STAGING, files_of, rename, sync_tree
 
 WEIGHTS = "koff_state.safetensors"  # gates, multiplier, masks, memories
 FACTS = "koff_state.json"  # what no tensor says: the config, whether the mask is fixed
 STATE = "trainer_state.json"  # transformers' own: steps, logs
 SEAL = "koff_checkpoint.json"  # written last
 NEEDED = (WEIGHTS, FACTS, STATE, SEAL)
-STAGED = f"{atomic.STAGING}-checkpoints"
+STAGED = f"{STAGING}-checkpoints"
 FORMAT = 1
 
 EARLIER = "resume from an earlier checkpoint"
@@ -93,7 +92,7 @@ def check_state(state: KoffState, directory: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: not a koff checkpoint, or one of another model or config.
     """
-    facts = read_json(Path(directory, FACTS), "resume")
+    facts = File(Path(directory, FACTS)).json()
     if facts.get("format") != FORMAT:
         raise ValueError(
             f"resume: the checkpoint format must be {FORMAT}, got {facts.get('format')}; update "
@@ -122,7 +121,7 @@ def check_state(state: KoffState, directory: str | Path) -> None:
             "resume: the checkpoint's kv_filled must be true or false for each memory, got "
             f"{filled!r}; {EARLIER}"
         )
-    found = read_header(Path(directory, WEIGHTS), "resume")
+    found = File(Path(directory, WEIGHTS)).header()
     wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.state_dict().items()}
     differ = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
     if differ:
@@ -144,8 +143,8 @@ def read_checkpoint(state: KoffState, directory: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: a value that is not finite; nothing was changed.
     """
-    facts = read_json(Path(directory, FACTS), "resume")
-    tensors = read_tensors(Path(directory, WEIGHTS), "resume")
+    facts = File(Path(directory, FACTS)).json()
+    tensors = File(Path(directory, WEIGHTS)).tensors()
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"resume: {name} must be finite, got NaN or infinity; {EARLIER}")
@@ -167,11 +166,11 @@ def seal(folder: Path) -> None:
     """Write down what a complete checkpoint holds, as the last of its files, and fsync them all."""
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in digests(folder, atomic.files_of(folder)).items()
+        for name, digest in digests(folder, files_of(folder)).items()
     }
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)
     (folder / SEAL).write_text(text, encoding="utf-8")
-    atomic.sync_tree(folder)
+    sync_tree(folder)
 
 
 @asked_by("resume")
@@ -188,7 +187,7 @@ def check_complete(folder: Path) -> list[str]:
         raise FileNotFoundError(f"resume: {what} must be a folder, got none there; {EARLIER}")
     for name in NEEDED:
         _check_there(folder, name)
-    sealed = read_json(folder / SEAL, "resume")
+    sealed = File(folder / SEAL).json()
     version = sealed.get("format")
     if type(version) is not int or version != FORMAT:  # true == 1, but is no version
         raise ValueError(
@@ -303,8 +302,8 @@ def _rename_into_place(staged: Path, target: Path) -> None:
     if target.exists():
         # A folder cannot be swapped for another in one step. In the moment between the two renames
         # the staged one counts, since it is sealed.
-        atomic.rename(target, staged.with_name(f"replaced-{target.name}"))
-    atomic.rename(staged, target)
+        rename(target, staged.with_name(f"replaced-{target.name}"))
+    rename(staged, target)
 
 
 def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> None:
@@ -328,5 +327,5 @@ def rotate(run_dir: Path, newest: Path, limit: int | None, best: str | None) -> 
     for path in others[: max(0, len(complete) - max(limit, len(spared)))]:
         # Renamed first, so that no kill leaves half of one under its name.
         (run_dir / STAGED).mkdir(exist_ok=True)
-        atomic.rename(path, run_dir / STAGED / f"old-{path.name}")
+        rename(path, run_dir / STAGED / f"old-{path.name}")
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import asked_by
 from ..model.state import KoffState
-from ..storage.adapters import read_json
+from ..storage.files import File
 from .checkpoint import EARLIER, STATE, check_complete, check_state
 
 OPTIMIZER = "optimizer.pt"
@@ -64,7 +64,7 @@ def check_resume(
     for name in files:
         if name.startswith(RNG):
             _check_rng(name, _read_pickle(path / name))
-    _check_trainer_state(read_json(path / STATE, "resume"))
+    _check_trainer_state(File(path / STATE).json())
 
 
 # ---- pickles ----

@@ -19,8 +19,9 @@ from support.models import same
 from support.small_models import outputs, small
 
 import koff
+from koff.storage.files import DamagedFolder
 
-ERRORS = (ValueError, FileNotFoundError, KeyError)
+ERRORS = (ValueError, DamagedFolder, FileNotFoundError, KeyError)
 VALUES = st.sampled_from(
     (None, True, False, 0, -1, 1, 2, 3, 10**12, -(10**12), 10**400, 0.5, 1e308, float("nan"))
     + ("", "x", "3", "../x", "/etc/passwd", "a" * 300, [], [1], [[]], ["x"], {}, {"x": 1})

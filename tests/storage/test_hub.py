@@ -12,10 +12,11 @@ from support.models import attached
 from support.widths import spread
 
 import koff
-from koff.storage import change as revise
-from koff.storage import push
+from koff.storage import change, push
+from koff.storage.files import sha256
 from koff.storage.hub import resolve
-from koff.storage.layout import check_files, read_facts, seal_of, sha256
+from koff.storage.manifest import seal_of
+from koff.storage.saved_folder import open_saved
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -176,7 +177,7 @@ def test_local_paths_stay_here(tmp_path):
         "data": {"train": f"{tmp_path}/de.jsonl"},
     }
     model = koff.import_memory(koff.load(folder), "de", **parts(folder))
-    revise.put_memory(folder, model, "de", record)
+    change.put_memory(folder, model, "de", record)
     splits = {"train": f"{tmp_path}/en/train.jsonl", "test": "en/test.jsonl", "field": "text"}
     recipe = {"model": f"{tmp_path}/models/base", "data": {"en": splits}, "revision": None}
     recipe["general"] = {"math": {"train": f"{tmp_path}/fr/train.jsonl", "weight": 1.0}}
@@ -193,17 +194,18 @@ def test_local_paths_stay_here(tmp_path):
     assert pushed["root"] == "." and pushed["recipe"]["model"] == "base"
     assert pushed["recipe"]["data"]["en"] == splits | {"train": "en/train.jsonl"}
     assert pushed["recipe"]["general"]["math"]["train"] == "fr/train.jsonl"
-    facts = read_facts(staging, "test")
-    assert facts["base"] == "base" and facts["metadata"]["note"] == "a/b"
-    assert facts["metadata"]["added"]["de"] == record | {"root": ".", "data": {"train": "de.jsonl"}}
-    check_files(staging, facts, facts["files"], "test")
+    saved = open_saved(staging)
+    manifest = saved.manifest
+    assert manifest.base == "base" and manifest.metadata["note"] == "a/b"
+    assert manifest.metadata["added"]["de"] == record | {"root": ".", "data": {"train": "de.jsonl"}}
+    saved.verify(manifest.files)
     adapter = json.loads((staging / "memories/en/lora/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "base"
     assert "from `base`" in (staging / "README.md").read_text()
     ids = torch.arange(3, 12)[None]
     want = koff.load(folder)(ids, memory="de").logits
     assert torch.equal(koff.load(staging)(ids, memory="de").logits, want)
-    assert revise.saved_tokenizer(staging) is not None
+    assert saved.load_tokenizer() is not None
 
 
 def parts(folder):
@@ -220,9 +222,9 @@ def test_a_card_of_ones_own_and_hub_ids_are_pushed_as_they_are(tmp_path):
     (folder / "koff.json").write_text(json.dumps(facts))
     staging = push._portable(folder, tmp_path / "staging")
     assert (staging / "README.md").read_text() == "see /home/me"
-    facts = read_facts(staging, "test")
-    assert facts["base"] == "someone/base"
-    assert "extra.bin" not in facts["files"]  # nothing that is not uploaded is listed
+    manifest = open_saved(staging).manifest
+    assert manifest.base == "someone/base"
+    assert "extra.bin" not in manifest.files  # nothing that is not uploaded is listed
 
 
 def test_short_names_tell_paths_apart():

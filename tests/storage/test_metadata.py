@@ -14,8 +14,8 @@ import koff
 from koff import cli
 from koff.commands import saved as runs
 from koff.evaluation.perplexity import EvalRow
-from koff.storage import change as revise
 from koff.storage import push
+from koff.storage.change import put_memory, write_results
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -52,7 +52,7 @@ def test_what_is_documented_is_kept(tmp_path):
     assert "| koff | none | fr | test | – | – |" in card
     assert isinstance(given["base"], Path) and given["results"][0] is ROW  # the caller's own stay
     assert koff.load(out).config._name_or_path == str(Path("/somewhere/base"))
-    revise.write_results(out, [diverged.to_dict()])
+    write_results(out, [diverged.to_dict()])
     assert "Infinity" not in (out / "koff.json").read_text()
 
 
@@ -113,7 +113,7 @@ def test_edited_metadata_is_refused_when_koff_json_is_read(metadata, message, sa
         lambda at: koff.remove_memory(at, "en"),
         lambda at: koff.import_memory(at, "de", lora=at / "memories/en/lora"),
         lambda at: push._portable(at, tmp_path / "staging"),
-        lambda at: revise.write_results(at, []),
+        lambda at: write_results(at, []),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             act(saved)
@@ -140,10 +140,10 @@ def test_what_may_be_edited_away_is_not_missed(changes, saved):
     edit(saved / "koff.json", **changes)
     koff.import_memory(saved, "de", lora=saved / "memories/en/lora")
     koff.remove_memory(saved, "en")
-    revise.write_results(saved, [ROW.to_dict()])
+    write_results(saved, [ROW.to_dict()])
     assert koff.load(saved).koff.memory_names == ("keys", "es", "de")
     assert ("torch unknown" in (saved / "README.md").read_text()) == ("versions" in changes)
-    revise.put_memory(saved, _with(saved, "fr"), "fr", RECORD)
+    put_memory(saved, _with(saved, "fr"), "fr", RECORD)
     assert written(saved)["metadata"]["added"] == {"fr": RECORD}
 
 

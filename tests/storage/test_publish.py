@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 import koff
 from koff.commands import train as pipeline
-from koff.storage import layout as folder
-from koff.storage import publish as atomic
+from koff.storage import files
+from koff.storage.layout import COMMITTED
+from koff.storage.publish import files_of, settle
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -25,7 +26,7 @@ def models():
 
 
 def names(directory):
-    return set(atomic.files_of(directory))
+    return set(files_of(directory))
 
 
 def test_the_old_version_goes_wholly_and_other_files_stay(models, tmp_path):
@@ -83,12 +84,12 @@ def test_a_model_may_be_saved_over_the_folder_it_was_loaded_from(models, tmp_pat
 
 def test_a_committed_version_counts_before_it_is_in_place(models, tmp_path):
     out, new = koff.save(models[0], tmp_path / "out"), koff.save(models[1], tmp_path / "new")
-    shutil.copytree(new, out / folder.COMMITTED)
+    shutil.copytree(new, out / COMMITTED)
     assert same(outputs(koff.load(out)), outputs(models[1]))
     with pytest.raises(ValueError, match="must not hold a saved model"):
         koff.save(models[0], out)
-    folder.settle(out)
-    assert names(out) == names(new) and not (out / folder.COMMITTED).exists()
+    settle(out)
+    assert names(out) == names(new) and not (out / COMMITTED).exists()
 
 
 def test_folders_have_the_usual_permissions(models, tmp_path):
@@ -144,9 +145,9 @@ def test_a_dead_link_is_no_place_to_save(models, tmp_path):
 def test_hashes_of_large_files_are_those_of_small_ones(tmp_path, monkeypatch):
     for number in range(6):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 1000)
-    few = folder.digests(tmp_path, sorted(names(tmp_path)))
-    monkeypatch.setattr(folder, "_FEW_BYTES", 1)
-    assert folder.digests(tmp_path, sorted(names(tmp_path))) == few and len(set(few.values())) == 6
+    few = files.digests(tmp_path, sorted(names(tmp_path)))
+    monkeypatch.setattr(files, "_FEW_BYTES", 1)
+    assert files.digests(tmp_path, sorted(names(tmp_path))) == few and len(set(few.values())) == 6
 
 
 def test_a_run_that_died_at_its_start_may_begin_again(tmp_path):
@@ -169,8 +170,8 @@ def test_a_damaged_recipe_is_refused(text, tmp_path):
 
 
 def test_a_committed_model_is_a_finished_one(tmp_path):
-    (tmp_path / folder.COMMITTED).mkdir()
-    (tmp_path / folder.COMMITTED / "koff.json").write_text("{}")
+    (tmp_path / COMMITTED).mkdir()
+    (tmp_path / COMMITTED / "koff.json").write_text("{}")
     with pytest.raises(ValueError, match="must not hold a finished model"):
         pipeline.check_output(tmp_path, None)
 

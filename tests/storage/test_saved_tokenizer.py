@@ -11,7 +11,8 @@ from support.models import attached
 
 import koff
 from koff.commands import saved as runs
-from koff.storage import change as revise
+from koff.storage.layout import tokenizer_names
+from koff.storage.saved_folder import open_saved
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -66,7 +67,7 @@ def test_another_tokenizer_is_refused(damage, saved):
     harm, message = DAMAGES[damage]
     harm(saved)
     for act in (
-        revise.load_saved_tokenizer,
+        lambda at: open_saved(at).load_tokenizer(),
         lambda at: runs.generate_text(at, TEXT, max_new_tokens=1, device="cpu"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -77,25 +78,25 @@ def test_another_tokenizer_is_refused(damage, saved):
 
 def test_the_saved_one_loads(saved):
     wanted = make_tokenizer(bos_token="<s>")(TEXT).input_ids
-    assert revise.load_saved_tokenizer(saved)(TEXT).input_ids == wanted
-    assert revise.saved_tokenizer(saved)(TEXT).input_ids == wanted
+    assert open_saved(saved).has_tokenizer
+    assert open_saved(saved).load_tokenizer()(TEXT).input_ids == wanted
     without(saved)
-    assert revise.saved_tokenizer(saved) is None
+    assert not open_saved(saved).has_tokenizer
 
 
 def test_one_that_was_put_there_later_loads_too(tmp_path):
     model = attached("llama", changes={"vocab_size": len(make_tokenizer())}, target_sparsity=0)
     folder = koff.save(model, tmp_path / "out")
     make_tokenizer().save_pretrained(folder)
-    assert revise.saved_tokenizer(folder)(TEXT).input_ids == make_tokenizer()(TEXT).input_ids
+    assert open_saved(folder).load_tokenizer()(TEXT).input_ids == make_tokenizer()(TEXT).input_ids
 
 
 def test_only_the_files_of_a_tokenizer_are_compared(saved):
-    names = revise.tokenizer_names(json.loads((saved / "koff.json").read_text())["files"])
+    names = tokenizer_names(json.loads((saved / "koff.json").read_text())["files"])
     assert sorted(names) == ["tokenizer.json", "tokenizer_config.json"]
     others = ["model.safetensors.index.json", "modeling_koff.py", "README.md", "x.py"]
     others += ["config.json", "model-00001-of-00002.safetensors", "memories/en/memory.json"]
-    assert revise.tokenizer_names(dict.fromkeys([*others, "vocab.txt"])) == ["vocab.txt"]
+    assert tokenizer_names(dict.fromkeys([*others, "vocab.txt"])) == ["vocab.txt"]
     (saved / "README.md").write_text("my own words")
     os.remove(saved / "memories/es/memory.json")
-    assert revise.saved_tokenizer(saved) is not None
+    assert open_saved(saved).load_tokenizer() is not None

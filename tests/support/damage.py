@@ -6,7 +6,8 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from koff.storage import layout as folder
+from koff.storage.files import digests
+from koff.storage.manifest import seal_of
 
 # How every error of koff reads: "who: what must rule, got value; next step".
 HOUSE = r"(?s)^[^:]+: .+ must .+, got .*; .+"
@@ -30,8 +31,8 @@ def reseal(directory):
     facts = json.loads((directory / "koff.json").read_text())
     if isinstance(facts["files"], dict):
         known = [name for name in facts["files"] if (directory / name).is_file()]
-        facts["files"] |= folder.digests(directory, known)
-    facts["checksum"] = folder.seal_of(facts)
+        facts["files"] |= digests(directory, known)
+    facts["checksum"] = seal_of(facts)
     (directory / "koff.json").write_text(json.dumps(facts))
 
 

@@ -11,7 +11,7 @@ from koff.commands.train import LOG_FILE, run
 from koff.demo import base_model as demo_base
 from koff.demo import corpus as demo_data
 from koff.demo.run import demo_recipe
-from koff.storage.adapters import read_json
+from koff.storage.files import File
 
 STEPS = 5
 # The kernels differ from torch by roundings of 2^-24 in sums of a few hundred terms, about 1e-6 of
@@ -31,7 +31,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def losses(folder):
-    return [e["loss"] for e in read_json(folder / LOG_FILE, "log")["history"] if "loss" in e]
+    return [e["loss"] for e in File(folder / LOG_FILE).json()["history"] if "loss" in e]
 
 
 def test_demo_training_interpreted(recipe, tmp_path):

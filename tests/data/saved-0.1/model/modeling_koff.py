@@ -1,0 +1,80 @@
+"""Llama, Qwen2 and Qwen3 with one MLP width per layer (`config.intermediate_sizes`); everything
+else is transformers' own code.
+
+This file is saved beside such a model, so that it also loads where koff is not installed:
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. With koff installed,
+`import koff` registers these classes and this copy is not run.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+
+class NarrowMixin:
+    """Gives each layer an MLP of its own width."""
+
+    def __init__(self, config):
+        sizes = config.intermediate_sizes
+        good = isinstance(sizes, list) and len(sizes) == config.num_hidden_layers
+        limit = config.intermediate_size
+        if not good or not all(isinstance(s, int) and 1 <= s <= limit for s in sizes):
+            raise ValueError(
+                f"{config.model_type} config: intermediate_sizes must hold "
+                f"{config.num_hidden_layers} widths in 1..{limit}, got {sizes}; load the config "
+                "that was saved with the model"
+            )
+        super().__init__(config)
+        for layer, width in zip(self.model.layers, sizes, strict=True):
+            own = copy.copy(config)
+            own.intermediate_size = width
+            layer.mlp = type(layer.mlp)(own)
+        self.init_weights()  # of the new MLPs; the rest is marked as done
+
+
+class KoffLlamaConfig(LlamaConfig):
+    """LlamaConfig with one MLP width per layer."""
+
+    model_type = "koff_llama"
+    intermediate_sizes: list | None = None
+
+
+class KoffLlamaForCausalLM(NarrowMixin, LlamaForCausalLM):
+    """LlamaForCausalLM with narrow MLPs."""
+
+    config_class = KoffLlamaConfig
+
+
+class KoffQwen2Config(Qwen2Config):
+    """Qwen2Config with one MLP width per layer."""
+
+    model_type = "koff_qwen2"
+    intermediate_sizes: list | None = None
+
+
+class KoffQwen2ForCausalLM(NarrowMixin, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with narrow MLPs."""
+
+    config_class = KoffQwen2Config
+
+
+class KoffQwen3Config(Qwen3Config):
+    """Qwen3Config with one MLP width per layer."""
+
+    model_type = "koff_qwen3"
+    intermediate_sizes: list | None = None
+
+
+class KoffQwen3ForCausalLM(NarrowMixin, Qwen3ForCausalLM):
+    """Qwen3ForCausalLM with narrow MLPs."""
+
+    config_class = KoffQwen3Config
