@@ -1,46 +1,68 @@
 """koff: knowledge offloading. One sparse backbone of a frozen LLM and swappable memories (LoRA
-adapters and learned KV caches)."""
+adapters and learned KV caches).
 
-import koffkernels as _koffkernels  # noqa: F401, I001  reads KOFF_BACKEND before triton comes
+A name of ``koff`` is imported when it is first used: torch, transformers and peft take seconds to
+import, and ``koff --help`` or a misspelt option needs none of them.
+"""
 
-from .evaluation.attention_mass import PrefixMass, prefix_attention_mass
-from .model.attach import attach, detach, use_memory
-from .pruning.compact import compact
-from .model.config import KoffConfig, KVConfig, LoRAConfig
-from .manage import add_memory, import_memory, remove_memory
-from .evaluation.perplexity import EvalRow, evaluate
-from .storage.export import export_merged
-from .storage.save_load import load, save
-from .pruning.binarize import BinarizeReport, SparsityReport, binarize, sparsity
-from .storage.push import push_to_hub
-from .training.trainer import KoffTrainer
-from .training.arguments import KoffTrainingArguments
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from .model import auto_classes
 from .version import __version__
 
-__all__ = [
-    "BinarizeReport",
-    "EvalRow",
-    "KVConfig",
-    "KoffConfig",
-    "KoffTrainer",
-    "KoffTrainingArguments",
-    "LoRAConfig",
-    "PrefixMass",
-    "SparsityReport",
-    "__version__",
-    "add_memory",
-    "attach",
-    "binarize",
-    "compact",
-    "detach",
-    "evaluate",
-    "export_merged",
-    "import_memory",
-    "load",
-    "prefix_attention_mass",
-    "push_to_hub",
-    "remove_memory",
-    "save",
-    "sparsity",
-    "use_memory",
-]
+if TYPE_CHECKING:  # the same names for editors and type checkers, which do not run __getattr__
+    from .evaluation.attention_mass import PrefixMass, prefix_attention_mass
+    from .evaluation.perplexity import EvalRow, evaluate
+    from .manage import add_memory, import_memory, remove_memory
+    from .model.attach import attach, detach, use_memory
+    from .model.config import KoffConfig, KVConfig, LoRAConfig
+    from .pruning.binarize import BinarizeReport, SparsityReport, binarize, sparsity
+    from .pruning.compact import compact
+    from .storage.export import export_merged
+    from .storage.push import push_to_hub
+    from .storage.save_load import load, save
+    from .training.arguments import KoffTrainingArguments
+    from .training.trainer import KoffTrainer
+
+_HOMES = {
+    "evaluation.attention_mass": ("PrefixMass", "prefix_attention_mass"),
+    "evaluation.perplexity": ("EvalRow", "evaluate"),
+    "manage": ("add_memory", "import_memory", "remove_memory"),
+    "model.attach": ("attach", "detach", "use_memory"),
+    "model.config": ("KVConfig", "KoffConfig", "LoRAConfig"),
+    "pruning.binarize": ("BinarizeReport", "SparsityReport", "binarize", "sparsity"),
+    "pruning.compact": ("compact",),
+    "storage.export": ("export_merged",),
+    "storage.push": ("push_to_hub",),
+    "storage.save_load": ("load", "save"),
+    "training.arguments": ("KoffTrainingArguments",),
+    "training.trainer": ("KoffTrainer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home; Python asks here for names that are not there yet."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# Triton's interpreter cannot be switched on once triton is imported, which transformers or peft may
+# do before the first name of koff is used. Any other value of KOFF_BACKEND can be read later.
+if os.environ.get("KOFF_BACKEND") == "interpret":
+    import koffkernels  # noqa: F401
+
+auto_classes.announce()

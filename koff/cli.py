@@ -1,4 +1,8 @@
-"""The command line: one function per command; `koff --help` lists them."""
+"""The command line: one function per command; ``koff --help`` lists them.
+
+A command imports what it runs, and only once it has looked at its arguments: torch and transformers
+take seconds, for which neither ``--help`` nor a misspelt option should wait.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .version import __version__
+
 app = typer.Typer(
     help="Prune a language model's MLPs while it learns one small memory per domain.",
     no_args_is_help=True,
@@ -19,11 +25,32 @@ app = typer.Typer(
 )
 _SAVED = "Output folder of koff train, or USER/REPO[@REVISION] of the Hugging Face hub."
 _FOLDER = "Output folder of koff train; changed in place."
+# What a wrong file, name or setting raises, here or in a library. Anything else is a bug, and shows
+# its traceback.
 _USER_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, ImportError, OSError)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"koff {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        # Eager: it is answered before the command that is missing is asked for.
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a command whose errors are one line; KOFF_TRACEBACK=1 shows the rest."""
+    """Register a command whose errors are one line; KOFF_TRACEBACK=1 shows the rest."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -32,6 +59,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         except _USER_ERRORS as error:
             if os.environ.get("KOFF_TRACEBACK"):
                 raise
+            # str() of a KeyError puts its message into quotes.
             message = error.args[0] if isinstance(error, KeyError) and error.args else error
             line = " ".join(str(message).split()) or type(error).__name__
             console = Console(stderr=True)
@@ -40,6 +68,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             )
             raise typer.Exit(2) from None
 
+    # "eval_" is not Python's eval, "add_memory" is typed add-memory.
     return app.command(function.__name__.rstrip("_").replace("_", "-"))(wrapped)
 
 
@@ -248,9 +277,9 @@ def import_memory(
     kv: Annotated[Path | None, typer.Option(help="PEFT CARTRIDGE folder.")] = None,
 ) -> None:
     """Make a memory of adapters that PEFT trained elsewhere."""
-    from . import manage as edit
+    from . import manage
 
-    edit.import_memory(directory, name, lora=lora, kv=kv)
+    manage.import_memory(directory, name, lora=lora, kv=kv)
     Console().print(f"memory {name} added to {directory}", markup=False)
 
 
@@ -260,9 +289,9 @@ def remove_memory(
     name: Annotated[str, typer.Argument(help="Name of the memory.")],
 ) -> None:
     """Delete a memory; the backbone and the other memories stay as they are."""
-    from . import manage as edit
+    from . import manage
 
-    edit.remove_memory(directory, name)
+    manage.remove_memory(directory, name)
     Console().print(f"memory {name} removed from {directory}", markup=False)
 
 

@@ -72,7 +72,7 @@ def _dry(plan: Plan, threads: int) -> None:
 
 
 def _execute(runner: Runner) -> dict[str, str]:
-    """Runs the plan so that whoever ends this process, also by SIGTERM, ends the children too."""
+    """Run the plan so that whoever ends this process, also by SIGTERM, ends the children too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return runner.execute()
@@ -84,7 +84,7 @@ def _execute(runner: Runner) -> dict[str, str]:
 
 
 def _table(plan: Plan, threads: int, results: Path) -> None:
-    """Writes and prints the table."""
+    """Write and print the table."""
     record, table = collect(plan, threads)
     text = page(record, table)
     path = results / f"quality-{plan.title}-{plan.split}.json"

@@ -12,7 +12,7 @@ import torch
 
 from koff.commands.saved import count_saved, eval_sources
 from koff.commands.train import LOG_FILE
-from koff.errors import asked_by, require
+from koff.errors import asked_by
 from koff.model import arch
 from koff.storage.files import File
 from koff.storage.layout import CONFIG, MEMORIES
@@ -32,7 +32,9 @@ from .measures import (
 )
 from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown, threads_of
 
-BUDGET = 0.4  # a memory may have so many of the parameters that the pruning removed
+# A memory may have so many of the parameters that pruning removed: with as many or more, the
+# neurons might as well have stayed.
+BUDGET = 0.4
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,14 +97,16 @@ class Table:
 
 
 def _check_tokens(rows: dict[Run, list[dict]]) -> None:
-    """Refuses evaluations on different data: a split may have changed between two runs."""
+    """Refuse evaluations on different data: a split may have changed between two runs."""
     seen: dict[str, tuple[int, str]] = {}
     for run, found in rows.items():
         for row in found:
             tokens, other = seen.setdefault(row["domain"], (row["tokens"], run.name))
-            what = f"{run.name}: the {row['domain']} text"
-            rule, step = f"have {tokens} tokens as for {other}", "remove the eval file of one"
-            require(row["tokens"] == tokens, WHERE, what, rule, row["tokens"], step)
+            if row["tokens"] != tokens:
+                raise ValueError(
+                    f"{WHERE}: {run.name}: the {row['domain']} text must have {tokens} tokens as "
+                    f"for {other}, got {row['tokens']}; remove the eval file of one"
+                )
 
 
 def over_languages(per_seed: dict[str, list[float]]) -> dict[str, dict]:
@@ -174,7 +178,7 @@ def public(command: list[str], plan: Plan) -> list[str]:
     in the checkout or its name.
 
     Args:
-        command: arguments of `koff`.
+        command: arguments of ``koff``.
         plan: the plan.
     """
     recipe = plan.recipe.resolve()

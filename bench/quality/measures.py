@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from koff.errors import require
-
 Cells = Mapping[tuple[str, str | None], float]
 
 
@@ -43,7 +41,8 @@ def spread(values: Iterable[float]) -> Spread:
         ValueError: no value, or one that is not finite.
     """
     values = [finite(value, "a value over seeds") for value in values]
-    require(bool(values), "spread", "values", "not be empty", "none", "run a seed")
+    if not values:
+        raise ValueError("spread: values must not be empty, got none; run a seed")
     sd = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), sd, len(values))
 
@@ -54,8 +53,10 @@ def finite(value: float | None, what: str) -> float:
     Raises:
         ValueError: NaN, infinity or nothing; the message says of what.
     """
-    good = isinstance(value, (int, float)) and math.isfinite(value)
-    require(good, "bench.quality", what, "be a finite number", value, "look at that run's log")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            f"bench.quality: {what} must be a finite number, got {value}; look at that run's log"
+        )
     return float(value)
 
 
@@ -63,7 +64,7 @@ def cells(rows: Iterable[Mapping], variant: str) -> Cells:
     """{(domain, memory or None): perplexity} of one evaluation.
 
     Args:
-        rows: as `koff eval --json` writes them.
+        rows: as ``koff eval --json`` writes them.
         variant: "koff", or "base" for the dense model.
     """
     return {
@@ -86,10 +87,17 @@ def perplexity(found: Cells, domain: str, memory: str | None, run: str) -> float
         ValueError: a cell that is missing, not finite or below 1; the message names it.
     """
     what = f"{run}: the perplexity of {domain} with {f'memory {memory}' if memory else 'no memory'}"
-    there, step = (domain, memory) in found, "measure it again: remove the run's eval file"
-    require(there, "bench.quality", what, "have been measured", "no such row", step)
+    if (domain, memory) not in found:
+        raise ValueError(
+            f"bench.quality: {what} must have been measured, got no such row; measure it again: "
+            "remove the run's eval file"
+        )
     value = finite(found[domain, memory], what)
-    require(value >= 1, "bench.quality", what, "be at least 1", value, step)
+    if not value >= 1:  # exp of a mean negative log-likelihood, which is never negative
+        raise ValueError(
+            f"bench.quality: {what} must be at least 1, got {value}; measure it again: remove the "
+            "run's eval file"
+        )
     return value
 
 
@@ -107,9 +115,11 @@ def share_won_back(dense: float, gates: float, own: float) -> float:
     """
     for name, value in (("dense", dense), ("gates only", gates), ("own memory", own)):
         finite(value, name)
-    rule, step = f"be above the dense {dense:.6g}", "prune more"
-    good = gates > dense
-    require(good, "share won back", "gates only", rule, f"{gates:.6g}", step, Undefined)
+    if not gates > dense:
+        raise Undefined(
+            f"share won back: gates only must be above the dense {dense:.6g}, got {gates:.6g}; "
+            "prune more"
+        )
     return (gates - own) / (gates - dense)
 
 

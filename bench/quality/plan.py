@@ -10,14 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from koff.commands.recipe import Recipe, first_difference, load_recipe
+from koff.commands.recipe import (
+    RECIPE_FILE,
+    Recipe,
+    first_difference,
+    load_recipe,
+    stored_recipe,
+)
 from koff.commands.saved import eval_sources
-from koff.commands.train import RECIPE_FILE, check_model, stored_recipe
-from koff.errors import require
+from koff.commands.train import check_model
+from koff.errors import asked_by
 from koff.storage.layout import MARKER, current
 
 WHERE = "bench.quality"
 DENSE, KOFF, GATES = "dense", "koff", "gates"
+# What tells the runs of one table apart: each has its own.
 _OWN_KEYS = ("seed", "koff.seed", "koff.target_sparsity")
 
 
@@ -106,7 +113,7 @@ class Plan:
         return load_recipe(self.recipe, [*self.overrides, *parts, *named])
 
     def commands(self, run: Run) -> list[list[str]]:
-        """The arguments of `koff` that make a run: train, then eval."""
+        """The arguments of ``koff`` that make a run: train, then eval."""
         folder = str(self.folder(run))
         train = ["train", str(self.recipe), "--output", folder]
         train += [part for text in self.overrides for part in ("--set", text)]
@@ -118,7 +125,7 @@ class Plan:
         return [train + device, measure + device]
 
     def trained(self, run: Run) -> bool:
-        """Whether a run's model is there; `check` has seen that it is of the same recipe."""
+        """Whether a run's model is there; ``check`` has seen that it is of the same recipe."""
         return (current(self.folder(run)) / MARKER).is_file()
 
     def measured(self, run: Run) -> bool:
@@ -133,7 +140,7 @@ class Plan:
         return [command for command, is_done in pairs if not is_done]
 
     def check(self) -> None:
-        """Refuses whatever would only show once runs are under way; starts and writes nothing.
+        """Refuse whatever would only show once runs are under way; starts and writes nothing.
 
         Raises:
             FileNotFoundError, KeyError, ValueError: a recipe that cannot be run as planned, or a
@@ -144,48 +151,65 @@ class Plan:
             recipe = self.load(run)
             folder = self.folder(run)
             if (folder / RECIPE_FILE).is_file():
-                stored, _ = stored_recipe(folder, WHERE)
+                with asked_by(WHERE):
+                    stored, _ = stored_recipe(folder)
                 difference = first_difference(stored, recipe.to_dict())
-                rule = f"hold a run of the same recipe ({run.name})"
-                step = "choose another --output or remove it"
-                got = f"one with another {difference}"
-                require(difference is None, WHERE, str(folder), rule, got, step)
-            else:
-                got, step = "a model without a recipe", "choose another --output"
-                rule = "be a folder of this table"
-                require(not self.trained(run), WHERE, str(folder), rule, got, step)
+                if difference is not None:
+                    raise ValueError(
+                        f"{WHERE}: {folder} must hold a run of the same recipe ({run.name}), got "
+                        f"one with another {difference}; choose another --output or remove it"
+                    )
+            elif self.trained(run):
+                raise ValueError(
+                    f"{WHERE}: {folder} must be a folder of this table, got a model without a "
+                    "recipe; choose another --output"
+                )
+        # Of one run alone: they share model and data.
         recipe.check_files()
         check_model(recipe)
         eval_sources(recipe, self.split)
         missing = sorted(set(recipe.data) - set(recipe.sources(self.split)))
-        rule, got = f"have a {self.split} split", f"none for {', '.join(missing)}"
-        require(not missing, WHERE, "every domain", rule, got, "add it, or choose another --split")
+        if missing:
+            raise ValueError(
+                f"{WHERE}: every domain must have a {self.split} split, got none for "
+                f"{', '.join(missing)}; add it, or choose another --split"
+            )
 
 
 def _check_options(plan: Plan) -> None:
     for sparsity in plan.sparsities:
-        rule, step = "be above 0", "the dense model is in the table anyway"
-        require(sparsity > 0, WHERE, "--sparsity", rule, sparsity, step)
+        if not sparsity > 0:
+            raise ValueError(
+                f"{WHERE}: --sparsity must be above 0, got {sparsity}; the dense model is in the "
+                "table anyway"
+            )
     for text in plan.overrides:
         key = text.partition("=")[0].strip()
-        rule, step = f"not set {', '.join(_OWN_KEYS)}", "use --seeds and --sparsity"
-        require(key not in _OWN_KEYS, WHERE, "--set", rule, repr(text), step)
-    plain = plan.name is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.name)
-    rule, step = "be letters, digits, '.', '-' and '_'", "it names files; choose another"
-    require(bool(plain), WHERE, "--name", rule, repr(plan.name), step)
-    got = plan.output
-    require(not got.is_file(), WHERE, "--output", "be a folder", f"the file {got}", "rename it")
+        if key in _OWN_KEYS:
+            raise ValueError(
+                f"{WHERE}: --set must not set {', '.join(_OWN_KEYS)}, got {text!r}; use --seeds "
+                "and --sparsity"
+            )
+    if plan.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.name):
+        raise ValueError(
+            f"{WHERE}: --name must be letters, digits, '.', '-' and '_', got {plan.name!r}; it "
+            "names files; choose another"
+        )
+    if plan.output.is_file():
+        raise ValueError(
+            f"{WHERE}: --output must be a folder, got the file {plan.output}; rename it"
+        )
 
 
 def read_rows(path: Path) -> list[dict] | None:
-    """The rows that `koff eval --json` wrote, None if they are not there or not whole."""
+    """The rows that ``koff eval --json`` wrote, None if they are not there or not whole."""
     try:
         rows = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
     needed = {"variant", "memory", "domain", "split", "perplexity", "tokens"}
-    good = isinstance(rows, list) and all(isinstance(r, dict) and needed <= set(r) for r in rows)
-    return rows if good and rows else None
+    whole = isinstance(rows, list) and all(isinstance(r, dict) and needed <= set(r) for r in rows)
+    return rows if whole and rows else None
 
 
 def threads_of(log: Path, what: str, default: int) -> int:
@@ -202,10 +226,10 @@ def threads_of(log: Path, what: str, default: int) -> int:
 
 
 def child(command: list[str]) -> list[str]:
-    """What is executed for a `koff` command: the same, by this Python."""
+    """What is executed for a ``koff`` command: the same, by this Python."""
     return [sys.executable, "-m", "koff.cli", *command]
 
 
 def shown(command: list[str], threads: int) -> str:
-    """A `koff` command as one types it."""
+    """A ``koff`` command as one types it."""
     return f"OMP_NUM_THREADS={threads} {shlex.join(['koff', *command])}"

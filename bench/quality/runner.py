@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .plan import Plan, Run, child, shown
 
-TAIL = 15
+TAIL = 15  # lines of a log that say what went wrong: a traceback's end, and what led to it
 
 
 def cores() -> int:
@@ -37,15 +37,15 @@ class Runner:
         self._stopped = False
 
     def execute(self) -> dict[str, str]:
-        """Trains and measures what is not there yet.
+        """Train and measure what is not there yet.
 
         Returns:
             name -> end of the log, of the runs that failed; the others went on.
         """
         self.plan.output.mkdir(parents=True, exist_ok=True)
         waiting = [run for run in self.plan.runs if self.plan.left(run)]
-        kept = len(self.plan.runs) - len(waiting)
-        print(f"{len(self.plan.runs)} runs, {kept} finished before", flush=True)
+        finished = len(self.plan.runs) - len(waiting)
+        print(f"{len(self.plan.runs)} runs, {finished} finished before", flush=True)
         failures = {}
         pool = ThreadPoolExecutor(max_workers=self.jobs)
         try:
@@ -60,7 +60,7 @@ class Runner:
         return {run.name: failures[run.name] for run in waiting if run.name in failures}
 
     def _make(self, run: Run) -> str | None:
-        """Runs the commands that are left of one run; the end of its log if one fails."""
+        """Run the commands that are left of one run; return the end of its log if one fails."""
         log = self.plan.log(run)
         for command in self.plan.left(run):
             started = time.monotonic()
@@ -80,6 +80,7 @@ class Runner:
         with log.open("ab") as file:
             file.write(f"$ {shown(command, self.threads)}\n".encode())
             file.flush()
+            # Under the lock: a child is known to _stop as soon as there is one.
             with self._lock:
                 if self._stopped:
                     return -1
@@ -98,7 +99,7 @@ class Runner:
                     self._children.discard(process)
 
     def _stop(self) -> None:
-        """Ends the children and starts no more."""
+        """End the children and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._children:
@@ -108,5 +109,5 @@ class Runner:
 def tail(log: Path, lines: int = TAIL) -> str:
     """The last lines of a log, what progress bars overwrote left out."""
     text = log.read_text("utf-8", errors="replace")
-    kept = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return "\n".join(kept[-lines:])
+    written = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return "\n".join(written[-lines:])

@@ -13,19 +13,19 @@ from ..storage.change import put_memory
 from ..storage.layout import current
 from ..storage.save_load import load
 from ..storage.saved_folder import open_saved
-from .recipe import DomainData, Recipe, apply_overrides, data_root, parse
-from .schema import build
+from .recipe import Recipe, apply_overrides, parse
 from .train import make_trainer, prepare, training_arguments
 
 _WHERE = "koff add-memory"
+# The rest of a recipe describes the backbone, which is there already.
 _SETTABLE = ("data", "general", "train", "koff.lora", "koff.kv", "seed", "dtype")
 
 
 def addition(
     directory: Path, name: str, data: dict[str, Any], overrides: Iterable[str] = ()
 ) -> Recipe:
-    """The recipe of one more memory: its parts as the folder's model was attached with, the rest at
-    the defaults of a recipe.
+    """Return the recipe of one more memory: its parts as the folder's model was attached with, the
+    rest at the defaults of a recipe.
 
     Args:
         directory: of a saved model.
@@ -33,6 +33,9 @@ def addition(
         data: its section of a recipe, {"train": file, ...}; relative paths start from the working
             directory.
         overrides: "key.path=value" texts, as for `koff train`.
+
+    Returns:
+        The recipe, with the memory as its only domain.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: no saved model, a taken name, or values that no
@@ -53,6 +56,8 @@ def addition(
     values = {
         "model": str(current(directory).resolve()),
         "data": {name: data},
+        # The backbone is pruned already. One that was pruned with gates alone says nothing about
+        # the parts of memories: theirs are a recipe's defaults.
         "koff": {"target_sparsity": 0} | (parts if any(parts.values()) else {}),
     }
     recipe = parse(apply_overrides(values, overrides), Path.cwd())
@@ -64,11 +69,11 @@ def addition(
 
 
 def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Path:
-    """Trains the memory that a recipe describes and writes it into the saved folder.
+    """Train the memory that a recipe describes and write it into the saved folder.
 
     Args:
         directory: of the saved model; nothing but its list of memories and its card changes.
-        recipe: what `addition` returned.
+        recipe: what ``addition`` returned.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
 
     Returns:
@@ -93,21 +98,13 @@ def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Pat
         )
     if writes:
         values = recipe.to_dict()
-        record = {key: values[key] for key in ("train", "general", "seed")}
-        record |= {"source": recipe.data_names()[name], "data": values["data"][name]}
-        put_memory(directory, model, name, record | {"root": str(recipe.root)})
+        record = {
+            "train": values["train"],
+            "general": values["general"],
+            "seed": values["seed"],
+            "source": recipe.data_names()[name],
+            "data": values["data"][name],
+            "root": str(recipe.root),
+        }
+        put_memory(directory, model, name, record)
     return directory
-
-
-def added_data(record: dict[str, Any], name: str) -> DomainData:
-    """The splits of a domain that was added later, local paths made absolute.
-
-    Args:
-        record: what `extend` stored.
-        name: of the memory, for errors.
-    """
-    root, values = data_root(Path(record["root"])), dict(record["data"])
-    for split in ("train", "validation", "test"):
-        if isinstance(values.get(split), str):
-            values[split] = str(root / values[split])
-    return build(DomainData, values, f"data.{name}")

@@ -1,4 +1,5 @@
-"""Progress of a training run on the terminal: one bar, or one line per log where there is none."""
+"""Progress of a training run on the terminal: one bar, or a line for each log where the output is
+no terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _SHOWN = {"loss": "loss {:.3f}", "sparsity_mlp": "sparsity {:.1%}", "undecided":
 
 
 class TrainProgress(TrainerCallback):
-    """Shows steps, loss, sparsity and the undecided share; replaces transformers' own bar.
+    """Show steps, loss, sparsity and the undecided share; takes the place of transformers' own bar.
 
     Args:
         console: where to draw; None is the standard output.
@@ -26,30 +27,33 @@ class TrainProgress(TrainerCallback):
         self.task: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the bar on the process that writes."""
+        """Start the bar on the process that writes."""
         if state.is_world_process_zero and self.console.is_terminal:
-            columns = (
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[facts]}"),
-            )
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), *columns, console=self.console
+                console=self.console,
             )
             self.bar.start()
-            done = state.global_step
             self.task = self.bar.add_task(
-                self.label, total=state.max_steps, completed=done, facts=""
+                self.label,
+                total=state.max_steps,
+                completed=state.global_step,  # not 0 after a resume
+                facts="",
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Moves the bar."""
+        """Move the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Shows the latest numbers."""
+        """Show the latest numbers."""
         logs = logs or {}
+        # The last log of a run is its summary, and has "train_loss" instead.
         if not state.is_world_process_zero or "loss" not in logs:
             return
         facts = "  ".join(text.format(logs[name]) for name, text in _SHOWN.items() if name in logs)
@@ -60,7 +64,7 @@ class TrainProgress(TrainerCallback):
             self.console.print(step, markup=False, highlight=False)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Stops the bar."""
+        """Stop the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

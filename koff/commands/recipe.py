@@ -1,4 +1,7 @@
-"""Recipes: one YAML file that says which model is trained on which data, and how."""
+"""Recipes: one YAML file that says which model is trained on which data, and how.
+
+Reading one needs neither torch nor transformers, so a misspelt key is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.sources import DataSource, check_source
+from ..errors import asker
 from ..model.config import KoffConfig
+from ..storage.files import File
 from ..training.arguments import Settings
 from .schema import build, convert, join, unknown_key
+
+RECIPE_FILE = "recipe.json"  # in the output folder of a run
+
+# numpy, which transformers seeds too, takes no larger one.
+_MOST_SEED = (1 << 32) - 1
+# Far beyond any run: a slip of the keyboard is refused here, and not by an overflow in a schedule.
+_MOST_STEPS = 10**9
 
 Columns = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a dataset of the Hugging Face hub; the fields are those of `DataSource`."""
+    """One split of a dataset of the Hugging Face hub; the fields are those of ``DataSource``."""
 
     hub: str
     name: str | None = None
@@ -42,7 +54,7 @@ class DomainData:
 
 @dataclass(frozen=True)
 class GeneralData(DomainData):
-    """A part of the general mixture; `weight` is its share in the draws, relative to the others."""
+    """A part of the general mixture; ``weight``: its share in the draws, relative to the others."""
 
     weight: float = 1.0
 
@@ -51,12 +63,24 @@ class GeneralData(DomainData):
             raise ValueError(f"weight must be positive, got {self.weight}; 1.0 is neutral")
 
 
-_MOST_STEPS = 10**9
-
-
 @dataclass
 class TrainSettings(Settings):
-    """How long and how fast; what is not named here keeps the default of KoffTrainingArguments."""
+    """How long and how fast, beside koff's own ``Settings``.
+
+    Args:
+        steps: of the optimiser.
+        batch_size: rows of one forward, per device.
+        gradient_accumulation: forwards of one step.
+        lr_scheduler: of LoRA and KV, one of transformers' names.
+        warmup_ratio: share of the steps over which their rates rise from 0.
+        weight_decay: of the LoRA matrices.
+        max_grad_norm: of gates, LoRA and KV, each by itself.
+        bf16: mixed precision; a base that is loaded in bfloat16 needs none.
+        gradient_checkpointing: keep the layers' inputs alone, and compute the rest again.
+        save_every: steps from one checkpoint to the next; 0: none is written.
+        keep_checkpoints: so many of the newest stay.
+        logging_every: steps from one logged line to the next.
+    """
 
     steps: int = 1000
     batch_size: int = 8
@@ -114,13 +138,14 @@ class Recipe:
     root: Path = field(default=Path(), init=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the recipe as plain values, paths as written, ready for JSON and for `parse`."""
+        """Return the recipe as plain values, paths as written, ready for JSON and for ``parse``."""
         values = dataclasses.asdict(self)
         del values["root"]
+        # Through JSON, so that it equals what was stored and read again: tuples become lists.
         return json.loads(json.dumps(values))
 
     def model_path(self) -> str:
-        """Returns the folder of the model, or its hub id.
+        """Return the folder of the model, or its hub id.
 
         Raises:
             FileNotFoundError: the value can only be a folder, and there is none.
@@ -136,7 +161,7 @@ class Recipe:
         return self.model
 
     def sources(self, split: str, *, general: bool = False) -> dict[str, DataSource]:
-        """Returns {name: source} of one split, of the domains or of the general mixture.
+        """Return {name: source} of one split, of the domains or of the general mixture.
 
         Args:
             split: "train", "validation" or "test"; what has no such split is left out.
@@ -155,7 +180,7 @@ class Recipe:
         return found
 
     def data_names(self, *, general: bool = False) -> dict[str, str]:
-        """Returns {name: what it was trained on}: hub ids, and file names without their folders.
+        """Return {name: what it was trained on}: hub ids, and file names without their folders.
 
         Args:
             general: the general mixture instead of the domains.
@@ -164,7 +189,11 @@ class Recipe:
         return {name: s.path.name if s.path else str(s) for name, s in sources.items()}
 
     def check_files(self) -> None:
-        """Raises FileNotFoundError or ValueError if a local file is missing or of unknown kind."""
+        """Refuse local files that are missing or of an unknown kind.
+
+        Raises:
+            FileNotFoundError, ValueError: so.
+        """
         for split in ("train", "validation", "test"):
             for general in (False, True):
                 for source in self.sources(split, general=general).values():
@@ -172,7 +201,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe file, applies overrides and checks it.
+    """Read a recipe file, apply overrides and check it.
 
     Args:
         path: the YAML file.
@@ -193,8 +222,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bad dates, bad UTF-8
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where is not None else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
         raise ValueError(
             f"recipe: {path}{line} must be valid YAML, got {getattr(error, 'problem', error)}; "
             "correct the file"
@@ -208,13 +237,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def data_root(default: Path) -> Path:
-    """Returns the folder relative paths start from: $KOFF_DATA if set, else `default`."""
+    """Return the folder that relative paths start from: $KOFF_DATA if set, else ``default``."""
     folder = os.environ.get("KOFF_DATA")
     return (Path(folder) if folder else default).resolve()
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Returns a copy of nested values with "key.path=value" texts applied, values read as YAML.
+    """Return a copy of nested values with "key.path=value" texts applied, values read as YAML.
 
     Args:
         values: what the recipe file holds.
@@ -225,7 +254,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     """
     import yaml
 
-    result = json.loads(json.dumps(values, default=str))
+    result = json.loads(json.dumps(values, default=str))  # a deep copy; YAML's dates become texts
     for text in overrides:
         key_path, equals, value = text.partition("=")
         keys = key_path.strip().split(".")
@@ -254,7 +283,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def parse(values: Mapping[str, Any], root: Path) -> Recipe:
-    """Builds and checks a recipe from plain values.
+    """Build and check a recipe from plain values.
 
     Args:
         values: nested mappings as in the YAML file.
@@ -274,10 +303,10 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
             "recipe: data must name at least one domain, got none; add data.<name>.train"
         )
     seed = convert(int, values.get("seed", 0), "seed")
-    if not 0 <= seed < 1 << 32:  # numpy's range, the narrowest
-        raise ValueError(f"recipe: seed must lie in 0..{(1 << 32) - 1}, got {seed}; correct it")
+    if not 0 <= seed <= _MOST_SEED:
+        raise ValueError(f"recipe: seed must lie in 0..{_MOST_SEED}, got {seed}; correct it")
     values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
-    for name in ("general", "train"):
+    for name in ("general", "train"):  # "train:" with nothing below it is null to YAML
         values[name] = values.get(name) or {}
     recipe = build(Recipe, values, "")
     recipe.root = root
@@ -291,7 +320,9 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
 
 
 def _koff_values(values: Any, domains: list[str], seed: int) -> Any:
-    """The koff section with its defaults that depend on the rest: domains as memories, the seed."""
+    """Return the koff section with the defaults that depend on the rest: domains as memories, the
+    recipe's seed.
+    """
     if not isinstance(values, Mapping):
         return values  # build() says what is wrong with it
     values = {"memories": domains, "seed": seed} | dict(values)
@@ -301,8 +332,44 @@ def _koff_values(values: Any, domains: list[str], seed: int) -> Any:
     return values
 
 
+def stored_recipe(output: Path) -> tuple[dict[str, Any], str]:
+    """Read what a run stored of its recipe.
+
+    Args:
+        output: folder of the run, with its recipe.json.
+
+    Returns:
+        The values, and the folder that relative paths in them start from.
+
+    Raises:
+        ValueError: a damaged recipe.json.
+    """
+    values = File(output / RECIPE_FILE).json()
+    recipe, root = values.get("recipe"), values.get("root")
+    if not isinstance(recipe, dict) or not isinstance(root, str):
+        raise ValueError(
+            f"{asker()}: {RECIPE_FILE} must hold the recipe and its folder, got "
+            f"{repr(values)[:80]}; copy the file again"
+        )
+    return recipe, root
+
+
+def added_data(record: dict[str, Any], name: str) -> DomainData:
+    """Return the splits of a domain that was added later, local paths made absolute.
+
+    Args:
+        record: what `koff add-memory` stored of it.
+        name: of the memory, for errors.
+    """
+    root, values = data_root(Path(record["root"])), dict(record["data"])
+    for split in ("train", "validation", "test"):
+        if isinstance(values.get(split), str):
+            values[split] = str(root / values[split])
+    return build(DomainData, values, f"data.{name}")
+
+
 def first_difference(a: Any, b: Any, path: str = "") -> str | None:
-    """Returns the key path of the first difference between nested plain values, None if equal.
+    """Return the key path of the first difference between nested plain values, None if equal.
 
     Args:
         a, b: nested mappings, lists and scalars.

@@ -16,13 +16,13 @@ _NAMES = {str: "a text", int: "an integer", float: "a number", bool: "true or fa
 
 
 def build(cls: type[T], value: Any, path: str) -> T:
-    """Builds a dataclass from a mapping and checks every key and type on the way.
+    """Build a dataclass from a mapping, checking every key and type on the way.
 
     Args:
         cls: dataclass; its fields' types may be str, int, float, bool, None, Literal, dataclasses,
-            `X | None`, `tuple[X, ...]` and `dict[str, X]`.
+            ``X | None``, ``tuple[X, ...]`` and ``dict[str, X]``.
         value: what YAML gave.
-        path: key path of `value`, for errors ("train", "data.en"); "" at the top.
+        path: key path of ``value``, for errors ("train", "data.en"); "" at the top.
 
     Returns:
         The dataclass, with fields that the mapping lacks at their defaults.
@@ -49,14 +49,15 @@ def build(cls: type[T], value: Any, path: str) -> T:
     try:
         return cls(**arguments)
     except (ValueError, TypeError) as error:
+        # What the dataclass refuses in __post_init__ knows its field, but not where it stands.
         raise ValueError(f"recipe: in {path or 'the recipe'}: {error}") from error
 
 
 def convert(hint: Any, value: Any, path: str) -> Any:
-    """Checks one value against a type hint and returns it, converted where YAML leaves no choice.
+    """Return a value that a type hint allows, converted where YAML leaves no choice.
 
     Args:
-        hint: a type as `build` knows it.
+        hint: a type as ``build`` knows it.
         value: what YAML gave.
         path: key path, for errors.
 
@@ -64,7 +65,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
         The value: mappings as dataclasses, lists as tuples, integers as floats where due.
 
     Raises:
-        KeyError, ValueError: as `build`.
+        KeyError, ValueError: as ``build``.
     """
     options = _options(hint)
     if value is None and type(None) in options:
@@ -72,6 +73,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     options = [option for option in options if option is not type(None)]
     for option in options:
         origin = typing.get_origin(option)
+        # With one option even what is no mapping goes to build(), which says what it should be.
         if dataclasses.is_dataclass(option) and (isinstance(value, Mapping) or len(options) == 1):
             return build(option, value, path)
         if origin is dict and isinstance(value, Mapping):
@@ -93,7 +95,7 @@ def convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def unknown_key(path: str, key: Any, known: Iterable[str]) -> KeyError:
-    """Returns the error for a key that does not exist, with the nearest known one suggested.
+    """Return the error for a key that does not exist, with the nearest known one suggested.
 
     Args:
         path: full key path.
@@ -101,13 +103,14 @@ def unknown_key(path: str, key: Any, known: Iterable[str]) -> KeyError:
         known: keys that exist there.
     """
     names = sorted(known)
+    # Below difflib's 0.6, so that the half of a name is enough: "save" for save_every.
     close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "remove it"
     return KeyError(f"recipe: {path} must be one of the known keys {names}, got {key!r}; {hint}")
 
 
 def join(path: str, key: Any) -> str:
-    """Returns the key path of `key` under `path`."""
+    """Return the key path of ``key`` under ``path``."""
     return f"{path}.{key}" if path else str(key)
 
 
@@ -118,6 +121,7 @@ def _options(hint: Any) -> list[Any]:
 
 
 def _is_scalar(option: type, value: Any) -> bool:
+    # True and False are ints to Python, and never meant as numbers in a recipe.
     if option is float:
         # YAML 1.1 reads 1e-3 (no point) as a text; nobody who writes it means one.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

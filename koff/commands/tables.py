@@ -1,4 +1,4 @@
-"""Tables of measured rows: for the terminal (rich) and for Markdown."""
+"""Results for people and for programs: tables for the terminal (rich) and in Markdown, and JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from ..storage.publish import rename, sync
 
 if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
     from ..evaluation.perplexity import EvalRow
+    from ..pruning.binarize import SparsityReport
 
 OWN, NONE, DENSE, GATES = "own memory", "no memory", "dense", "gates only"
 
@@ -25,7 +29,7 @@ def pivot(
     gates_only: Iterable[EvalRow] = (),
     metric: str = "perplexity",
 ) -> tuple[list[str], list[list[str]]]:
-    """Arranges rows as one line per domain and one column per variant and memory.
+    """Arrange rows as one line per domain and one column per variant and memory.
 
     Args:
         rows: rows of the koff model and, if measured, of the dense base.
@@ -58,12 +62,8 @@ def pivot(
     lines = []
     for domain, values in cells.items():
         own = _memory_column(domain) if OWN in values else None
-        lines.append(
-            [
-                domain,
-                *("·" if name == own else _number(values.get(name), digits) for name in header),
-            ]
-        )
+        numbers = ["·" if name == own else _number(values.get(name), digits) for name in header]
+        lines.append([domain, *numbers])
     return ["domain", *header], lines
 
 
@@ -73,11 +73,8 @@ def eval_table(
     gates_only: Iterable[EvalRow] = (),
     metric: str = "perplexity",
     title: str | None = None,
-) -> Any:
-    """Returns the rows as a `rich` table, own memory in bold; arguments as `pivot`."""
-    from rich.markup import escape
-    from rich.table import Table
-
+) -> Table:
+    """Return the rows as a ``rich`` table, own memory in bold; arguments as ``pivot``."""
     header, lines = pivot(rows, gates_only=gates_only, metric=metric)
     table = Table(title=escape(title or f"{metric.replace('_', ' ')} (lower is better)"))
     for name in header:
@@ -89,16 +86,8 @@ def eval_table(
     return table
 
 
-def prefix_table(found: PrefixMass, *, title: str) -> Any:
-    """Returns per layer what a memory's learned keys get of the attention, as a `rich` table.
-
-    Args:
-        found: what `koff.prefix_attention_mass` measured.
-        title: heading.
-    """
-    from rich.markup import escape
-    from rich.table import Table
-
+def prefix_table(found: PrefixMass, *, title: str) -> Table:
+    """Return per layer what a memory's learned keys get of the attention, as a ``rich`` table."""
     first = "frozen tokens" if found.frozen > 1 else "first token"
     table = Table(title=escape(title))
     for name in ("layer", "mass on the prefix", f"of it on the {first}", "largest head"):
@@ -111,19 +100,8 @@ def prefix_table(found: PrefixMass, *, title: str) -> Any:
     return table
 
 
-def eval_markdown(
-    rows: Iterable[EvalRow],
-    *,
-    gates_only: Iterable[EvalRow] = (),
-    metric: str = "perplexity",
-) -> str:
-    """Returns the rows as a Markdown table; arguments as `pivot`."""
-    header, lines = pivot(rows, gates_only=gates_only, metric=metric)
-    return markdown(header, lines)
-
-
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Returns a Markdown table, first column left-aligned, the others right-aligned.
+    """Return a Markdown table, first column left-aligned, the others right-aligned.
 
     Args:
         header: names of the columns.
@@ -133,16 +111,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
 
 
-def facts_table(facts: Mapping[str, str], *, title: str) -> Any:
-    """Returns a two-column `rich` table of named values.
-
-    Args:
-        facts: {name: value}, both ready to print.
-        title: heading.
-    """
-    from rich.markup import escape
-    from rich.table import Table
-
+def facts_table(facts: Mapping[str, str], *, title: str) -> Table:
+    """Return a two-column ``rich`` table of {name: value}, both ready to print."""
     table = Table(title=escape(title), show_header=False)
     table.add_column(style="cyan")
     table.add_column(justify="right")
@@ -151,16 +121,9 @@ def facts_table(facts: Mapping[str, str], *, title: str) -> Any:
     return table
 
 
-def facts_markdown(facts: Mapping[str, str]) -> str:
-    """Returns named values as a two-column Markdown table."""
-    return markdown(["", "value"], facts.items())
-
-
-def sparsity_facts(report: Any) -> dict[str, str]:
-    """Returns the lines of a sparsity report: shares removed, decidedness and widths.
-
-    Args:
-        report: what `koff.sparsity` returns.
+def sparsity_facts(report: SparsityReport) -> dict[str, str]:
+    """Return the named facts of what ``koff.sparsity`` reports: shares removed, whether the gates
+    are decided, and widths.
     """
     widths = list(report.widths)
     span = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
@@ -174,12 +137,12 @@ def sparsity_facts(report: Any) -> dict[str, str]:
 
 
 def millions(count: int) -> str:
-    """Returns a number of parameters in millions or thousands, such as "5.77 M"."""
+    """Return a number of parameters in millions or thousands, such as "5.77 M"."""
     return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON so that the file is either whole or not there.
+    """Write JSON so that the file is either whole or not there.
 
     Args:
         path: file to write; its folder must exist.
@@ -204,7 +167,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises FileNotFoundError if the folder of `path` is missing, ValueError if `path` is one."""
+    """Refuse a path that no file can be written to.
+
+    Raises:
+        FileNotFoundError: its folder does not exist. ValueError: it is a folder itself.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -227,6 +194,7 @@ def _memory_column(name: str) -> str:
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return "–"
+    # A model that diverged measures 1e30 or infinity, which would tear the columns apart.
     return f"{value:.{digits}f}" if math.isfinite(value) and value < 1e5 else f"{value:.3g}"
 
 

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.blocks import PackedBlocks, pack
-from ..data.sources import load_documents
-from ..errors import asked_by, refuse, require
-from ..storage.files import File
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_torch_xla_available
+
+from ..data.blocks import PackedBlocks, load_documents, pack
+from ..errors import asked_by
+from ..model import arch
+from ..model.attach import attach
+from ..pruning.binarize import binarize, sparsity
+from ..pruning.compact import compact
 from ..storage.layout import MARKER, current
-from ..training.arguments import OWN_FIELDS
+from ..storage.save_load import save
+from ..training.arguments import OWN_FIELDS, KoffTrainingArguments
 from ..training.checkpoint import last_complete
+from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
-from .recipe import Recipe, first_difference
+from .recipe import RECIPE_FILE, Recipe, first_difference, stored_recipe
 from .tables import write_json
 
 logger = logging.getLogger("koff")
 
-RECIPE_FILE, LOG_FILE, CHECKPOINTS = "recipe.json", "train_log.json", "checkpoints"
+LOG_FILE, CHECKPOINTS = "train_log.json", "checkpoints"
 
 
 @dataclass
 class Prepared:
-    """What a run needs before it may write anything."""
+    """What a run needs before it may write anything.
+
+    Args:
+        tokenizer: of the recipe's model.
+        train: {domain: its blocks}.
+        general: {part: its blocks} of the general mixture; may be empty.
+        weights: {part: its share in the draws}, relative to the others.
+        checkpoint: folder to resume from, or None.
+    """
 
     tokenizer: Any
     train: dict[str, PackedBlocks]
@@ -40,7 +61,7 @@ class Prepared:
 def run(
     recipe: Recipe, output: str | Path, *, device: str | None = None, label: str = "training"
 ) -> Path:
-    """Trains what a recipe describes and saves the pruned model with its memories.
+    """Train what a recipe describes and save the pruned model with its memories.
 
     Everything that can be wrong is looked at first; nothing is written before. A run that was
     interrupted goes on from its last complete checkpoint when it is started again in the same way.
@@ -57,18 +78,20 @@ def run(
     Raises:
         FileNotFoundError, KeyError, ValueError: a recipe that cannot run; nothing was written.
     """
-    import koff
-
     output = Path(output)
     prepared = prepare(recipe, check_output(output, recipe))
-    model = koff.attach(load_base(recipe), recipe.koff)
+    model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
     trainer = make_trainer(model, prepared, arguments, label)
+    # From here on files are written: by one process of a distributed run alone.
     writes = trainer.is_world_process_zero()
     if writes:
         if prepared.checkpoint is None and (output / RECIPE_FILE).exists():
-            step = "it starts from the beginning; train.save_every writes checkpoints"
-            logger.warning("koff train: the run in %s left no checkpoint: %s", output, step)
+            logger.warning(
+                "koff train: the run in %s left no checkpoint: it starts from the beginning; "
+                "train.save_every writes checkpoints",
+                output,
+            )
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / RECIPE_FILE, {"root": str(recipe.root), "recipe": recipe.to_dict()})
     started = time.perf_counter()
@@ -79,29 +102,32 @@ def run(
         if not list(output.glob(f"{CHECKPOINTS}/*")) and (output / CHECKPOINTS).is_dir():
             (output / CHECKPOINTS).rmdir()  # transformers makes it even if nothing is saved
         write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
-        metadata = {"base": recipe.model, "revision": recipe.revision, "seed": recipe.seed}
-        metadata |= {"data": recipe.data_names(), "general": recipe.data_names(general=True)}
-        koff.save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
+        metadata = {
+            "base": recipe.model,
+            "revision": recipe.revision,
+            "seed": recipe.seed,
+            "data": recipe.data_names(),
+            "general": recipe.data_names(general=True),
+        }
+        save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
     return output
 
 
-def make_trainer(model: Any, prepared: Prepared, arguments: Any, label: str) -> Any:
-    """The KoffTrainer of a run, with koff's bar for transformers'; leaves no folder if it fails.
+def make_trainer(
+    model: PreTrainedModel, prepared: Prepared, arguments: KoffTrainingArguments, label: str
+) -> KoffTrainer:
+    """Make the trainer of a run, with koff's bar for transformers'; leave no folder if it fails.
 
     Args:
         model: an attached model.
         prepared: its data.
-        arguments: `KoffTrainingArguments`.
+        arguments: of the training.
         label: what stands before the bar.
     """
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    import koff
-
     folder = Path(arguments.output_dir)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        trainer = koff.KoffTrainer(
+        trainer = KoffTrainer(
             model,
             args=arguments,
             train_datasets=prepared.train,
@@ -111,7 +137,7 @@ def make_trainer(model: Any, prepared: Prepared, arguments: Any, label: str) -> 
         )
     except Exception:
         # transformers' Trainer makes its folder before it has checked everything.
-        for path in made:
+        for path in missing:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
@@ -121,8 +147,8 @@ def make_trainer(model: Any, prepared: Prepared, arguments: Any, label: str) -> 
     return trainer
 
 
-def finish(model: Any, recipe: Recipe) -> dict[str, Any]:
-    """Fixes the mask and removes the closed neurons, in place.
+def finish(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
+    """Fix the mask and remove the closed neurons, in place.
 
     Args:
         model: the trained koff model.
@@ -131,30 +157,29 @@ def finish(model: Any, recipe: Recipe) -> dict[str, Any]:
     Returns:
         What was reached, ready for JSON; empty for a recipe without gates.
     """
-    import koff
-
     if recipe.koff.target_sparsity == 0:
         return {}
     facts = {}
-    if not koff.sparsity(model).hard:  # else the trainer fixed the mask on the way
-        report = koff.binarize(model, multiple_of=recipe.train.width_multiple_of)
-        facts["binarize"] = _plain(report)
-    koff.compact(model, inplace=True)
-    return facts | {"sparsity": _plain(koff.sparsity(model))}
+    if not sparsity(model).hard:  # else the trainer fixed the mask on the way
+        report = binarize(model, multiple_of=recipe.train.width_multiple_of)
+        facts["binarize"] = asdict(report)
+    compact(model, inplace=True)
+    return facts | {"sparsity": asdict(sparsity(model))}
 
 
 def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
-    """Checks files, model and data of a run, and loads what is cheap to load.
+    """Check files, model and data of a run, and load what is cheap to load.
 
     Args:
         recipe: the recipe.
         checkpoint: to resume from, or None.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as `run`.
+        FileNotFoundError, KeyError, ValueError: as ``run``.
     """
     recipe.check_files()
     config = check_model(recipe)
+    # A row finds its memory's keys at positions -P..-1: both together must fit the context.
     limit = getattr(config, "max_position_embeddings", None)
     prefix = recipe.koff.kv.num_tokens if recipe.koff.kv and recipe.koff.memories else 0
     if limit is not None and recipe.train.block_size + prefix > limit:
@@ -163,25 +188,20 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
             f"positions, got {recipe.train.block_size} + {prefix}; lower one of them"
         )
     tokenizer = load_tokenizer(recipe)
-    packed: list[dict[str, PackedBlocks]] = []
-    for general in (False, True):
-        packed.append(
-            {
-                name: pack(
-                    load_documents(source),
-                    tokenizer,
-                    recipe.train.block_size,
-                    name=f"{'general' if general else 'data'}.{name}.train",
-                )
-                for name, source in recipe.sources("train", general=general).items()
-            }
-        )
+
+    def packed(general: bool) -> dict[str, PackedBlocks]:
+        kind, size = "general" if general else "data", recipe.train.block_size
+        return {
+            name: pack(load_documents(source), tokenizer, size, name=f"{kind}.{name}.train")
+            for name, source in recipe.sources("train", general=general).items()
+        }
+
     weights = {name: part.weight for name, part in recipe.general.items()}
-    return Prepared(tokenizer, packed[0], packed[1], weights, checkpoint)
+    return Prepared(tokenizer, packed(False), packed(True), weights, checkpoint)
 
 
 def check_output(output: Path, recipe: Recipe) -> str | None:
-    """Checks that a run may write to `output`.
+    """Check that a run may write to a folder.
 
     Args:
         output: folder of the run.
@@ -212,7 +232,8 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
                 f"{sorted(others)[:5]}; choose another folder"
             )
         return None
-    stored, _ = stored_recipe(output, "koff train")
+    with asked_by("koff train"):
+        stored, _ = stored_recipe(output)
     difference = first_difference(stored, recipe.to_dict())
     if difference is not None:
         raise ValueError(
@@ -223,33 +244,14 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest complete checkpoint under `folder`, None if there is none; incomplete ones
-    are ignored with a warning.
+    """Return the newest complete checkpoint under ``folder``, None if there is none; incomplete
+    ones are ignored with a warning.
 
     Args:
-        folder: where the trainer writes `checkpoint-<step>`.
+        folder: where the trainer writes ``checkpoint-<step>``.
     """
     found = last_complete(folder)
     return None if found is None else str(found)
-
-
-def stored_recipe(output: Path, where: str) -> tuple[dict[str, Any], str]:
-    """Returns what a run stored of its recipe: the values, and the folder it was read from.
-
-    Args:
-        output: folder of the run, with its recipe.json.
-        where: for errors.
-
-    Raises:
-        ValueError: a damaged recipe.json.
-    """
-    with asked_by(where):
-        values = File(output / RECIPE_FILE).json()
-    recipe, root = values.get("recipe"), values.get("root")
-    good = isinstance(recipe, dict) and isinstance(root, str)
-    rule, step = "hold the recipe and its folder", "copy the file again"
-    require(good, where, RECIPE_FILE, rule, repr(values)[:80], step)
-    return recipe, root
 
 
 def _is_start(item: Path) -> bool:
@@ -259,22 +261,12 @@ def _is_start(item: Path) -> bool:
     return empty or item.name.startswith(f".{RECIPE_FILE}.")
 
 
-def check_model(recipe: Recipe) -> Any:
-    """Loads the model's configuration and refuses architectures that koff does not know.
-
-    Args:
-        recipe: the recipe.
-
-    Returns:
-        The transformers configuration.
+def check_model(recipe: Recipe) -> PreTrainedConfig:
+    """Load the model's configuration and refuse architectures that koff does not know.
 
     Raises:
         FileNotFoundError, OSError: no such folder or hub id. ValueError: an unsupported model.
     """
-    from transformers import AutoConfig
-
-    from ..model import arch
-
     config = _load(recipe, AutoConfig)
     with asked_by("koff train"):
         arch.architecture(config.model_type)
@@ -282,35 +274,34 @@ def check_model(recipe: Recipe) -> Any:
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """Returns the tokenizer of the recipe's model."""
-    from transformers import AutoTokenizer
-
+    """Load the tokenizer of the recipe's model."""
     return _load(recipe, AutoTokenizer)
 
 
-def load_base(recipe: Recipe) -> Any:
-    """Returns the dense base model of a recipe, on the CPU."""
-    from transformers import AutoModelForCausalLM
-
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """Load the dense base model of a recipe, on the CPU."""
     return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype)
 
 
 def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
-    """What one of transformers' Auto classes makes of the recipe's model; an OSError where there is
-    none."""
+    """Load the recipe's model by one of transformers' Auto classes, running no code from it."""
     path = recipe.model_path()
     try:
         return cls.from_pretrained(
             path, revision=recipe.revision, trust_remote_code=False, **options
         )
     except OSError as error:
-        rule = f"be a folder (below {recipe.root}) or a model of the hub"
-        got = f"{path!r} ({str(error).splitlines()[0]})"
-        refuse("koff", "the base model", rule, got, "correct it, or set KOFF_DATA", OSError)
+        # transformers explains at length; the first line says what is the matter.
+        raise OSError(
+            f"koff: the base model must be a folder (below {recipe.root}) or a model of the hub, "
+            f"got {path!r} ({str(error).splitlines()[0]}); correct it, or set KOFF_DATA"
+        ) from error
 
 
-def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = None) -> Any:
-    """Returns the `KoffTrainingArguments` of a recipe.
+def training_arguments(
+    recipe: Recipe, folder: str | Path, device: str | None = None
+) -> KoffTrainingArguments:
+    """Return the arguments of a recipe's training.
 
     Args:
         recipe: the recipe.
@@ -320,16 +311,17 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
     Raises:
         ValueError: another device.
     """
-    import koff
-
-    rule, step = "be cpu (or left out)", "CUDA_VISIBLE_DEVICES chooses among GPUs"
-    require(device in (None, "cpu"), "koff train", "device", rule, repr(device), step)
+    if device not in (None, "cpu"):
+        raise ValueError(
+            f"koff train: device must be cpu (or left out), got {device!r}; CUDA_VISIBLE_DEVICES "
+            "chooses among GPUs"
+        )
     train = recipe.train
     own = {name: getattr(train, name) for name in OWN_FIELDS}
     own["general_every"] = train.general_every if recipe.general else 0
     # Named only where it is wanted: newer transformers warn about the name.
     checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
-    return koff.KoffTrainingArguments(
+    return KoffTrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
@@ -342,6 +334,7 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
         logging_steps=train.logging_every,
         seed=recipe.seed,
         report_to=[],
+        # Without an accelerator transformers takes bf16 only if it is told to use the CPU.
         use_cpu=device == "cpu" or not _has_accelerator(),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -352,13 +345,5 @@ def training_arguments(recipe: Recipe, folder: str | Path, device: str | None = 
 
 
 def _has_accelerator() -> bool:
-    """Whether transformers would find one. It takes bf16 on the CPU only if told so: use_cpu."""
-    import torch
-    from transformers.utils import is_torch_xla_available
-
+    """Whether transformers would find one."""
     return torch.accelerator.is_available() or is_torch_xla_available()
-
-
-def _plain(report: Any) -> Any:
-    """A report dataclass as values that JSON has."""
-    return json.loads(json.dumps(dataclasses.asdict(report), default=str))

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.blocks import pack
 from .corpus import Corpus, build_corpus
 
-# Chosen so that pretraining takes about two minutes on two cores and the model uses its neurons.
+# Chosen so that pretraining takes about two minutes on two cores and the model uses its neurons:
+# one that had more than its text needs would lose nothing by pruning, and memories win nothing.
 SETTINGS: dict[str, Any] = {
-    "format": 1,
+    "format": 1,  # to be raised when this file makes another model of the same settings
     "corpus_seed": 0,
     "vocab_size": 2048,
     "block_size": 128,
@@ -43,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def default_cache() -> Path:
-    """Returns $KOFF_CACHE if set, else the folder `koff` in the user's cache directory."""
+    """Return $KOFF_CACHE if set, else the folder ``koff`` in the user's cache directory."""
     if os.environ.get("KOFF_CACHE"):
         return Path(os.environ["KOFF_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -51,25 +55,27 @@ def default_cache() -> Path:
 
 
 def prepare_base(cache: Path, *, settings: Mapping[str, Any] = SETTINGS) -> Path:
-    """Makes the demo's corpus and base model, or finds them in the cache.
+    """Make the demo's corpus and base model, or find them in the cache.
 
     Args:
         cache: folder of caches; each combination of settings and corpus has a folder of its own.
-        settings: sizes and rates, as `SETTINGS`.
+        settings: sizes and rates, as ``SETTINGS``.
 
     Returns:
-        A folder with `base/` (model and tokenizer) and `data/<domain>.<split>.jsonl`.
+        A folder with ``base/`` (model and tokenizer) and ``data/<domain>.<split>.jsonl``.
 
     Raises:
         FileNotFoundError: this Python has no library source to read.
         OSError: the cache cannot be written.
     """
     corpus = build_corpus(settings["corpus_seed"])
+    # The corpus is a part of the name: another Python carries other sources.
     text = json.dumps([dict(settings), corpus], sort_keys=True)
     folder = cache / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if (folder / "base" / "config.json").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    # Made beside its place and renamed: what is there is whole, also after an interruption.
     temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-"))
     try:
         _write_corpus(corpus, temporary / "data")
@@ -96,19 +102,16 @@ def _write_corpus(corpus: Corpus, folder: Path) -> None:
             (folder / f"{domain}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
-    """Trains a byte-level BPE tokenizer on the training splits.
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the training splits.
 
     Args:
         corpus: {domain: {split: documents}}.
         vocab_size: number of tokens, <s>, </s> and <pad> included.
 
     Returns:
-        A `PreTrainedTokenizerFast`.
+        The tokenizer.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -125,20 +128,19 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
     )
 
 
-def pretrain(corpus: Corpus, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
-    """Trains a small Llama from scratch on all domains in equal parts.
+def pretrain(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]
+) -> LlamaForCausalLM:
+    """Train a small Llama from scratch on all domains in equal parts.
 
     Args:
         corpus: {domain: {split: documents}}.
         tokenizer: its tokenizer.
-        settings: sizes and rates, as `SETTINGS`.
+        settings: sizes and rates, as ``SETTINGS``.
 
     Returns:
         The model, in evaluation mode.
     """
-    from rich.progress import track
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(settings["seed"])
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
@@ -154,6 +156,7 @@ def pretrain(corpus: Corpus, tokenizer: Any, settings: Mapping[str, Any]) -> Any
     share = settings["batch_size"] // len(blocks)
     orders = [torch.randperm(len(part)) for part in blocks]
     for step in track(range(settings["steps"]), description="pretraining a base model"):
+        # As many rows of each domain, in an order of its own that starts anew at its end.
         picked = [
             part[order[torch.arange(step * share, (step + 1) * share) % len(order)]]
             for part, order in zip(blocks, orders, strict=True)
@@ -168,8 +171,9 @@ def pretrain(corpus: Corpus, tokenizer: Any, settings: Mapping[str, Any]) -> Any
     return model.eval()
 
 
-def _optimizer(model: Any, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(model: LlamaForCausalLM, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.dim() > 1]
+    # The scales of the norms: decay would pull them towards 0, not towards the 1 they start at.
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return torch.optim.AdamW(
         [
@@ -177,12 +181,12 @@ def _optimizer(model: Any, settings: Mapping[str, Any]) -> torch.optim.Optimizer
             {"params": vectors, "weight_decay": 0.0},
         ],
         lr=settings["learning_rate"],
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.95),  # as usual for language models
     )
 
 
 def _rate(step: int, settings: Mapping[str, Any]) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
+    """Linear warm-up, then half a cosine down to 2 %: share of the learning rate."""
     if step < settings["warmup_steps"]:
         return (step + 1) / settings["warmup_steps"]
     done = (step - settings["warmup_steps"]) / (settings["steps"] - settings["warmup_steps"])

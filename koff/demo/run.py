@@ -1,4 +1,4 @@
-"""`koff demo`: the whole path on a small model of its own, without network or other files."""
+"""``koff demo``: the whole path on a small model of its own, without network or other files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from ..commands.recipe import Recipe, parse
 from ..commands.saved import count_saved
@@ -17,6 +21,8 @@ from ..commands.tables import facts_table, millions, sparsity_facts
 from ..commands.train import load_base, run
 from ..data.sources import load_documents
 from ..evaluation.perplexity import evaluate
+from ..pruning.binarize import sparsity
+from ..storage.save_load import load
 from .base_model import SETTINGS, default_cache, prepare_base
 from .corpus import DOMAINS
 
@@ -33,17 +39,17 @@ TRAIN: dict[str, Any] = {
     "logging_every": 20,
 }
 KOFF: dict[str, Any] = {
-    "target_sparsity": 0.4,
+    "target_sparsity": 0.4,  # of 0.2 this small model would hardly notice the loss
     "lora": {"r": 8, "alpha": 16},
     "kv": {"num_tokens": 16, "init": "text"},
 }
 
 
 def demo_recipe(folder: Path, *, seed: int = 0, gates_only: bool = False) -> Recipe:
-    """Returns the recipe of the demo.
+    """Return the recipe of the demo.
 
     Args:
-        folder: what `prepare_base` returned; relative paths start there.
+        folder: what ``prepare_base`` returned; relative paths start there.
         seed: seed of the initialisation and of the data order.
         gates_only: the same schedule without memories.
     """
@@ -56,6 +62,7 @@ def demo_recipe(folder: Path, *, seed: int = 0, gates_only: bool = False) -> Rec
         "model": "base",
         "dtype": "float32",
         "data": data,
+        # General rows go with any memory, so that the gates meet every domain with every memory.
         "general": data,
         "koff": KOFF | parts,
         "train": TRAIN,
@@ -65,7 +72,7 @@ def demo_recipe(folder: Path, *, seed: int = 0, gates_only: bool = False) -> Rec
 
 
 def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int = 0) -> bool:
-    """Pretrains (or finds) a base, trains koff and gates alone, prunes, saves, reloads, compares.
+    """Pretrain (or find) a base, train koff and gates alone, prune, save, reload, compare.
 
     Args:
         output: folder to keep the model in; None uses a temporary one.
@@ -76,10 +83,8 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
         Whether koff, each domain with its own memory, has a lower mean perplexity than gates only.
 
     Raises:
-        ValueError: `output` holds something else. OSError: a folder cannot be written.
+        ValueError: ``output`` holds something else. OSError: a folder cannot be written.
     """
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     console = Console()
     started = time.perf_counter()
@@ -102,26 +107,22 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
 
 
 def _compare(console: Console, recipe: Recipe, gates_folder: Path, koff_folder: Path) -> bool:
-    from transformers import AutoTokenizer
-
-    import koff
-
     tokenizer = AutoTokenizer.from_pretrained(koff_folder)
     texts = {name: load_documents(source) for name, source in recipe.sources("test").items()}
 
-    def measure(model: Any) -> dict[tuple[str, str | None], float]:
+    def measure(model: PreTrainedModel) -> dict[tuple[str, str | None], float]:
         rows = evaluate(model, tokenizer, texts, block_size=recipe.train.block_size, batch_size=16)
         return {(row.domain, row.memory): row.perplexity for row in rows}
 
-    dense_model, small = load_base(recipe).eval(), koff.load(koff_folder)
-    dense, gates = measure(dense_model), measure(koff.load(gates_folder))
-    own = measure(small)
+    dense_model = load_base(recipe).eval()
+    small = load(koff_folder)
+    dense, gates, own = measure(dense_model), measure(load(gates_folder)), measure(small)
     console.print(_quality_table(dense, gates, own))
     facts = {
         "dense model": f"{millions(count_saved(recipe.root / 'base'))} parameters",
         "pruned backbone": f"{millions(count_saved(koff_folder, deep=False))} parameters",
         "each memory": f"{millions(count_saved(koff_folder / 'memories' / DOMAINS[0]))} parameters",
-        **sparsity_facts(koff.sparsity(small)),
+        **sparsity_facts(sparsity(small)),
         "forward, dense / pruned, no memory": f"{speed_up(dense_model, small, None):.2f}x",
         "forward, dense / pruned, one memory": f"{speed_up(dense_model, small, DOMAINS[0]):.2f}x",
     }
@@ -136,13 +137,12 @@ def _compare(console: Console, recipe: Recipe, gates_folder: Path, koff_folder: 
     return False
 
 
-def _quality_table(dense: dict, gates: dict, own: dict) -> Any:
-    from rich.table import Table
-
+def _quality_table(dense: dict, gates: dict, own: dict) -> Table:
     table = Table(title="perplexity on held-out text (lower is better)")
     table.add_column("domain")
     for name in ("dense", "gates only", "own memory", "wrong memory", "no memory"):
-        table.add_column(name, justify="right", style="bold green" if name[:3] == "own" else None)
+        style = "bold green" if name == "own memory" else None
+        table.add_column(name, justify="right", style=style)
     for index, domain in enumerate(DOMAINS):
         wrong = DOMAINS[(index + 1) % len(DOMAINS)]
         table.add_row(
@@ -156,8 +156,11 @@ def _quality_table(dense: dict, gates: dict, own: dict) -> Any:
     return table
 
 
-def speed_up(dense: Any, small: Any, memory: str | None, *, repeats: int = 15) -> float:
-    """Median time of the dense forward over that of the pruned one, taken in turns.
+def speed_up(
+    dense: PreTrainedModel, small: PreTrainedModel, memory: str | None, *, repeats: int = 15
+) -> float:
+    """Return the median time of the dense forward over that of the pruned one, taken in turns, so
+    that what slows the machine down for a while slows both.
 
     Args:
         dense: the base model.
@@ -165,8 +168,7 @@ def speed_up(dense: Any, small: Any, memory: str | None, *, repeats: int = 15) -
         memory: active memory of the pruned model, or None.
         repeats: forwards of each, on 8 rows of 128 tokens; three more to warm up.
     """
-    import torch
-
+    # The first three ids are <s>, </s> and <pad>.
     ids = torch.randint(3, dense.config.vocab_size, (8, 128), generator=torch.Generator())
 
     def seconds(forward: Callable[[], Any]) -> float:
@@ -181,5 +183,5 @@ def speed_up(dense: Any, small: Any, memory: str | None, *, repeats: int = 15) -
             times.append(
                 (first, seconds(lambda: small(input_ids=ids, use_cache=False, memory=memory)))
             )
-    kept = times[3:]
-    return statistics.median(a for a, _ in kept) / statistics.median(b for _, b in kept)
+    measured = times[3:]
+    return statistics.median(a for a, _ in measured) / statistics.median(b for _, b in measured)

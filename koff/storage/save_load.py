@@ -136,7 +136,7 @@ def _describe(
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         base=base,
         revision=revision,
         config=state.config,

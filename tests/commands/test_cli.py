@@ -8,8 +8,8 @@ import torch
 from support.command_line import fail, invoke, succeed
 
 import koff
+from koff.commands import train
 from koff.commands.recipe import load_recipe
-from koff.commands.train import training_arguments
 
 pytestmark = pytest.mark.usefixtures("no_data_root")
 
@@ -18,6 +18,10 @@ def test_help_lists_the_commands():
     text = succeed("--help")
     for name in ("demo", "train", "eval", "analyse", "generate", "info"):
         assert name in text
+
+
+def test_version():
+    assert succeed("--version") == f"koff {koff.__version__}\n"
 
 
 def test_train_writes_the_model_its_recipe_and_its_log(trained):
@@ -187,10 +191,10 @@ def test_train_in_bf16_needs_no_accelerator_and_no_option(root, tmp_path, monkey
 def test_an_accelerator_is_used_unless_the_cpu_is_asked_for(root, monkeypatch):
     recipe = load_recipe(root / "recipe.yaml")
     found = {}
-    monkeypatch.setattr(koff, "KoffTrainingArguments", lambda **given: found.update(given))
+    monkeypatch.setattr(train, "KoffTrainingArguments", lambda **given: found.update(given))
     for there, device, on_cpu in ((True, None, False), (True, "cpu", True), (False, None, True)):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
-        training_arguments(recipe, root, device)
+        train.training_arguments(recipe, root, device)
         assert found["use_cpu"] is on_cpu
 
 

@@ -44,9 +44,10 @@ def test_pivot_leaves_out_what_was_not_measured():
 
 
 def test_markdown_table():
-    text = report.eval_markdown(ROWS[:2])
+    text = report.markdown(*report.pivot(ROWS[:2]))
     assert text == "| domain | dense |\n| --- | ---: |\n| en | 10.00 |\n| math | 20.00 |\n"
-    assert report.facts_markdown({"size": "3"}) == "|  | value |\n| --- | ---: |\n| size | 3 |\n"
+    text = report.markdown(["", "value"], [("size", "3")])
+    assert text == "|  | value |\n| --- | ---: |\n| size | 3 |\n"
 
 
 def test_rich_tables_show_the_same_cells():

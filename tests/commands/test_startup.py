@@ -1,0 +1,98 @@
+"""What a command imports before it has anything to compute: modules are counted, not seconds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support.imports import ROOT
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "triton", "datasets", "tokenizers"}
+COMMANDS = (
+    "train", "eval", "analyse", "generate", "info", "export", "add-memory", "import-memory",
+    "remove-memory", "push", "demo",
+)  # fmt: skip
+
+# Runs `koff` with the arguments it gets, then prints its exit code and every module there is.
+KOFF = """
+import sys
+from koff.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    print("\\nENDS", end.code, *sys.modules)
+"""
+
+
+def fresh(code: str, *arguments: object, **environment: str) -> str:
+    """Run code in a process of its own, and return what it printed."""
+    env = {name: v for name, v in os.environ.items() if name not in ("KOFF_BACKEND", "KOFF_DATA")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run(*arguments: object) -> tuple[int, set[str]]:
+    """Run `koff`, and return its exit code and the modules it imported."""
+    code, *modules = fresh(KOFF, *arguments).rpartition("\nENDS ")[2].split()
+    assert "koff.cli" in modules
+    return int(code), set(modules)
+
+
+@pytest.mark.parametrize("arguments", [(), *((name,) for name in COMMANDS)], ids=str)
+def test_help_imports_neither_torch_nor_transformers(arguments):
+    code, modules = run(*arguments, "--help")
+    assert code == 0 and not modules & HEAVY
+
+
+def test_version_imports_neither_torch_nor_transformers():
+    code, modules = run("--version")
+    assert code == 0 and not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("trian",),
+        ("train",),
+        ("train", "--stpes", "3"),
+        ("train", "none.yaml", "--output", "out"),
+        ("train", "recipes/docs-llama.yaml", "--output", "out", "--set", "train.stpes=3"),
+        ("train", "recipes/docs-llama.yaml", "--output", "out", "--set", "koff.lora.r=0"),
+        ("train", "recipes/docs-llama.yaml", "--output", "out", "--without", "mlp"),
+        ("eval", "none"),
+        ("eval", "none", "--batch-size", "many"),
+        ("eval", "none", "--json", "none/rows.json"),
+        ("analyse", "none", "--domain", "en"),
+        ("generate", "none", "Once"),
+        ("generate", "none", "Once", "--temperature", "-1"),
+        ("info", "none"),
+    ],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)
+def test_wrong_arguments_are_refused_before_torch_or_transformers(arguments):
+    code, modules = run(*arguments)
+    assert code == 2 and not modules & HEAVY
+
+
+def test_info_reads_a_saved_model_without_torch_or_transformers(saved):
+    code, modules = run("info", saved)
+    assert code == 0 and not modules & HEAVY
+
+
+def test_importing_koff_imports_neither_torch_nor_transformers():
+    modules = set(fresh("import koff, sys; print(*sys.modules)").split())
+    assert "koff" in modules and not modules & (HEAVY | {"koffkernels"})
+
+
+def test_kernels_can_be_interpreted_by_who_imports_koff_before_triton():
+    """Triton reads TRITON_INTERPRET when it is imported, which may be before koff's first use."""
+    code = "import koff, triton; print(triton.knobs.runtime.interpret)"
+    assert fresh(code, KOFF_BACKEND="interpret", TRITON_INTERPRET="").strip() == "True"
