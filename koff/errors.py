@@ -13,9 +13,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NoReturn
-
-__all__ = ["asked_by", "asker", "refuse", "require"]
 
 _ASKER: ContextVar[str] = ContextVar("koff_asker", default="koff")
 
@@ -37,25 +34,3 @@ def asked_by(name: str) -> Iterator[None]:
 def asker() -> str:
     """Return who asked, for the beginning of an error."""
     return _ASKER.get()
-
-
-# As in koffkernels.checks, which imports torch: a misspelt recipe need not wait for that.
-def refuse(
-    where: str, what: str, rule: str, got: object, step: str, error: type[Exception] = ValueError
-) -> NoReturn:
-    """Raise ``error`` with the library's one error wording."""
-    raise error(f"{where}: {what} must {rule}, got {got}; {step}")
-
-
-def require(
-    condition: bool,
-    where: str,
-    what: str,
-    rule: str,
-    got: object,
-    step: str,
-    error: type[Exception] = ValueError,
-) -> None:
-    """Raise ``error`` with the library's one error wording unless ``condition`` holds."""
-    if not condition:
-        refuse(where, what, rule, got, step, error)
