@@ -203,7 +203,7 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
     LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
-        target_modules=sorted(config.target_modules),  # PEFT has a set: its order would vary
+        target_modules=sorted(config.target_modules),  # a set to PEFT, which writes it in any order
         task_type="CAUSAL_LM",
         bias="none",
         inference_mode=True,
