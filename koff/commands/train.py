@@ -19,7 +19,8 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_torch_xla_available
 
-from ..data.blocks import PackedBlocks, load_documents, pack
+from ..data.blocks import PackedBlocks, pack
+from ..data.sources import load_documents
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import attach
