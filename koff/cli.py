@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .errors import asked_by
 from .version import __version__
 
 app = typer.Typer(
@@ -136,8 +137,6 @@ def eval_(
         check_writable(json)
 
     from .commands.saved import evaluate_run
-    from .errors import asked_by
-    from .storage.change import write_results
     from .storage.saved_folder import open_saved
 
     if card:
@@ -145,6 +144,8 @@ def eval_(
             open_saved(directory)  # a folder of one's own, not a download
     rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
     if card:
+        from .storage.change import write_results
+
         write_results(directory, [row.to_dict() for row in rows])
     if json is not None:
         write_json(json, [row.to_dict() for row in rows])
@@ -194,11 +195,8 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Continue a prompt with one memory, or none."""
-    from transformers.utils import logging
-
     from .commands.saved import generate_text
 
-    logging.disable_progress_bar()
     text = generate_text(
         directory,
         prompt,

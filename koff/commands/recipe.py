@@ -17,7 +17,7 @@ from ..data.sources import DataSource, check_source
 from ..errors import asker
 from ..model.config import KoffConfig
 from ..storage.files import File
-from ..training.arguments import Settings
+from ..training.settings import Settings
 from .schema import build, convert, join, unknown_key
 
 RECIPE_FILE = "recipe.json"  # in the output folder of a run

@@ -263,9 +263,11 @@ def generate_text(
         )
 
     import torch
+    from transformers.utils import logging
 
     from ..storage.save_load import load
 
+    logging.disable_progress_bar()  # the text alone is to be seen
     tokenizer = open_saved(directory).load_tokenizer()
     ids = _prompt_ids(tokenizer, prompt)
     model = load(directory, device=pick_device(device))
@@ -296,7 +298,6 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-@asked_by("koff info")
 def describe(directory: str | Path) -> dict[str, str]:
     """Return named facts of a saved model, ready to print; reads no weights.
 
@@ -307,7 +308,8 @@ def describe(directory: str | Path) -> dict[str, str]:
         FileNotFoundError, ValueError: no saved model there, or a damaged koff.json.
     """
     directory = current(check_saved(directory))
-    manifest = open_saved(directory).manifest
+    with asked_by("koff info"):
+        manifest = open_saved(directory).manifest
     widths, dense, removed = manifest.widths, manifest.dense_widths, manifest.sparsity
     named = {
         "base": str(manifest.base),
@@ -334,6 +336,7 @@ def _span(widths: list[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+@asked_by("koff info")
 def count_saved(folder: Path, *, deep: bool = True) -> int:
     """Return the number of values in the safetensors files of a folder, from their headers.
 

@@ -28,8 +28,9 @@ from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
 from ..storage.layout import MARKER, current
 from ..storage.save_load import save
-from ..training.arguments import OWN_FIELDS, KoffTrainingArguments
+from ..training.arguments import KoffTrainingArguments
 from ..training.checkpoint import last_complete
+from ..training.settings import OWN_FIELDS
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
 from .recipe import RECIPE_FILE, Recipe, first_difference, stored_recipe

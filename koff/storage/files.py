@@ -1,7 +1,8 @@
 """One file at a time, from a folder that nobody vouches for: JSON, safetensors, and their hashes.
 
 Nothing here can execute, and nothing is allocated by what a file claims: a JSON file is measured
-before it is read, and of safetensors the header can be read alone.
+before it is read, and of safetensors the header can be read alone. torch is imported for the first
+tensor: to say what a folder holds needs none.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..errors import asker
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Names of dtypes in safetensors' headers that a weight may have: no integers, no 8-bit floats.
 FLOATING = ("F16", "BF16", "F32", "F64")
@@ -102,7 +104,8 @@ class File:
             ValueError: damaged, or a tensor without values.
         """
         try:
-            with safe_open(str(self.path), framework="pt") as file:
+            # A header is the same for every framework, and "pt" would import torch.
+            with safe_open(str(self.path), framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 header = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except Exception as error:  # the library's own, of several types
@@ -120,6 +123,8 @@ class File:
         Raises:
             ValueError: damaged.
         """
+        from safetensors.torch import load_file
+
         try:
             return load_file(str(self.path))
         except Exception as error:

@@ -13,16 +13,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..errors import asker
 from ..model.config import KoffConfig, check_memory_name
 from .files import DamagedFolder, is_plain
 from .layout import MARKER, weight_names
 from .metadata import check_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 # No layer has more neurons. Python reads a number of any length from JSON, and torch would fail on
@@ -177,6 +177,8 @@ class Manifest:
         Raises:
             ValueError: they are not increasing indices, as many as the layer has neurons.
         """
+        import torch  # whatever else one reads of a manifest needs none
+
         if self.kept is None:
             return None
         layers = zip(self.kept, self.widths, self.dense_widths, strict=True)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ..data.blocks import pack
 from ..evaluation.perplexity import check_vocabulary
-from .arguments import Settings
 from .schedule import Mixture, Source
+from .settings import Settings
 
 
 def build_mixture(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..model.state import KoffState
-from .arguments import Settings
+from .settings import Settings
 
 
 def parameter_groups(

@@ -27,13 +27,13 @@ from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
 from ..storage.save_load import save
-from .arguments import Settings
 from .checkpoint import last_complete
 from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
 from .resume_checks import check_resume
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
+from .settings import Settings
 
 logger = logging.getLogger("koff")
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 import koff
 from koff.data.losses import token_losses
 from koff.model.neuron_order import restore_order
-from koff.training.arguments import Settings
+from koff.training.settings import Settings
 
 
 def test_training_learns_and_logs(tmp_path):
