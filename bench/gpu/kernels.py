@@ -117,7 +117,7 @@ def operations(bench: Bench) -> Iterator[Operation]:
         for route in ("auto", "decode"):
             yield mlp(*n, (rows, 1), route, False)
             yield linear(*n, (rows, 1), route, False, hidden)
-    for route in ("vendor", "fused"):
+    for route in ("vendor", "flash", "fused"):
         yield attention("one", size(4, long, long, learned, 1), route, True)
     yield attention("one", size(64, 1, 128 if not bench.dry else 4, long, 1), "auto", False)
     yield attention("mixed", size(64, 1, 512 if not bench.dry else 8, long, 8), "auto", False)

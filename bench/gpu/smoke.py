@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -192,10 +192,17 @@ def attention(bench: Bench, size: Attention) -> Problem:
     return Problem(tensors, ours, plain, ())
 
 
-def _routed(bench: Bench, route: str) -> AbstractContextManager:
-    if route == "auto" or bench.dry:
-        return contextlib.nullcontext()
-    return force_route(route)
+@contextlib.contextmanager
+def _routed(bench: Bench, route: str) -> Iterator[None]:
+    """``force_route``; "flash" and "cudnn" are the vendor's route with that attention."""
+    with contextlib.ExitStack() as stack:
+        if route in ("flash", "cudnn") and not bench.dry:
+            vendor = importlib.import_module("koffkernels._triton.attention.vendor")
+            stack.enter_context(vendor.forced(route))
+            route = "vendor"
+        if route != "auto" and not bench.dry:
+            stack.enter_context(force_route(route))
+        yield
 
 
 def _run(call: Call, problem: Problem, train: bool, wide: bool) -> dict[str, Tensor]:
@@ -276,6 +283,7 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
         yield f"linear-train-{what}", at(linear, lead, hidden, hidden, n, 16), "auto", True
         size = Attention(4, heads, kvs, long, long, learned, wide, min(n, 3))
         yield f"attention-train-{what}-vendor", at(attention, size), "vendor", True
+        yield f"attention-train-{what}-flash", at(attention, size), "flash", True
         yield f"attention-train-{what}-one-pass", at(attention, size), "fused", True
         for rows, tokens in few:
             if n > rows:

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 from support.gpu_cases import ATTENTION, NAMES, SHAPES, Case
-from support.gpu_checks import DEVICE, OPS, TYPICAL, build, check, routed
+from support.gpu_checks import DEVICE, OPS, TYPICAL, attended_by, build, check, routed
 from support.oracle import (
     assert_same,
     compare,
@@ -29,6 +29,7 @@ every_route = pytest.mark.parametrize("route", ROUTES)
 # "longer" has more keys than queries, which the vendor's attention does not take.
 SQUARE = "square-64"
 CASES = [*TYPICAL.items(), ("prefix_attention", SQUARE)]
+SQUARES = [SQUARE, "square-128", "square-odd", "no-prefix"]
 every_case = pytest.mark.parametrize("op,shape", CASES, ids=str)
 DECODE = {  # at most 64 tokens
     "lora_linear": [
@@ -53,6 +54,17 @@ def fp32_accumulation():
     yield
     for name, value in zip(names, before, strict=True):
         setattr(matmul, name, value)
+
+
+@pytest.fixture(params=["cudnn", "flash"])
+def attention_vendor(request):
+    """Whose attention the vendor's route takes: each."""
+    old = (torch.backends.cudnn.version() or 0) < 91501 or torch.cuda.get_device_capability() < (8,)
+    if request.param == "cudnn" and old:
+        pytest.skip("no cuDNN attention that is right at any length")
+    torch.use_deterministic_algorithms(False)
+    with attended_by(request.param):
+        yield request.param
 
 
 def repeatable(shape) -> None:
@@ -83,6 +95,40 @@ def test_gpu_linear_operations(op, dtype, shape, route):
 @pytest.mark.parametrize("name", ATTENTION)
 def test_gpu_prefix_attention(name, padding, dtype, route):
     check(build("prefix_attention", name, dtype, padding=padding), dtype, route)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize("name", SQUARES)
+def test_gpu_prefix_attention_by_each_vendor(name, tokens_first, dtype, attention_vendor):
+    check(build("prefix_attention", name, dtype, tokens_first=tokens_first), dtype, "vendor")
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_gpu_vendor_takes_an_upstream_gradient_of_any_layout(tokens_first, attention_vendor):
+    """One after the other in one process: torch keeps cuDNN's plans."""
+    case = build("prefix_attention", SQUARE, "bf16", tokens_first=tokens_first)
+    want, grads = run_oracle(case.call, case.tensors, case.frozen)
+    tensors, leaves = trained(case)
+    names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+    do = cotangent_for(want).to(DEVICE, torch.bfloat16)
+    other = do.transpose(1, 2).contiguous().transpose(1, 2)
+    with routed("vendor"):
+        for upstream in (do, other, do):
+            got = torch.autograd.grad(case.call(tensors), leaves, upstream)
+            for name, grad in zip(names, got, strict=True):
+                compare(name, grad, grads[name], torch.bfloat16, BACKWARD)
+
+
+def test_gpu_cudnn_is_taken_where_it_is_faster():
+    from koffkernels._triton.attention import vendor
+
+    tensors = build("prefix_attention", SQUARE, "bf16").on(DEVICE)
+    q, k, v = (tensors[name] for name in "qkv")
+    torch.use_deterministic_algorithms(False)
+    assert vendor._cudnn_takes(q, k, v) == vendor._cudnn_is_faster(q.device)
+    torch.use_deterministic_algorithms(True)
+    assert not vendor._cudnn_takes(q, k, v)
 
 
 def decode_cases():
@@ -234,6 +280,15 @@ def test_gpu_graph_replays_with_other_inputs_and_memories(op, shape, route):
 @every_case
 def test_gpu_graph_of_forward_and_backward(op, shape, route):
     repeatable(shape)
+    check_graph_of_forward_and_backward(op, shape, route, bits=True)
+
+
+def test_gpu_graph_of_forward_and_backward_by_each_vendor(attention_vendor):
+    check_graph_of_forward_and_backward("prefix_attention", SQUARE, "vendor", bits=False)
+
+
+def check_graph_of_forward_and_backward(op, shape, route, bits: bool) -> None:
+    """A replay gives what the oracle gives; and, asked for ``bits``, the same at every replay."""
     case = build(op, shape, "bf16")
     tensors, leaves = trained(case)
     dy = cotangent_for(case.call(tensors)).to(torch.bfloat16)
@@ -247,7 +302,7 @@ def test_gpu_graph_of_forward_and_backward(op, shape, route):
         graph.replay()
         got = [output.clone() for output in outputs]
         graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, outputs, strict=True))
+    assert not bits or all(torch.equal(a, b) for a, b in zip(got, outputs, strict=True))
     want, grads = run_oracle(case.call, case.tensors, case.frozen)
     compare("replayed output", got[0], want, torch.bfloat16, FORWARD)
     names = [name for name, tensor in tensors.items() if tensor.requires_grad]

@@ -80,6 +80,7 @@ ATTENTION = {
     # As many keys as queries, several tiles of both, and a prefix: what the vendor's kernel takes.
     "square-64": dict(B=5, Hq=8, Hkv=2, T=160, S=160, D=64, n=3, P=70),
     "square-128": dict(B=4, Hq=4, Hkv=1, T=160, S=160, D=128, n=3, P=70),
+    "square-odd": dict(B=2, Hq=4, Hkv=2, T=261, S=261, D=64, n=2, P=33),
     "torch-only": dict(B=3, Hq=4, Hkv=4, T=17, S=17, D=24, n=2, P=5),
     "no-prefix": dict(B=2, Hq=4, Hkv=2, T=130, S=130, D=128),
     "empty": dict(B=0, Hq=4, Hkv=2, T=3, S=3, D=64, n=2, P=5),
@@ -143,8 +144,11 @@ def mlp_case(shape: tuple, dtype: torch.dtype) -> Case:
     return _finish(tensors, call, eager, shape, names)
 
 
-def attention_case(name: str, dtype: torch.dtype, padding: bool = False) -> Case:
-    """prefix_attention, lengths that differ, mixed memories and none; padded or not."""
+def attention_case(
+    name: str, dtype: torch.dtype, padding: bool = False, tokens_first: bool = False
+) -> Case:
+    """prefix_attention, lengths that differ, mixed memories and none; padded or not; q, k and v in
+    memory as [B, H, T, D], or as the projections leave them, [B, T, H, D]."""
     shape = ATTENTION[name]
     tensors = attention_tensors(shape, dtype)
     if shape.get("n"):
@@ -161,7 +165,10 @@ def attention_case(name: str, dtype: torch.dtype, padding: bool = False) -> Case
 
     def call(t: Tensors) -> Tensor:
         prefix, ids, bounds = arguments(t)
-        return prefix_attention(t["q"], t["k"], t["v"], prefix, memory_ids=ids, bounds=bounds)
+        q, k, v = (t[name] for name in "qkv")
+        if tokens_first:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        return prefix_attention(q, k, v, prefix, memory_ids=ids, bounds=bounds)
 
     def eager(t: Tensors) -> Tensor:
         return eager_attention(t["q"], t["k"], t["v"], *arguments(t))

@@ -31,6 +31,13 @@ def routed(route: str):
     return contextlib.nullcontext() if route == "automatic" else force_route(route)
 
 
+def attended_by(vendor: str):
+    """Force whose attention the vendor's route takes."""
+    from koffkernels._triton.attention import vendor as vendors
+
+    return vendors.forced(vendor)
+
+
 def check(case: Case, dtype: str, route: str = "automatic", call=None) -> None:
     """Output and gradients on the device against the oracle's on the CPU."""
     with routed(route):

@@ -1,11 +1,12 @@
 """Attention over a learned prefix on Triton: which kernels run, and how torch sees them.
 
 Eager calls go straight to the launchers; torch.compile sees two custom operators, forward and
-backward. Both keep only the inputs, o and lse. One call takes one of three ways:
+backward. Both keep only the inputs, o and lse; eager training keeps the prefix in q's dtype, as the
+kernels read it. One call takes one of three ways:
 
 - few queries a row (decoding): rows grouped by memory, split keys, one merge;
 - "one_pass": prefix and own keys in one kernel, forward and backward;
-- "vendor": torch's flash attention for the own keys and a pass of ours for the prefix.
+- "vendor": cuDNN or flash attention for the own keys and a pass of ours for the prefix.
 """
 
 from __future__ import annotations
@@ -56,9 +57,19 @@ def forward(call: Call, route: str) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: Call, do: Tensor, o: Tensor, lse: Tensor, needs: tuple[bool, ...], route: str
+    call: Call,
+    do: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    needs: tuple[bool, ...],
+    route: str,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Grads:
-    """Gradients of q, k, v, prefix.k, prefix.v; None where ``needs``, in that order, is False."""
+    """Gradients of q, k, v, prefix.k, prefix.v; None where ``needs``, in that order, is False.
+
+    Args:
+        dtypes: of the gradients of prefix.k and prefix.v; None: those of the prefix.
+    """
     if not any(needs):
         return (None,) * 5
     dq = dk = dv = dpk = dpv = None
@@ -67,13 +78,16 @@ def backward(
         dq, dk, dv = vendor.own_backward(call, do, o, lse)
     if by_vendor and (call.prefix is None or not (needs[0] or any(needs[3:]))):
         return _needed((dq, dk, dv, None, None), needs)
+    if call.prefix is not None and dtypes is None:
+        dtypes = call.prefix.k.dtype, call.prefix.v.dtype
+    call = call.ready(call.q.dtype)  # one cast of the prefix for both kernels that read it
     up = upstream(do, o, lse)
     if needs[0]:
         dq = query_grad(call, up, dq)
     if not by_vendor:
         dk, dv = own_grads(call, up, needs[1:3])
     if call.prefix is not None:
-        dpk, dpv = prefix_grads(call, up, needs[3:])
+        dpk, dpv = prefix_grads(call, up, needs[3:], dtypes=dtypes)
     return _needed((dq, dk, dv, dpk, dpv), needs)
 
 
@@ -92,6 +106,12 @@ def _call(q, k, v, prefix_k, prefix_v, lengths, ids, start, end, first, scale) -
     return Call(q, k, v, prefix, ids, bounds, scale)
 
 
+def _tensors(call: Call) -> tuple[Tensor | None, ...]:
+    """Inverse of ``_call``, without the scale."""
+    prefix, bounds = call.prefix or (None,) * 3, call.bounds or (None,) * 3
+    return call.q, call.k, call.v, *prefix, call.ids, *bounds
+
+
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.route = inputs
     ctx.mark_non_differentiable(output[1])
@@ -99,20 +119,26 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 class _PrefixAttention(torch.autograd.Function):
-    """Eager training: no custom operator in between."""
+    """Eager training: no custom operator in between. The prefix is cast here, for backward too."""
 
     @staticmethod
-    def forward(*args):
-        return forward(_call(*args[:-1]), args[-1])
-
-    setup_context = staticmethod(_setup_context)
+    def forward(ctx, *args):
+        *tensors, ctx.scale, ctx.route = args
+        call = _call(*tensors, ctx.scale)
+        ctx.dtypes = None if call.prefix is None else (call.prefix.k.dtype, call.prefix.v.dtype)
+        call = call.ready(call.q.dtype)
+        o, lse = forward(call, ctx.route)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*_tensors(call), o, lse)
+        return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
         *tensors, o, lse = ctx.saved_tensors
         call, needs = _call(*tensors, ctx.scale), ctx.needs_input_grad[:5]
-        return *backward(call, do, o, lse, needs, ctx.route), *(None for _ in range(7))
+        grads = backward(call, do, o, lse, needs, ctx.route, ctx.dtypes)
+        return *grads, *(None for _ in range(7))
 
 
 _ARGUMENTS = (
@@ -210,10 +236,11 @@ def run(
     if supports(q, scale) is not None:
         return plain.run(q, k, v, prefix, memory_ids, bounds, scale)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    tensors = (q, k, v, *(prefix or (None, None, None)), memory_ids, *(bounds or (None,) * 3))
+    call = Call(q, k, v, prefix, memory_ids, bounds, scale)
+    tensors = _tensors(call)
     if torch.compiler.is_compiling():  # which cannot trace a look-up in a table
         return _forward_op(*tensors, scale, route or "auto")[0]
     route = route or _route(q, k)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _PrefixAttention.apply(*tensors, scale, route)[0]
-    return forward(_call(*tensors, scale), route)[0]
+    return forward(call, route)[0]

@@ -120,13 +120,18 @@ def _splits(call: Call, config: Config) -> tuple[int, int]:
 
 
 def prefix_grads(
-    call: Call, up: Upstream, needs: tuple[bool, bool], config: Config | None = None
+    call: Call,
+    up: Upstream,
+    needs: tuple[bool, bool],
+    config: Config | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dK and dV of the learned keys and values, in their dtypes, 0 for a memory that no row used;
-    None where ``needs`` has False."""
+    """dK and dV of the learned keys and values, in ``dtypes`` (None: theirs), 0 for a memory that
+    no row used; None where ``needs`` has False."""
     if not any(needs):
         return None, None
-    k, v, lengths = call.prefix
+    k, v, _ = call.prefix
+    dtypes = dtypes or (k.dtype, v.dtype)
     call = call.ready(call.q.dtype)
     config = choose_config(config, CONFIGS, FP32, call.q)
     n, kv_heads, length, _ = k.shape
@@ -137,10 +142,10 @@ def prefix_grads(
     tiles = cdiv(cdiv(queries, config.block_m), query_splits)
     splits = row_splits * query_splits
     part = [
-        k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else x.dtype)
+        k.new_empty(splits, *k.shape, dtype=torch.float32 if splits > 1 else dtype)
         if need
         else None
-        for x, need in zip((k, v), needs, strict=True)
+        for dtype, need in zip(dtypes, needs, strict=True)
     ]
     launch(
         _prefix_attention_prefix_grad_kernel,
@@ -160,7 +165,7 @@ def prefix_grads(
         **config.launch(),
     )
     dk, dv = (
-        p if p is None else p[0] if splits == 1 else sum_partials(p, x.dtype)
-        for p, x in zip(part, (k, v), strict=True)
+        p if p is None else p[0] if splits == 1 else sum_partials(p, dtype)
+        for p, dtype in zip(part, dtypes, strict=True)
     )
     return dk, dv

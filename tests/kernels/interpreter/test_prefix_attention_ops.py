@@ -32,6 +32,27 @@ def test_routes(dtype, route):
 
 
 @pytest.mark.parametrize("route", ops.ROUTES)
+def test_any_stride(route):
+    """q, k and v whose last dimension is not the dense one; their gradients then lie the same."""
+    case = Case(SIZES, torch.float32)
+
+    def call(*args):
+        q, k, v = (x.mT.contiguous().mT for x in args[:3])
+        return ops.run(q, k, v, *args[3:], route)
+
+    case.check(call)
+
+
+@pytest.mark.parametrize("route", ops.ROUTES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prefix_gradients_have_the_prefix_dtype(dtype, route):
+    """Of which only one may be in fp32."""
+    case = Case(SIZES, dtype)
+    case.tensors["prefix.v"] = case.tensors["prefix.v"].to(dtype)
+    case.check(lambda *args: ops.run(*args, route))
+
+
+@pytest.mark.parametrize("route", ops.ROUTES)
 @pytest.mark.parametrize("frozen", [["q"], ["q", "k", "v"], ["prefix.k", "prefix.v"]], ids=str)
 def test_routes_partly_frozen(frozen, route):
     Case(SIZES, torch.float32).check(lambda *args: ops.run(*args, route), frozen)
@@ -95,8 +116,10 @@ def test_two_backwards_and_no_double_backward():
         torch.autograd.grad(g.sum(), leaves["k"])
 
 
-def test_only_inputs_o_and_lse_are_kept():
-    case = Case(SIZES, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_inputs_o_and_lse_are_kept(dtype):
+    """And an fp32 prefix in q's dtype, where that is another: backward does not cast it again."""
+    case = Case(SIZES, dtype)
     leaves = {n: t.clone().requires_grad_() for n, t in case.tensors.items()}
     given = {t.untyped_storage().data_ptr() for t in leaves.values()}
     kept = {}
@@ -108,7 +131,10 @@ def test_only_inputs_o_and_lse_are_kept():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         o = caller(case)(leaves)
-    assert sum(kept.values()) == 2 * o.numel() + 4 * o.numel() // 64
+    prefix = leaves["prefix.k"].numel() + leaves["prefix.v"].numel()
+    assert leaves["prefix.k"].dtype == torch.float32
+    cast = 0 if dtype == torch.float32 else 2 * prefix
+    assert sum(kept.values()) == o.nbytes + 4 * o.numel() // 64 + cast
 
 
 def test_output_lies_as_the_next_layer_reads_it():
