@@ -146,7 +146,7 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         out = koff_attention(module, query, key, value, mask, **kwargs)
         link, bounds = module._koff, mask_to_bounds(mask)
         context = link.scope.context
-        prefix = link.bank.prefix(link.scope.index, context.slots)
+        prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
         scale = kwargs.get("scaling")
         weights, _ = attention_weights(query, key, value, prefix, context.ids, bounds, scale)
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
