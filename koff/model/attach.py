@@ -55,8 +55,10 @@ class _LinearMixin:
     _koff: Link
 
     def forward(self, x: Tensor) -> Tensor:
-        context = self._koff.scope.context
-        lora = self._koff.bank.lora(self._koff.site, context.slots) if context.slots else None
+        link = self._koff
+        context, lora = link.scope.context, None
+        if context.slots:
+            lora = link.bank.lora(link.site, context.slots, context.stacks)
         if lora is None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
@@ -76,7 +78,10 @@ class _MLPMixin:
         weights, lora = arch.mlp_weights(self), None
         if context.slots:
             lora = GatedMLPLoRA(
-                *(link.bank.lora(Site(index, name), context.slots) for name in arch.MLP_LINEARS)
+                *(
+                    link.bank.lora(Site(index, name), context.slots, context.stacks)
+                    for name in arch.MLP_LINEARS
+                )
             )
         gates = None if context.gates is None else context.gates[index]
         if context.kept_first is not None:

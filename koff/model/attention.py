@@ -144,7 +144,7 @@ def koff_attention(
     """
     link = module._koff
     context = link.scope.context
-    prefix = link.bank.prefix(link.scope.index, context.slots)
+    prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
     if prefix is None:
         mask = _sdpa_mask_of(attention_mask, query, key, context.masks)
         return sdpa_attention_forward(

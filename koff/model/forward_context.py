@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .gates import Gates
+from .memories import Stacks
 
 
 class _Active:
@@ -46,6 +47,7 @@ class ForwardContext:
         gates: z [I] of each layer, or None for all open.
         kept_first: gates that are fixed and whose kept neurons stand first: only these are
             computed. ``gates`` is None then.
+        stacks: where layers find what earlier forwards stacked; None: they stack for themselves.
         masks: attention masks built on demand, shared by the layers.
     """
 
@@ -53,6 +55,7 @@ class ForwardContext:
     ids: Tensor | None = None
     gates: list[Tensor] | None = None
     kept_first: Gates | None = None
+    stacks: Stacks | None = None
     masks: dict = field(default_factory=dict)
 
 

@@ -8,8 +8,7 @@ a cache, where they stay until a parameter changes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,6 @@ from koffkernels import LoRA, Prefix
 
 from .arch import Site, site_key, site_of
 from .config import KVConfig, LoRAConfig
-
-Stack = TypeVar("Stack", LoRA, Prefix)
-
-# Stacks of one mix of memories: seven LoRA and one prefix per layer, 256 in a model of 32 layers.
-# So 16 mixes of it fit before all are dropped; a server that sees more has few hits anyway.
-MOST_STACKS = 4096
 
 
 class LoRAWeights(nn.Module):
@@ -162,39 +155,62 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _versions(tensors: list[Tensor]) -> tuple:
-    """What changes when one of the tensors does. An in-place edit through ``.data`` leaves no trace
-    at all: it is not seen until something else changes."""
-    # Inference tensors have no version; they cannot be changed in place outside of inference mode.
-    versions = ((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
-    return (_optimizer_steps, *versions)
+class Stacks:
+    """What layers have stacked, without autograd, of the memories of one forward: made when a layer
+    first asks, and valid until a tensor of these memories changes.
+
+    Args:
+        modules: everything whose tensors the stacks are made of.
+
+    Attributes:
+        lora: the LoRA of each site that was asked for; None where no memory has one.
+        prefix: the learned cache of each layer that was asked for; None likewise.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.lora: dict[Site, LoRA | None] = {}
+        self.prefix: dict[int, Prefix | None] = {}
+        # The dictionaries and not the tensors, since assigning a parameter replaces it in there.
+        self._holders = [
+            holder for m in modules for holder in (m._parameters, m._buffers) if len(holder)
+        ]
+        self._made_from = self._versions()
+
+    def _versions(self) -> tuple[int, list[int], list[int]]:
+        """What changes when one of the tensors does. An in-place edit through ``.data`` leaves no
+        trace at all: it is not seen until something else changes."""
+        tensors = [t for holder in self._holders for t in holder.values()]
+        try:
+            versions = [t._version for t in tensors]
+        except RuntimeError:
+            # Inference tensors have no version; they cannot be changed in place outside of
+            # inference mode.
+            versions = [-1 if t.is_inference() else t._version for t in tensors]
+        return _optimizer_steps, versions, [t.data_ptr() for t in tensors]
+
+    def valid(self) -> bool:
+        """Return whether every tensor is still the one that was, and unchanged."""
+        return self._versions() == self._made_from
+
+    def bytes(self) -> int:
+        """Return what the stacks hold, views of single memories included."""
+        stacks = [*self.lora.values(), *self.prefix.values()]
+        return sum(t.nbytes for stack in stacks if stack is not None for t in stack)
 
 
 class _StackCache:
-    """Stacks made without autograd, each valid until a tensor that it was made from changes."""
+    """The ``Stacks`` of each mix of memories that forwards used, the last used last."""
 
     def __init__(self):
-        self.entries: dict[tuple, tuple[tuple, object]] = {}
-
-    def get(self, key: tuple, tensors: list[Tensor], make: Callable[[], Stack]) -> Stack:
-        # A stack with a graph belongs to one backward. One made while compiling is part of a graph.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return make()
-        versions = _versions(tensors)
-        found = self.entries.get(key)
-        if found is None or found[0] != versions:
-            if len(self.entries) >= MOST_STACKS:
-                self.entries.clear()
-            found = self.entries[key] = (versions, make())
-        return found[1]
+        self.mixes: dict[tuple[int, ...], Stacks] = {}
 
     # A copy of the model has parameters of its own, and makes its own stacks.
 
     def __deepcopy__(self, memo) -> _StackCache:
         return _StackCache()
 
-    def __getstate__(self) -> dict:
-        return {"entries": {}}
+    def __reduce__(self) -> tuple:
+        return _StackCache, ()
 
 
 class MemoryBank(nn.Module):
@@ -251,77 +267,117 @@ class MemoryBank(nn.Module):
     def __len__(self) -> int:
         return len(self.names)
 
+    def stacks(self, slots: tuple[int, ...]) -> Stacks | None:
+        """Return where the layers of a forward find and leave what they stack of these memories.
+
+        The same object comes back as long as its memories do not change: asking once per forward
+        takes the place of a look at the parameters in every layer.
+
+        Args:
+            slots: ids of the memories.
+
+        Returns:
+            None with autograd, where a stack belongs to one backward, and while compiling, where it
+            is part of a graph: then every layer makes its own.
+        """
+        if not slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        mixes = self._stacks.mixes
+        found = mixes.pop(slots, None)
+        if found is None or not found.valid():
+            # Every memory alone and all of them together fit, as often as they come by turns; of
+            # other mixes, those that were not used for the longest time are dropped.
+            most = 2 * sum(p.nbytes for p in self.parameters())
+            held = sum(mix.bytes() for mix in mixes.values())
+            while mixes and held > most:
+                held -= mixes.pop(next(iter(mixes))).bytes()
+            memories = [self[slot] for slot in slots]
+            found = Stacks([self, *(m for memory in memories for m in memory.modules())])
+        mixes[slots] = found
+        return found
+
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor, made once: making one on a GPU waits for everything the GPU still has to
         do, and every layer of every training step would."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             # A traced tensor is of one graph, an inference tensor is refused by autograd.
             return torch.tensor(values, device=device)
-        key = (values, device)
+        # The type too: a scaling of 8.0 is found under a length of 8, and is no length.
+        key = (values, type(values[0]), device)
         if key not in self._constants:
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
 
-    def lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
+    def lora(
+        self, site: Site, slots: tuple[int, ...], stacks: Stacks | None = None
+    ) -> LoRA | None:
         """Return the stacked LoRA of one linear layer for the given memories.
 
         Args:
             site: of the linear layer.
             slots: ids of the memories.
+            stacks: of this forward, with the same ids; None: make it anew.
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
             LoRA there; None if none of them has one.
         """
+        # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
+        if stacks is None or torch.is_grad_enabled():
+            return self._make_lora(site, slots)
+        if site not in stacks.lora:
+            stacks.lora[site] = self._make_lora(site, slots)
+        return stacks.lora[site]
+
+    def _make_lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
         weights = [self[slot].lora_at(site) for slot in slots]
         present = [w for w in weights if w is not None]
         if not present:
             return None
+        rank = max(w.a.shape[0] for w in present)
+        a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
+        b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
+        scaling = tuple(
+            0.0 if w is None else self[slot].scaling for w, slot in zip(weights, slots, strict=True)
+        )
+        return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
-        def make() -> LoRA:
-            rank = max(w.a.shape[0] for w in present)
-            a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
-            b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
-            scaling = tuple(
-                0.0 if w is None else self[slot].scaling
-                for w, slot in zip(weights, slots, strict=True)
-            )
-            return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
-
-        return self._stacks.get((site, slots), [t for w in present for t in (w.a, w.b)], make)
-
-    def prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
+    def prefix(
+        self, layer: int, slots: tuple[int, ...], stacks: Stacks | None = None
+    ) -> Prefix | None:
         """Return the stacked learned cache of one layer, keys moved to positions -P..-1.
 
         Args:
             layer: its number.
             slots: ids of the memories.
+            stacks: of this forward, with the same ids; None: make it anew.
 
         Returns:
             k, v [M, Hkv, P, D] with zeros behind a shorter prefix, and lengths [M]; None if no
             memory has one.
         """
+        if stacks is None or torch.is_grad_enabled():
+            return self._make_prefix(layer, slots)
+        if layer not in stacks.prefix:
+            stacks.prefix[layer] = self._make_prefix(layer, slots)
+        return stacks.prefix[layer]
+
+    def _make_prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
         lengths = tuple(self[slot].length for slot in slots)
         if not any(lengths):
             return None
         weights = [
             self[slot].kv[layer] if p else None for slot, p in zip(slots, lengths, strict=True)
         ]
-        present = [w for w in weights if w is not None]
-
-        def make() -> Prefix:
-            longest = max(lengths)
-            like = present[0].k
-            k, v = [], []
-            for w, p in zip(weights, lengths, strict=True):
-                key, value = (None, None) if w is None else w.full()
-                key = None if key is None else rotate(key, -p, self.inverse_frequencies)
-                k.append(_padded(key, 1, longest, like))
-                v.append(_padded(value, 1, longest, like))
-            return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
-
-        tensors = [t for w in present for t in (w.k, w.v, w.k_frozen, w.v_frozen)]
-        return self._stacks.get((layer, slots), [*tensors, self.inverse_frequencies], make)
+        longest = max(lengths)
+        like = next(w for w in weights if w is not None).k
+        k, v = [], []
+        for w, p in zip(weights, lengths, strict=True):
+            key, value = (None, None) if w is None else w.full()
+            key = None if key is None else rotate(key, -p, self.inverse_frequencies)
+            k.append(_padded(key, 1, longest, like))
+            v.append(_padded(value, 1, longest, like))
+        return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -111,11 +111,13 @@ class KoffState(nn.Module):
         memory = self.active if memory is ACTIVE else memory
         ids = resolve_ids(memory, rows, self.memories.names, "memory")
         slots, local = choose_slots(ids, len(self.memories), device)
+        stacks = self.memories.stacks(slots)
         gates = self.gates
         if gates is not None and gates.kept_first:
-            return ForwardContext(slots, local, kept_first=gates)
+            return ForwardContext(slots, local, kept_first=gates, stacks=stacks)
         # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
-        return ForwardContext(slots, local, None if gates is None else gates.values())
+        values = None if gates is None else gates.values()
+        return ForwardContext(slots, local, values, stacks=stacks)
 
     @contextlib.contextmanager
     def using(self, memory: MemoryArgument) -> Iterator[None]:

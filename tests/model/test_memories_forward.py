@@ -192,6 +192,12 @@ def test_constants_of_a_stack_are_made_once():
     assert torch.equal(copied.scaling, first.scaling)
 
 
+def test_a_scaling_equal_to_a_length_is_another_constant():
+    lora = koff.LoRAConfig(r=1, alpha=7, target_modules="all-linear")
+    model = attached("llama", lora=lora)  # 7 learned tokens, and alpha / r = 7
+    assert model(tokens(), memory="en").logits.isfinite().all()
+
+
 def test_memories_of_different_lengths_and_ranks_mix():
     from koff.model.attach import new_memory, use_koff_attention
 
