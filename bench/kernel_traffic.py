@@ -68,7 +68,7 @@ class _Memories:
 
     def delta(self, m: int):
         """The update of m tokens by a given s."""
-        from koffkernels._triton.lora.expand import Delta
+        from koffkernels._triton.shared.operands import Delta
 
         return Delta(_normal(m, RANK), self.b, self.scaling)
 

@@ -51,10 +51,10 @@ def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 
     def train(gates: Tensor | None, lora: GatedMLPLoRA) -> None:
         layer = module.Layer(weights, gates, lora, rows, "silu")
-        y, kept = module.mlp_forward(x, layer, True)
+        y, saved = module.mlp_forward(x, layer, True)
         trains = [[part is not None] * 3 for part in lora]
         needs = True, gates is not None, trains
-        module.mlp_backward(y, x, kept, layer, needs)
+        module.mlp_backward(y, x, saved, layer, needs)
 
     for gates, lora in calls:
         parts = " ".join(name for name, part in zip(lora._fields, lora, strict=True) if part)

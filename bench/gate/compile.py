@@ -25,7 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from koffkernels.checks import refuse, require
+from koffkernels.checks import refuse
 
 FIELDS = (
     "kernel",
@@ -72,7 +72,7 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     Raises:
         ValueError: an unknown kernel, or one in ``_triton`` that no case launches.
     """
-    from koffkernels._triton.shared.launch import default_name
+    from koffkernels._triton.shared.config import default_name
 
     from . import cases, compiling, settings
 
@@ -143,8 +143,9 @@ def _sort_key(unit: Unit) -> tuple:
 
 def _check_names(names: set[str], asked: list[str] | None) -> None:
     for name in asked or ():
-        known = f"be one of {', '.join(sorted(names))}"
-        require(name in names, _WHERE, "--kernel", known, name, "check the spelling")
+        if name not in names:
+            known = f"be one of {', '.join(sorted(names))}"
+            refuse(_WHERE, "--kernel", known, name, "check the spelling")
 
 
 def _check_coverage(present: set[tuple[str, str]], launched: set[tuple[str, str]]) -> None:

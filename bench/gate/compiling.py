@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from koffkernels._triton.shared.launch import Launch
+from koffkernels._triton.shared.launch import Launch, leaves_of, tensors_of
 
 # Shared memory that one block may use, in bytes: 163 KB and 227 KB (CUDA C++ Programming Guide,
 # table "Technical Specifications per Compute Capability").
@@ -156,7 +156,9 @@ def config_of(launch: Launch, name: str) -> dict[str, Any]:
     """The shipped configuration's name, and everything that is fixed at compile time."""
     constants = {p.name: launch.args[p.name] for p in launch.kernel.params if p.is_constexpr}
     options = {key: launch.options[key] for key in ("num_warps", "num_stages")}
-    absent = [key for key, value in launch.args.items() if value is None and key not in constants]
+    absent = [
+        key for key, value in leaves_of(launch.args) if value is None and key not in constants
+    ]
     return {"name": name, **constants, **options, "absent": absent}
 
 
@@ -275,10 +277,11 @@ def copy_problems(found: int, accumulators: int, launch: Launch) -> list[str]:
     Args:
         found: the row's wide_copies.
         accumulators: as declared.
-        launch: has x_ptr, BLOCK_M, BLOCK_N, BLOCK_K.
+        launch: x is its first tensor; it has BLOCK_M, BLOCK_N, BLOCK_K.
     """
     args, options = launch.args, launch.options
     tile = (args["BLOCK_M"] + accumulators * args["BLOCK_N"]) * args["BLOCK_K"]
-    size = tile * args["x_ptr"].element_size() // 16
+    x = next(iter(tensors_of(args).values()))
+    size = tile * x.element_size() // 16
     wanted = options["num_stages"] * size // (32 * options["num_warps"])
     return [] if found >= wanted else [f"must load by {wanted} copies of 16 bytes, got {found}"]

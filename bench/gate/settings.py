@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from koffkernels._triton.shared.launch import Rows, default_name
+from koffkernels._triton.shared.config import Config, default_name
+from koffkernels._triton.shared.launch import Rows
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +76,7 @@ class Setting(NamedTuple):
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
     def master(self, *shape: int) -> Tensor:
-        """The same in fp32, as memories and gates are kept."""
+        """The same in fp32, as memories and gates are stored."""
         return self.empty(*shape, dtype=torch.float32)
 
     def rows(self, m: int) -> Rows:
@@ -130,13 +131,13 @@ def subset() -> list[Setting]:
     return [s for s in found if s.inner != s.model.inner and s.mixed and s.dtype == torch.bfloat16]
 
 
-def defaults(table: dict[str, Any]) -> list[Any]:
+def defaults(table: dict[str, Config]) -> list[Config]:
     """The configurations of a file's table that are some chip's default."""
     names = {default_name(table, int(arch.removeprefix("sm_"))) for arch in ARCHS}
     return [config for name, config in table.items() if name in names]
 
 
-def configs(table: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def configs(table: dict[str, Config]) -> Iterator[tuple[Config, dict[str, Any]]]:
     """Each shipped configuration of a file's table, with what it says about its cases."""
     for name, config in table.items():
         archs = tuple(f"sm_{number}" for number in config.archs or ())

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koffkernels._triton.shared.launch import INTERPRETED
+from koffkernels._triton.shared.launch import INTERPRETED, tensors_of
 
 _KINDS = ("load", "store")
 
 
 class Operand:
-    """Loads and stores of one tensor argument in one launch, in elements.
+    """Loads and stores of one tensor of a launch, an argument or inside of one, in elements.
 
     Attributes:
         loads, stores: elements issued, with repeats.
@@ -89,7 +89,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.launches: list[LaunchTraffic] = []
-        # Address of a storage -> (itself, kept so that no other takes its place; counts per byte).
+        # Address of a storage -> (itself, held so that no other takes its place; counts per byte).
         self._storages: dict[int, tuple[Any, dict[str, Tensor]]] = {}
 
     def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
@@ -148,8 +148,7 @@ def _watch_launches(traffic: Traffic, call: Any) -> Any:
     @functools.wraps(call)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-        traffic.begin(self.fn.__name__, tensors)
+        traffic.begin(self.fn.__name__, tensors_of(values))
         return call(self, *args, **kwargs)
 
     return counted

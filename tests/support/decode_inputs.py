@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from koffkernels import LoRA
-from koffkernels._triton.shared.launch import Rows, recording
+from koffkernels._triton.shared.launch import Rows, leaves_of, recording
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("none", "off", "one", "mixed")
@@ -71,8 +71,8 @@ def variants(launcher, sizes: range) -> dict[object, set]:
         with recording() as launches:
             launcher(m)
         for launch in launches:
-            fixed = {name: v for name, v in launch.args.items() if not isinstance(v, Tensor)}
-            for name in ("M", "tokens", "blocks", "splits", "stride_xm"):
+            fixed = {name: v for name, v in leaves_of(launch.args) if not isinstance(v, Tensor)}
+            for name in ("M", "tokens", "blocks", "splits", "x.stride"):
                 fixed.pop(name, None)
             found.setdefault(launch.kernel, set()).add(tuple(sorted(fixed.items(), key=str)))
     return found

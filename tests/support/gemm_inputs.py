@@ -4,12 +4,12 @@ import torch
 from support.kernel_inputs import master, normal
 from torch import Tensor
 
-from koffkernels._triton.lora.expand import Delta
-from koffkernels._triton.shared.gemm import Config
+from koffkernels._triton.shared.config import Config
 from koffkernels._triton.shared.launch import Rows
+from koffkernels._triton.shared.operands import Delta
 
 # Small tiles, so that small inputs have many, in groups of two rows.
-SMALL = Config(32, 32, 32, warps=4, stages=2, block_r=16, group_m=2)
+SMALL = Config(32, 32, 32, warps=4, stages=2, group_m=2)
 
 
 def ids_for(m: int, tokens: int, n: int) -> Tensor:

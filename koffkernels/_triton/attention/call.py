@@ -14,51 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...types import Prefix, RowBounds
-from ..shared.launch import default_config, dot, precision, unit_stride
+from ..shared.launch import dot, precision, unit_stride
+from ..shared.operands import PrefixOperand
 
-HEAD_DIMS = (64, 128)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-class Config(NamedTuple):
-    """Tile sizes and launch options of one kernel.
-
-    Args:
-        block_m: queries of a tile.
-        block_n: keys of a tile.
-        warps, stages: per program; depth of the software pipeline.
-        archs: compute capabilities it fits (80, 90, ...); None: all.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    archs: tuple[int, ...] | None = None
-
-    def launch(self) -> dict[str, int]:
-        """The arguments of ``common.launch`` that this fixes."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-def choose_config(
-    config: Config | None, configs: dict[str, Config], fp32: Config, q: Tensor
-) -> Config:
-    """The given config, else the file's for fp32, else the default of its others on q's GPU."""
-    if config is not None:
-        return config
-    return fp32 if q.dtype == torch.float32 else default_config(configs, q.device)
-
-
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """The strides of x [B, H, T, D] as kernel arguments: row, head, token."""
-    return dict(zip((f"{name}_b", f"{name}_h", f"{name}_t"), x.stride()[:3], strict=True))
+HEAD_DIMS = (64, 128)  # a tile is a whole head wide; other widths run in plain torch
+LOG2E = tl.constexpr(1.4426950408889634)  # log2(e): exp(x) = exp2(x LOG2E)
+LN2 = tl.constexpr(0.6931471805599453)  # log(2): log(x) = log2(x) LN2
 
 
 class Call(NamedTuple):
@@ -87,8 +48,11 @@ class Call(NamedTuple):
         return self.q.shape[1] // self.k.shape[1]
 
     def ready(self, dtype: torch.dtype | None) -> Call:
-        """The same with dense last dimensions and a contiguous prefix, cast to ``dtype`` if one is
-        given: it is small and shared by the batch, so one cast a call spares one per tile."""
+        """Return the same with dense last dimensions and a contiguous prefix.
+
+        The prefix is cast to ``dtype`` if one is given: it is small and shared by the batch, so one
+        cast a call spares one per tile.
+        """
         prefix = self.prefix
         if prefix is not None:
             k, v = (
@@ -102,7 +66,7 @@ class Call(NamedTuple):
         return Call(q, k, v, prefix, ids, bounds, self.scale)
 
     def sizes(self) -> dict[str, Any]:
-        """Sizes of q, the scale and what depends on the dtype."""
+        """Return sizes of q, the scale and what depends on the dtype."""
         _, heads, queries, width = self.q.shape
         return {
             "heads": heads,
@@ -113,73 +77,45 @@ class Call(NamedTuple):
             "PRECISION": precision(self.q.dtype),
         }
 
-    def query_args(self) -> dict[str, Any]:
-        """q and its strides."""
-        return {"q_ptr": self.q, **strides("q", self.q)}
-
-    def own_args(self) -> dict[str, Any]:
-        """The rows' own keys and which of them each row sees."""
-        start, end, first = self.bounds or (None, None, None)
-        return {
-            "k_ptr": self.k,
-            "v_ptr": self.v,
-            **strides("k", self.k),
-            **strides("v", self.v),
-            "start_ptr": start,
-            "end_ptr": end,
-            "first_ptr": first,
-            "S": self.k.shape[2],
-            "HAS_BOUNDS": self.bounds is not None,
-        }
-
-    def prefix_args(self) -> dict[str, Any]:
-        """Learned keys and values, and which of them each row sees."""
-        k, v, lengths = self.prefix or (None, None, None)
-        return {
-            "pk_ptr": k,
-            "pv_ptr": v,
-            "lengths_ptr": lengths,
-            "ids_ptr": self.ids,
-            "memories": 0 if k is None else k.shape[0],
-            "P": 0 if k is None else k.shape[2],
-            "HAS_IDS": self.ids is not None,
-            "HAS_PREFIX": k is not None,
-        }
+    def prefix_operand(self) -> PrefixOperand | None:
+        """Return the learned keys and values, and which of them each row sees."""
+        if self.prefix is None:
+            return None
+        k, v, lengths = self.prefix
+        return PrefixOperand(k, v, lengths, self.ids, k.shape[0], k.shape[2])
 
 
 @triton.jit
-def memory_length(lengths_ptr, memory, memories, P):
+def memory_length(prefix, memory):
     """How many learned keys a memory has: 0 for an id that is none."""
-    known = (memory >= 0) & (memory < memories)
-    length = tl.load(lengths_ptr + memory, mask=known, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(length, 0), P).to(tl.int32)
+    known = (memory >= 0) & (memory < prefix.memories)
+    length = tl.load(prefix.lengths + memory, mask=known, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(length, 0), prefix.P).to(tl.int32)
 
 
 @triton.jit
-def row_prefix(
-    ids_ptr, lengths_ptr, b, memories, P, HAS_PREFIX: tl.constexpr, HAS_IDS: tl.constexpr
-):
+def row_prefix(prefix, b):
     """(memory, its length) of row b; memory 0 of length 0 where it has none."""
     memory = tl.zeros((), tl.int64)
     length = tl.zeros((), tl.int32)
-    if HAS_PREFIX:
-        if HAS_IDS:
-            memory = tl.load(ids_ptr + b).to(tl.int64)
-        length = memory_length(lengths_ptr, memory, memories, P)
+    if prefix is not None:
+        if prefix.ids is not None:
+            memory = tl.load(prefix.ids + b).to(tl.int64)
+        length = memory_length(prefix, memory)
         memory = tl.where(length > 0, memory, 0)
     return memory, length
 
 
 @triton.jit
-def row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS: tl.constexpr):
+def row_bounds(bounds, b, T, S):
     """(start, end, first): query t of row b sees the own keys start <= j < end, j <= first + t.
 
     No key behind the row's last query is inside start..end, so what lies there is never read.
     """
-    if HAS_BOUNDS:
-        start = tl.load(start_ptr + b).to(tl.int64)
-        end = tl.load(end_ptr + b).to(tl.int64)
-        first = tl.load(first_ptr + b).to(tl.int64)
+    if bounds is not None:
+        start = tl.load(bounds.key_start + b).to(tl.int64)
+        end = tl.load(bounds.key_end + b).to(tl.int64)
+        first = tl.load(bounds.query_start + b).to(tl.int64)
         start = tl.minimum(tl.maximum(start, 0), S).to(tl.int32)
         end = tl.minimum(tl.maximum(end, 0), S).to(tl.int32)
         first = tl.minimum(tl.maximum(first, -T), S).to(tl.int32)
@@ -198,37 +134,19 @@ def tile_offsets(stride, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def attend(
-    acc,
-    total,
-    peak,
-    q,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    limit,
-    scale_log2,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Online softmax over the keys begin..end; a query sees key j iff j < limit [BLOCK_M, 1].
+def _attend_tiles(
+    acc, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, begin, end, limit, scale_log2,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``attend`` for the keys begin..end, all of them MASKED or none, k_ptr and v_ptr at the first.
 
-    Args:
-        acc, total, peak: fp32 sum of p v, sum of p, and largest score so far (log2 units).
-        k_ptr, v_ptr: at key ``begin``; k_t, v_t: strides from key to key.
-        MASKED: without it, every query must see every key of begin..end, which must be a multiple
-            of BLOCK_N long.
+    Unmasked, every query must see every one of these keys, and they must be whole tiles.
     """
     offs_n = tl.arange(0, BLOCK_N)
-    k_tile, v_tile = (
-        tile_offsets(k_t, BLOCK_N, acc.shape[1]),
-        tile_offsets(v_t, BLOCK_N, acc.shape[1]),
-    )
+    k_tile = tile_offsets(stride_k, BLOCK_N, acc.shape[1])
+    v_tile = tile_offsets(stride_v, BLOCK_N, acc.shape[1])
     for j in range(begin, end, BLOCK_N):
+        # q [BLOCK_M, D], k and v [BLOCK_N, D], score and p [BLOCK_M, BLOCK_N]
         if MASKED:
             inside = (j + offs_n < end)[:, None]
             k = tl.load(k_ptr + k_tile, mask=inside, other=0.0).to(q.dtype)
@@ -252,6 +170,31 @@ def attend(
         else:
             v = tl.load(v_ptr + v_tile).to(q.dtype)
         acc = dot(p.to(q.dtype), v, acc * shrink[:, None], PRECISION)
-        k_ptr += BLOCK_N * k_t
-        v_ptr += BLOCK_N * v_t
+        k_ptr += BLOCK_N * stride_k
+        v_ptr += BLOCK_N * stride_v
     return acc, total, peak
+
+
+@triton.jit
+def attend(
+    acc, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, begin, full, end, limit, scale_log2,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys begin..end; a query sees key j iff j < limit [BLOCK_M, 1].
+
+    Args:
+        acc, total, peak: fp32 sum of p v, sum of p, and largest score so far (log2 units).
+        k_ptr, v_ptr: at key ``begin``; stride_k, stride_v: from key to key.
+        full: up to here, a whole number of tiles, every query sees every key, and no mask is
+            needed.
+    """
+    acc, total, peak = _attend_tiles(
+        acc, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, begin, full, limit, scale_log2,
+        BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    k_ptr += (full - begin).to(tl.int64) * stride_k
+    v_ptr += (full - begin).to(tl.int64) * stride_v
+    return _attend_tiles(
+        acc, total, peak, q, k_ptr, v_ptr, stride_k, stride_v, full, end, limit, scale_log2,
+        BLOCK_N, True, PRECISION,
+    )  # fmt: skip

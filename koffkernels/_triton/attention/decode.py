@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config
 from ..shared.launch import SMALLEST_TILE, cdiv, launch, power_of_2
-from .call import LN2, LOG2E, Call, Config, attend, memory_length, row_bounds, row_prefix, strides
+from ..shared.operands import per_head
+from .call import LN2, LOG2E, Call, attend, memory_length, row_bounds, row_prefix
 from .fwd import empty_output
 
 # Where a memory has many rows the group kernel's tiles have 64 or 128, and wgmma or tcgen05 then.
@@ -26,26 +28,27 @@ EXPECTS = {
     "_prefix_attention_own_kernel": "dot16",
     "_prefix_attention_merge_kernel": None,
 }
+# Beyond these the queries fill a tile of the one-pass kernel, which needs no merge.
 MOST_QUERIES = 16  # of one row
 MOST_PACKED = 64  # query heads of a kv head x queries of one row
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
-_SPLIT = 128  # a split has at least as many keys
-_IDS = 64  # ids read at a time
+_SPLIT = 128  # a split has at least as many keys: two to four tiles
+_IDS = 64  # ids read at a time: one load for each memory, in a batch of up to 64 rows
 _MERGED = 16  # splits merged at a time
 
 # block_m is the largest tile; fewer rows take smaller ones. Learned keys, fp32 as a rule, are
 # rounded in registers: their tiles are twice as large.
 GROUP_CONFIGS = {
-    "128x32": Config(128, 32, 8, 3),
-    "128x32s2": Config(128, 32, 8, 2, (90, 100)),
-    "64x32": Config(64, 32, 4, 3),
+    "128x32": Config(block_m=128, block_n=32, warps=8, stages=3),
+    "128x32s2": Config(block_m=128, block_n=32, warps=8, stages=2, archs=(90, 100)),
+    "64x32": Config(block_m=64, block_n=32, warps=4, stages=3),
 }
 OWN_CONFIGS = {
-    "64": Config(MOST_PACKED, 64, 4, 3),
-    "64s2": Config(MOST_PACKED, 64, 4, 2),
-    "32": Config(MOST_PACKED, 32, 4, 4),
+    "64": Config(block_m=MOST_PACKED, block_n=64, warps=4, stages=3),
+    "64s2": Config(block_m=MOST_PACKED, block_n=64, warps=4, stages=2),
+    "32": Config(block_m=MOST_PACKED, block_n=32, warps=4, stages=4),
 }
-FP32 = Config(MOST_PACKED, 32, 4, 2)
+FP32 = Config(block_m=MOST_PACKED, block_n=32, warps=4, stages=2)
 
 
 @triton.jit
@@ -60,15 +63,15 @@ def _members(ids_ptr, rows, memory, IDS: tl.constexpr):
 
 
 @triton.jit
-def _tile_memory(ids_ptr, rows, memories, tile, slots, IDS: tl.constexpr, HAS_IDS: tl.constexpr):
+def _tile_memory(prefix, rows, tile, slots, IDS: tl.constexpr):
     """(memory, index of the tile among this memory's), memory -1 for a tile past the last. Memories
     get as many consecutive tiles of ``slots`` rows as they need."""
-    if HAS_IDS:
+    if prefix.ids is not None:
         memory = tl.full((), -1, tl.int32)
         index = tl.zeros((), tl.int32)
         before = tl.zeros((), tl.int32)
-        for m in range(0, memories):
-            after = before + tl.cdiv(_members(ids_ptr, rows, m, IDS), slots)
+        for m in range(0, prefix.memories):
+            after = before + tl.cdiv(_members(prefix.ids, rows, m, IDS), slots)
             here = (tile >= before) & (tile < after)
             memory = tl.where(here, m, memory)
             index = tl.where(here, tile - before, index)
@@ -78,10 +81,10 @@ def _tile_memory(ids_ptr, rows, memories, tile, slots, IDS: tl.constexpr, HAS_ID
 
 
 @triton.jit
-def _slot_rows(ids_ptr, rows, memory, slot, IDS: tl.constexpr, HAS_IDS: tl.constexpr):
+def _slot_rows(ids_ptr, rows, memory, slot, IDS: tl.constexpr):
     """(row, does it exist) of the slot-th row that uses a memory: as many rows stand before it as
     there are with at most ``slot`` members of the memory up to and including themselves."""
-    if HAS_IDS:
+    if ids_ptr is not None:
         row = tl.zeros_like(slot)
         count = tl.zeros((), tl.int32)
         offs = tl.arange(0, IDS)
@@ -107,25 +110,16 @@ def _store_part(acc, total, peak, o_ptr, lse_ptr, split, out_rows, at, mask, D: 
 
 @triton.jit(do_not_specialize=["T", "rows", "splits"])
 def _prefix_attention_group_kernel(
-    q_ptr,
-    pk_ptr,
-    pv_ptr,
-    lengths_ptr,
-    ids_ptr,
+    q,
+    prefix,
     o_ptr,
     lse_ptr,
     scale,
-    memories,
-    P,
     heads,
     group,
     T,
     rows,
     splits,
-    q_b,
-    q_h,
-    q_t,
-    HAS_IDS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,35 +130,31 @@ def _prefix_attention_group_kernel(
     kv = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     slots = BLOCK_M // (group * T)
-    memory, index = _tile_memory(ids_ptr, rows, memories, tl.program_id(0), slots, IDS, HAS_IDS)
+    memory, index = _tile_memory(prefix, rows, tl.program_id(0), slots, IDS)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D)[None, :]
     slot = offs_m // (group * T)
-    row, found = _slot_rows(ids_ptr, rows, memory, index * slots + slot, IDS, HAS_IDS)
+    row, found = _slot_rows(prefix.ids, rows, memory, index * slots + slot, IDS)
     mask = found & (slot < slots)
     row = row.to(tl.int64)
     head = kv * group + offs_m % (group * T) // T
     t = offs_m % T
-    q_rows = q_ptr + (row * q_b + head * q_h + t * q_t)[:, None]
-    q = tl.load(q_rows + offs_d, mask=mask[:, None], other=0.0)
+    # q [BLOCK_M, D]: rows x query heads of the kv head x queries
+    q_rows = q.ptr + (row * q.stride_row + head * q.stride_head + t * q.stride_token)[:, None]
+    q_tile = tl.load(q_rows + offs_d, mask=mask[:, None], other=0.0)
 
-    length = memory_length(lengths_ptr, memory, memories, P)
+    length = memory_length(prefix, memory)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = tl.minimum(split * share, length)
     end = tl.minimum(begin + share, length)
     full = begin + (end - begin) // BLOCK_N * BLOCK_N
-    at = ((tl.maximum(memory, 0) * (heads // group) + kv) * P + begin) * D
+    at = ((tl.maximum(memory, 0) * (heads // group) + kv) * prefix.P + begin) * D
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     acc, total, peak = attend(
-        acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, begin, full, end,
-        scale * LOG2E, BLOCK_N, False, PRECISION,
-    )  # fmt: skip
-    at += (full - begin) * D
-    acc, total, peak = attend(
-        acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, full, end, end,
-        scale * LOG2E, BLOCK_N, True, PRECISION,
+        acc, total, peak, q_tile, prefix.k + at, prefix.v + at, D, D, begin, full, end, end,
+        scale * LOG2E, BLOCK_N, PRECISION,
     )  # fmt: skip
     out = (row * heads + head) * T + t
     out_rows = rows.to(tl.int64) * heads * T
@@ -173,12 +163,10 @@ def _prefix_attention_group_kernel(
 
 @triton.jit(do_not_specialize=["T", "S", "rows", "splits", "first_split"])
 def _prefix_attention_own_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    start_ptr,
-    end_ptr,
-    first_ptr,
+    q,
+    k,
+    v,
+    bounds,
     o_ptr,
     lse_ptr,
     scale,
@@ -189,16 +177,6 @@ def _prefix_attention_own_kernel(
     rows,
     splits,
     first_split,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    HAS_BOUNDS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -213,31 +191,28 @@ def _prefix_attention_own_kernel(
     mask = offs_m < group * T
     head = kv * group + offs_m // T
     t = offs_m % T
-    q_rows = q_ptr + b * q_b + (head * q_h + t * q_t)[:, None]
-    q = tl.load(q_rows + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
+    # q [BLOCK_M, D]: query heads of the kv head x queries
+    q_rows = q.ptr + b * q.stride_row + (head * q.stride_head + t * q.stride_token)[:, None]
+    q_tile = tl.load(q_rows + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
 
-    start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+    start, end, first = row_bounds(bounds, b, T, S)
     length = tl.maximum(end - start, 0)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = start + tl.minimum(split * share, length)
     end = start + tl.minimum((split + 1) * share, length)
+    # Keys that the first query sees, all queries see.
     common = tl.maximum(tl.minimum(end, first + 1) - begin, 0)
     full = begin + common // BLOCK_N * BLOCK_N
     limit = tl.minimum(end, first + t + 1)[:, None]
-    k_ptr += b * k_b + kv * k_h + begin.to(tl.int64) * k_t
-    v_ptr += b * v_b + kv * v_h + begin.to(tl.int64) * v_t
+    k_row = k.ptr + b * k.stride_row + kv * k.stride_head
+    v_row = v.ptr + b * v.stride_row + kv * v.stride_head
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, begin, full, limit,
-        scale * LOG2E, BLOCK_N, False, PRECISION,
-    )  # fmt: skip
-    k_ptr += (full - begin).to(tl.int64) * k_t
-    v_ptr += (full - begin).to(tl.int64) * v_t
-    acc, total, peak = attend(
-        acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, full, end, limit,
-        scale * LOG2E, BLOCK_N, True, PRECISION,
+        acc, total, peak, q_tile, k_row + begin.to(tl.int64) * k.stride_token,
+        v_row + begin.to(tl.int64) * v.stride_token, k.stride_token, v.stride_token,
+        begin, full, end, limit, scale * LOG2E, BLOCK_N, PRECISION,
     )  # fmt: skip
     out = (b * heads + head) * T + t
     out_rows = rows.to(tl.int64) * heads * T
@@ -248,22 +223,14 @@ def _prefix_attention_own_kernel(
 def _prefix_attention_merge_kernel(
     part_ptr,
     part_lse_ptr,
-    o_ptr,
+    o,
     lse_ptr,
-    lengths_ptr,
-    ids_ptr,
-    memories,
-    P,
+    prefix,
     heads,
     T,
     rows,
     prefix_splits,
     splits,
-    o_b,
-    o_h,
-    o_t,
-    HAS_PREFIX: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     D: tl.constexpr,
     MERGED: tl.constexpr,
 ):
@@ -271,7 +238,7 @@ def _prefix_attention_merge_kernel(
     out = tl.program_id(0).to(tl.int64)
     b = out // (heads * T)
     out_rows = rows.to(tl.int64) * heads * T
-    _, length = row_prefix(ids_ptr, lengths_ptr, b, memories, P, HAS_PREFIX, HAS_IDS)
+    _, length = row_prefix(prefix, b)
     begin = tl.where(length > 0, 0, prefix_splits)
     offs = tl.arange(0, MERGED)
     offs_d = tl.arange(0, D)
@@ -279,6 +246,7 @@ def _prefix_attention_merge_kernel(
     total = tl.zeros((), tl.float32)
     peak = tl.full((), float("-inf"), tl.float32)
     for s in range(begin, splits, MERGED):
+        # lse [MERGED], part [MERGED, D]
         inside = s + offs < splits
         at = (s + offs).to(tl.int64) * out_rows + out
         lse = tl.load(part_lse_ptr + at, mask=inside, other=float("-inf"))
@@ -290,14 +258,14 @@ def _prefix_attention_merge_kernel(
         total = total * shrink + tl.sum(weight, 0)
         acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
         peak = top
-    o = acc / tl.where(total == 0.0, 1.0, total)
-    o_row = o_ptr + b * o_b + out // T % heads * o_h + out % T * o_t
-    tl.store(o_row + offs_d, o.to(o_ptr.dtype.element_ty))
+    mean = acc / tl.where(total == 0.0, 1.0, total)  # 0 where nothing was seen
+    o_row = o.ptr + b * o.stride_row + out // T % heads * o.stride_head + out % T * o.stride_token
+    tl.store(o_row + offs_d, mean.to(o.ptr.dtype.element_ty))
     tl.store(lse_ptr + out, (peak + tl.log2(total)) * LN2)
 
 
 def fits(q: Tensor, k: Tensor) -> bool:
-    """Whether the queries are few enough."""
+    """Return whether the queries are few enough."""
     packed = q.shape[2] * (q.shape[1] // k.shape[1])
     return q.shape[2] <= MOST_QUERIES and packed <= MOST_PACKED
 
@@ -307,12 +275,14 @@ def _block(rows: int, limit: int) -> int:
 
 
 def _splits(programs: int, keys: int) -> int:
-    """In how many parts to cut ``keys`` keys, so that ``programs`` per part fill the GPU."""
+    """Return in how many parts to cut ``keys`` keys, so that ``programs`` per part fill the
+    GPU."""
     return max(1, min(cdiv(_PROGRAMS, max(1, programs)), cdiv(keys, _SPLIT)))
 
 
 def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
-    """(block_m, tiles, splits) of the prefix: shapes bound the tiles that any ids could need."""
+    """Return (block_m, tiles, splits) of the prefix: shapes bound the tiles that any ids could
+    need."""
     rows, _, queries, _ = call.q.shape
     n, kv_heads, length, _ = call.prefix.k.shape
     packed = max(1, call.group * queries)
@@ -328,7 +298,7 @@ def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
 def decode(
     call: Call, group: Config | None = None, own: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse as ``one_pass`` gives them, where ``fits`` holds."""
+    """Return o and lse as ``one_pass`` gives them, where ``fits`` holds."""
     call = call.ready(None)
     wide = call.q.dtype == torch.float32
     group = group or (FP32 if wide else GROUP_CONFIGS["128x32"])
@@ -340,50 +310,49 @@ def decode(
     splits, out_rows = prefix_splits + own_splits, rows * heads * queries
     part = call.q.new_empty(splits, out_rows, width, dtype=torch.float32)
     part_lse = call.q.new_empty(splits, out_rows, dtype=torch.float32)
-    common = {"o_ptr": part, "lse_ptr": part_lse, "rows": rows}
-    common |= call.query_args() | call.sizes()
-    prefix_args = call.prefix_args()
-    has_prefix = prefix_args.pop("HAS_PREFIX")
-    if has_prefix:
+    common = {"q": per_head(call.q), "o_ptr": part, "lse_ptr": part_lse, "rows": rows}
+    common |= call.sizes()
+    prefix = call.prefix_operand()
+    if prefix is not None:
+        # One warp for each 16 rows of a tile, the height of a tensor core's; four at least.
         warps = min(group.warps, max(4, block_m // 16))
         launch(
             _prefix_attention_group_kernel,
             (tiles, kv_heads, prefix_splits),
+            prefix=prefix,
             splits=prefix_splits,
             IDS=_IDS,
             **common,
-            **prefix_args,
-            **group._replace(block_m=block_m, warps=warps).launch(),
+            **group._replace(block_m=block_m, warps=warps).args(),
         )
     launch(
         _prefix_attention_own_kernel,
         (rows * kv_heads, own_splits),
+        k=per_head(call.k),
+        v=per_head(call.v),
+        bounds=call.bounds,
+        S=keys,
         splits=own_splits,
         first_split=prefix_splits,
         **common,
-        **call.own_args(),
-        **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).launch(),
+        **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).args(),
     )
-    return _merge(call, part, part_lse, prefix_splits)
-
-
-def _merge(call: Call, part: Tensor, part_lse: Tensor, prefix_splits: int) -> tuple[Tensor, Tensor]:
     o, lse = empty_output(call.q)
-    names = ("lengths_ptr", "ids_ptr", "memories", "P", "HAS_PREFIX", "HAS_IDS")
     launch(
         _prefix_attention_merge_kernel,
-        (part.shape[1],),
+        (out_rows,),
         part_ptr=part,
         part_lse_ptr=part_lse,
-        o_ptr=o,
+        o=per_head(o),
         lse_ptr=lse,
-        **dict(zip(("rows", "heads", "T"), call.q.shape[:3], strict=True)),
+        prefix=prefix,
+        heads=heads,
+        T=queries,
+        rows=rows,
         prefix_splits=prefix_splits,
-        splits=part.shape[0],
-        D=call.q.shape[3],
+        splits=splits,
+        D=width,
         MERGED=_MERGED,
         num_warps=4,
-        **strides("o", o),
-        **{name: call.prefix_args()[name] for name in names},
     )
     return o, lse

@@ -14,34 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.launch import cdiv, dot, launch, unit_stride
-from .call import LOG2E, Call, Config, choose_config, row_bounds, row_prefix, strides, tile_offsets
+from ..shared.operands import per_head
+from .call import LOG2E, Call, row_bounds, row_prefix, tile_offsets
 
 EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel": "dot"}
 
 CONFIGS = {
-    "128x32": Config(128, 32, 8, 2),
-    "128x64": Config(128, 64, 8, 2, (90, 100)),
-    "64x64": Config(64, 64, 4, 2, (100,)),
-    "128x128": Config(128, 128, 8, 1, (100,)),
+    "128x32": Config(block_m=128, block_n=32, warps=8, stages=2),
+    "128x64": Config(block_m=128, block_n=64, warps=8, stages=2, archs=(90, 100)),
+    "64x64": Config(block_m=64, block_n=64, warps=4, stages=2, archs=(100,)),
+    "128x128": Config(block_m=128, block_n=128, warps=8, stages=1, archs=(100,)),
 }
-FP32 = Config(32, 32, 4, 1)
-_DELTA_BLOCK = 32
+FP32 = Config(block_m=32, block_n=32, warps=4, stages=1)
+_DELTA_BLOCK = 32  # queries of a program that only reads: short programs, many of them
 
 
 @triton.jit(do_not_specialize=["T"])
 def _prefix_attention_delta_kernel(
-    o_ptr,
-    do_ptr,
+    o,
+    do,
     delta_ptr,
     heads,
     T,
-    o_b,
-    o_h,
-    o_t,
-    do_b,
-    do_h,
-    do_t,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -54,38 +50,27 @@ def _prefix_attention_delta_kernel(
     offs_d = tl.arange(0, D)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
     mask = (offs_m < T)[:, None]
-    o = tl.load(o_ptr + b * o_b + head * o_h + rows * o_t + offs_d, mask=mask, other=0.0)
-    do = tl.load(do_ptr + b * do_b + head * do_h + rows * do_t + offs_d, mask=mask, other=0.0)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    # o and do [BLOCK_M, D]
+    o_rows = o.ptr + b * o.stride_row + head * o.stride_head + rows * o.stride_token + offs_d
+    do_rows = do.ptr + b * do.stride_row + head * do.stride_head + rows * do.stride_token + offs_d
+    o_tile = tl.load(o_rows, mask=mask, other=0.0).to(tl.float32)
+    do_tile = tl.load(do_rows, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(o_tile * do_tile, 1)
     tl.store(delta_ptr + (b * heads + head) * T + offs_m, delta, mask=offs_m < T)
 
 
 @triton.jit
 def _query_tiles(
-    dq,
-    q,
-    do,
-    lse2,
-    delta,
-    k_ptr,
-    v_ptr,
-    k_t,
-    v_t,
-    begin,
-    end,
-    limit,
-    scale_log2,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dq + the sum of ds_j k_j over the keys begin..end; arguments as in ``attend``."""
+    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_k, stride_v, begin, end, limit, scale_log2,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``_query_grads`` for the keys begin..end, all of them MASKED or none, k_ptr and v_ptr at the
+    first."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_tile, v_tile = (
-        tile_offsets(k_t, BLOCK_N, dq.shape[1]),
-        tile_offsets(v_t, BLOCK_N, dq.shape[1]),
-    )
+    k_tile = tile_offsets(stride_k, BLOCK_N, dq.shape[1])
+    v_tile = tile_offsets(stride_v, BLOCK_N, dq.shape[1])
     for j in range(begin, end, BLOCK_N):
+        # q, do and dq [BLOCK_M, D], k and v [BLOCK_N, D], p, dp and ds [BLOCK_M, BLOCK_N]
         if MASKED:
             inside = (j + offs_n < end)[:, None]
             k = tl.load(k_ptr + k_tile, mask=inside, other=0.0)
@@ -100,52 +85,46 @@ def _query_tiles(
         if MASKED:
             ds = tl.where((j + offs_n)[None, :] < limit, ds, 0.0)
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
-        k_ptr += BLOCK_N * k_t
-        v_ptr += BLOCK_N * v_t
+        k_ptr += BLOCK_N * stride_k
+        v_ptr += BLOCK_N * stride_v
     return dq
+
+
+@triton.jit
+def _query_grads(
+    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_k, stride_v, begin, full, end, limit, scale_log2,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (without the scale) + the sum of ds_j k_j over the keys begin..end; keys, strides, full
+    and limit are those of ``attend``."""
+    dq = _query_tiles(
+        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_k, stride_v, begin, full, limit, scale_log2,
+        BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    k_ptr += (full - begin).to(tl.int64) * stride_k
+    v_ptr += (full - begin).to(tl.int64) * stride_v
+    return _query_tiles(
+        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_k, stride_v, full, end, limit, scale_log2,
+        BLOCK_N, True, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _prefix_attention_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    pk_ptr,
-    pv_ptr,
-    lengths_ptr,
-    ids_ptr,
-    start_ptr,
-    end_ptr,
-    first_ptr,
-    do_ptr,
+    q,
+    k,
+    v,
+    prefix,
+    bounds,
+    do,
     lse_ptr,
     delta_ptr,
-    dq_ptr,
+    dq,
     scale,
-    memories,
-    P,
     heads,
     group,
     T,
     S,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    do_b,
-    do_h,
-    do_t,
-    dq_b,
-    dq_h,
-    dq_t,
-    HAS_PREFIX: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr,
     RESUME: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -164,52 +143,46 @@ def _prefix_attention_dq_kernel(
     mask_m = offs_m < T
     rows = offs_m.to(tl.int64)[:, None]
     mask = mask_m[:, None]
-    q = tl.load(q_ptr + b * q_b + head * q_h + rows * q_t + offs_d, mask=mask, other=0.0)
-    do = tl.load(do_ptr + b * do_b + head * do_h + rows * do_t + offs_d, mask=mask, other=0.0)
+    # q, do and dq [BLOCK_M, D]
+    q_rows = q.ptr + b * q.stride_row + head * q.stride_head + rows * q.stride_token + offs_d
+    do_rows = do.ptr + b * do.stride_row + head * do.stride_head + rows * do.stride_token + offs_d
+    q_tile = tl.load(q_rows, mask=mask, other=0.0)
+    do_tile = tl.load(do_rows, mask=mask, other=0.0)
     at = (b * heads + head) * T + offs_m
     lse2 = tl.load(lse_ptr + at, mask=mask_m, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + at, mask=mask_m, other=0.0)
     scale_log2 = scale * LOG2E
-    dq = tl.zeros((BLOCK_M, D), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    if HAS_PREFIX:
-        memory, length = row_prefix(ids_ptr, lengths_ptr, b, memories, P, HAS_PREFIX, HAS_IDS)
-        at = (memory * (heads // group) + kv) * P * D
+    if prefix is not None:
+        memory, length = row_prefix(prefix, b)
+        at = (memory * (heads // group) + kv) * prefix.P * D
         full = length // BLOCK_N * BLOCK_N
-        dq = _query_tiles(
-            dq, q, do, lse2, delta, pk_ptr + at, pv_ptr + at, D, D, 0, full, length,
-            scale_log2, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
-        at += full * D
-        dq = _query_tiles(
-            dq, q, do, lse2, delta, pk_ptr + at, pv_ptr + at, D, D, full, length, length,
-            scale_log2, BLOCK_N, True, PRECISION,
+        acc = _query_grads(
+            acc, q_tile, do_tile, lse2, delta, prefix.k + at, prefix.v + at, D, D,
+            0, full, length, length, scale_log2, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     if not RESUME:  # which is of the prefix alone
-        start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+        start, end, first = row_bounds(bounds, b, T, S)
         end = tl.minimum(end, first + (block + 1) * BLOCK_M)
+        # Keys that the tile's first query sees, all its queries see.
         common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
         full = start + common // BLOCK_N * BLOCK_N
         limit = tl.minimum(end, first + offs_m + 1)[:, None]
-        k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
-        v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
-        dq = _query_tiles(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, start, full, limit,
-            scale_log2, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
-        k_ptr += (full - start).to(tl.int64) * k_t
-        v_ptr += (full - start).to(tl.int64) * v_t
-        dq = _query_tiles(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, k_t, v_t, full, end, limit,
-            scale_log2, BLOCK_N, True, PRECISION,
+        k_row = k.ptr + b * k.stride_row + kv * k.stride_head
+        v_row = v.ptr + b * v.stride_row + kv * v.stride_head
+        acc = _query_grads(
+            acc, q_tile, do_tile, lse2, delta, k_row + start.to(tl.int64) * k.stride_token,
+            v_row + start.to(tl.int64) * v.stride_token, k.stride_token, v.stride_token,
+            start, full, end, limit, scale_log2, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    dq *= scale
-    dq_rows = dq_ptr + b * dq_b + head * dq_h + rows * dq_t + offs_d
+    acc *= scale
+    dq_rows = dq.ptr + b * dq.stride_row + head * dq.stride_head + rows * dq.stride_token + offs_d
     if RESUME:
-        dq += tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dq_rows, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(dq_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq_rows, acc.to(dq.ptr.dtype.element_ty), mask=mask)
 
 
 class Upstream(NamedTuple):
@@ -225,32 +198,25 @@ class Upstream(NamedTuple):
     delta: Tensor
 
     def args(self) -> dict[str, Any]:
-        """As kernel arguments."""
-        return {
-            "do_ptr": self.do,
-            "lse_ptr": self.lse,
-            "delta_ptr": self.delta,
-            **strides("do", self.do),
-        }
+        """Return them as kernel arguments."""
+        return {"do": per_head(self.do), "lse_ptr": self.lse, "delta_ptr": self.delta}
 
 
 def upstream(do: Tensor, o: Tensor, lse: Tensor) -> Upstream:
-    """delta, computed, beside do and lse."""
+    """Return delta, computed here, beside do and lse."""
     do = unit_stride(do)
     rows, heads, queries, width = o.shape
     delta = torch.empty_like(lse)
     launch(
         _prefix_attention_delta_kernel,
         (cdiv(queries, _DELTA_BLOCK) * heads * rows,),
-        o_ptr=o,
-        do_ptr=do,
+        o=per_head(o),
+        do=per_head(do),
         delta_ptr=delta,
         heads=heads,
         T=queries,
         D=width,
         BLOCK_M=_DELTA_BLOCK,
-        **strides("o", o),
-        **strides("do", do),
     )
     return Upstream(do, lse, delta)
 
@@ -258,7 +224,8 @@ def upstream(do: Tensor, o: Tensor, lse: Tensor) -> Upstream:
 def query_grad(
     call: Call, up: Upstream, dq: Tensor | None = None, config: Config | None = None
 ) -> Tensor:
-    """dq over the prefix and the own keys; given a dq, the prefix's share is added to it, in place.
+    """Return dq over the prefix and the own keys; given a dq, the prefix's share is added to it, in
+    place.
 
     Returns:
         dq [B, Hq, T, D] in q's dtype and, where it is dense, q's layout.
@@ -271,14 +238,16 @@ def query_grad(
     launch(
         _prefix_attention_dq_kernel,
         (cdiv(queries, config.block_m) * heads * rows,),
-        dq_ptr=dq,
+        q=per_head(call.q),
+        k=per_head(call.k),
+        v=per_head(call.v),
+        prefix=call.prefix_operand(),
+        bounds=call.bounds,
+        dq=per_head(dq),
+        S=call.k.shape[2],
         RESUME=resume,
-        **strides("dq", dq),
         **up.args(),
         **call.sizes(),
-        **call.query_args(),
-        **call.own_args(),
-        **call.prefix_args(),
-        **config.launch(),
+        **config.args(),
     )
     return dq

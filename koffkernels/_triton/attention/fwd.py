@@ -13,60 +13,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.launch import cdiv, launch
-from .call import LN2, LOG2E, Call, Config, attend, choose_config, row_bounds, row_prefix, strides
+from ..shared.operands import per_head
+from .call import LN2, LOG2E, Call, attend, row_bounds, row_prefix
 
 EXPECTS = {"_prefix_attention_fwd_kernel": "dot"}
 
 # Larger tiles do not fit the registers of every GPU, at least when resumed (128 x 128 those of
 # none, under triton 3.9).
 CONFIGS = {
-    "128x32": Config(128, 32, 8, 3),
-    "128x64": Config(128, 64, 8, 3, (90, 100)),
-    "128x64s2": Config(128, 64, 8, 2, (90, 100)),
-    "64x64": Config(64, 64, 4, 3, (90, 100)),
+    "128x32": Config(block_m=128, block_n=32, warps=8, stages=3),
+    "128x64": Config(block_m=128, block_n=64, warps=8, stages=3, archs=(90, 100)),
+    "128x64s2": Config(block_m=128, block_n=64, warps=8, stages=2, archs=(90, 100)),
+    "64x64": Config(block_m=64, block_n=64, warps=4, stages=3, archs=(90, 100)),
 }
 _SHORT = {name: CONFIGS[name] for name in ("128x32", "64x64")}  # up to 64 queries
 # fp32 has half the keys in the same shared memory, and no tensor cores unless TF32 is allowed.
-FP32 = Config(64, 32, 4, 2)
+FP32 = Config(block_m=64, block_n=32, warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def _prefix_attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    pk_ptr,
-    pv_ptr,
-    lengths_ptr,
-    ids_ptr,
-    start_ptr,
-    end_ptr,
-    first_ptr,
-    o_ptr,
+    q,
+    k,
+    v,
+    prefix,
+    bounds,
+    o,
     lse_ptr,
     scale,
-    memories,
-    P,
     heads,
     group,
     T,
     S,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    o_b,
-    o_h,
-    o_t,
-    HAS_PREFIX: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr,
     RESUME: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,10 +67,13 @@ def _prefix_attention_fwd_kernel(
     offs_d = tl.arange(0, D)[None, :]
     mask_m = offs_m < T
     rows = offs_m.to(tl.int64)[:, None]
-    q = tl.load(q_ptr + b * q_b + head * q_h + rows * q_t + offs_d, mask=mask_m[:, None], other=0.0)
-    o_rows = o_ptr + b * o_b + head * o_h + rows * o_t + offs_d
+    # q and o [BLOCK_M, D]
+    q_rows = q.ptr + b * q.stride_row + head * q.stride_head + rows * q.stride_token + offs_d
+    q_tile = tl.load(q_rows, mask=mask_m[:, None], other=0.0)
+    o_rows = o.ptr + b * o.stride_row + head * o.stride_head + rows * o.stride_token + offs_d
     lse_rows = lse_ptr + (b * heads + head) * T + offs_m
     if RESUME:
+        # o is a weighted mean already: as a sum of p v it has a total of 1 at the peak lse.
         peak = tl.load(lse_rows, mask=mask_m, other=0.0) * LOG2E
         total = tl.full((BLOCK_M,), 1.0, tl.float32)
         acc = tl.load(o_rows, mask=mask_m[:, None], other=0.0).to(tl.float32)
@@ -100,55 +83,48 @@ def _prefix_attention_fwd_kernel(
         acc = tl.zeros((BLOCK_M, D), tl.float32)
     scale_log2 = scale * LOG2E
 
-    if HAS_PREFIX:
-        memory, length = row_prefix(ids_ptr, lengths_ptr, b, memories, P, HAS_PREFIX, HAS_IDS)
-        at = (memory * (heads // group) + kv) * P * D
+    if prefix is not None:
+        memory, length = row_prefix(prefix, b)
+        at = (memory * (heads // group) + kv) * prefix.P * D
         full = length // BLOCK_N * BLOCK_N
         acc, total, peak = attend(
-            acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, 0, full, length,
-            scale_log2, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
-        at += full * D
-        acc, total, peak = attend(
-            acc, total, peak, q, pk_ptr + at, pv_ptr + at, D, D, full, length, length,
-            scale_log2, BLOCK_N, True, PRECISION,
+            acc, total, peak, q_tile, prefix.k + at, prefix.v + at, D, D, 0, full, length, length,
+            scale_log2, BLOCK_N, PRECISION,
         )  # fmt: skip
 
     if not RESUME:  # which is of the prefix alone
-        start, end, first = row_bounds(start_ptr, end_ptr, first_ptr, b, T, S, HAS_BOUNDS)
+        start, end, first = row_bounds(bounds, b, T, S)
         end = tl.minimum(end, first + (block + 1) * BLOCK_M)
         # Keys that the tile's first query sees, all its queries see.
         common = tl.maximum(tl.minimum(end, first + block * BLOCK_M + 1) - start, 0)
         full = start + common // BLOCK_N * BLOCK_N
         limit = tl.minimum(end, first + offs_m + 1)[:, None]
-        k_ptr += b * k_b + kv * k_h + start.to(tl.int64) * k_t
-        v_ptr += b * v_b + kv * v_h + start.to(tl.int64) * v_t
+        k_row = k.ptr + b * k.stride_row + kv * k.stride_head
+        v_row = v.ptr + b * v.stride_row + kv * v.stride_head
         acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, start, full, limit,
-            scale_log2, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
-        k_ptr += (full - start).to(tl.int64) * k_t
-        v_ptr += (full - start).to(tl.int64) * v_t
-        acc, total, peak = attend(
-            acc, total, peak, q, k_ptr, v_ptr, k_t, v_t, full, end, limit,
-            scale_log2, BLOCK_N, True, PRECISION,
+            acc, total, peak, q_tile, k_row + start.to(tl.int64) * k.stride_token,
+            v_row + start.to(tl.int64) * v.stride_token, k.stride_token, v.stride_token,
+            start, full, end, limit, scale_log2, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(o_rows, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tile = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 where nothing was seen
+    tl.store(o_rows, tile.to(o.ptr.dtype.element_ty), mask=mask_m[:, None])
     tl.store(lse_rows, (peak + tl.log2(total)) * LN2, mask=mask_m)
 
 
 def empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for o and lse. o lies as [B, T, Hq, D], the order in which the output projection reads
-    it, so that no transposing copy follows."""
+    """Return memory for o and lse.
+
+    o lies as [B, T, Hq, D], the order in which the output projection reads it, so that no
+    transposing copy follows.
+    """
     rows, heads, queries, width = q.shape
     o = q.new_empty(rows, queries, heads, width).transpose(1, 2)
     return o, q.new_empty(rows, heads, queries, dtype=torch.float32)
 
 
 def one_pass(call: Call, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """Prefix and own keys in one pass.
+    """Return attention over prefix and own keys, in one pass.
 
     Returns:
         o [B, Hq, T, D] in q's dtype, and lse fp32 [B, Hq, T], natural, -inf where nothing is seen.
@@ -171,13 +147,15 @@ def _launch(call: Call, o: Tensor, lse: Tensor, resume: bool, config: Config | N
     launch(
         _prefix_attention_fwd_kernel,
         (cdiv(queries, config.block_m) * heads * rows,),
-        o_ptr=o,
+        q=per_head(call.q),
+        k=per_head(call.k),
+        v=per_head(call.v),
+        prefix=call.prefix_operand(),
+        bounds=call.bounds,
+        o=per_head(o),
         lse_ptr=lse,
+        S=call.k.shape[2],
         RESUME=resume,
-        **strides("o", o),
         **call.sizes(),
-        **call.query_args(),
-        **call.own_args(),
-        **call.prefix_args(),
-        **config.launch(),
+        **config.args(),
     )

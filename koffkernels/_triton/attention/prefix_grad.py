@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.launch import cdiv, launch
+from ..shared.operands import per_head
 from ..shared.reduce import sum_partials
-from .call import LOG2E, Call, Config, choose_config, memory_length
+from .call import LOG2E, Call, memory_length
 from .dkv import FP32, key_tiles
 from .dq import Upstream
 
@@ -22,27 +24,23 @@ EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
 
 # The loop over rows takes registers of its own, so tiles are smaller than for own keys.
 CONFIGS = {
-    "32x64": Config(32, 64, 8, 2),
-    "32x128": Config(32, 128, 8, 2, (90,)),
+    "32x64": Config(block_m=32, block_n=64, warps=8, stages=2),
+    "32x128": Config(block_m=32, block_n=128, warps=8, stages=2, archs=(90,)),
 }
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_TILES_PER_PROGRAM = 4  # of queries, at least: a pipeline has to fill first
 
 
 @triton.jit(do_not_specialize=["T", "rows", "row_splits", "rows_per_split", "queries_per_split"])
 def _prefix_attention_prefix_grad_kernel(
-    q_ptr,
-    pk_ptr,
-    pv_ptr,
-    lengths_ptr,
-    ids_ptr,
-    do_ptr,
+    q,
+    prefix,
+    do,
     lse_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
     scale,
-    memories,
-    P,
     heads,
     group,
     T,
@@ -50,23 +48,14 @@ def _prefix_attention_prefix_grad_kernel(
     row_splits,
     rows_per_split,
     queries_per_split,
-    q_b,
-    q_h,
-    q_t,
-    do_b,
-    do_h,
-    do_t,
-    HAS_IDS: tl.constexpr,
-    WANT_K: tl.constexpr,
-    WANT_V: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_N learned keys of one kv head of one memory, one split of the rows and
-    queries. dk and dv are [splits, n, Hkv, P, D]."""
-    blocks = tl.cdiv(P, BLOCK_N)
+    queries. dk and dv are [splits, n, Hkv, P, D], or None where they are not wanted."""
+    blocks = tl.cdiv(prefix.P, BLOCK_N)
     kv_heads = heads // group
     pid = tl.program_id(0)
     block = pid % blocks
@@ -75,11 +64,12 @@ def _prefix_attention_prefix_grad_kernel(
     split = tl.program_id(1)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D)[None, :]
-    length = memory_length(lengths_ptr, memory, memories, P)
+    length = memory_length(prefix, memory)
     seen = (offs_n < length)[:, None]
-    at = ((memory * kv_heads + kv) * P + offs_n[:, None]) * D + offs_d
-    k = tl.load(pk_ptr + at, mask=seen, other=0.0)
-    v = tl.load(pv_ptr + at, mask=seen, other=0.0)
+    # k, v, dk and dv [BLOCK_N, D]
+    at = ((memory * kv_heads + kv) * prefix.P + offs_n[:, None]) * D + offs_d
+    k = tl.load(prefix.k + at, mask=seen, other=0.0)
+    v = tl.load(prefix.v + at, mask=seen, other=0.0)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     scale_log2 = scale * LOG2E
@@ -90,32 +80,33 @@ def _prefix_attention_prefix_grad_kernel(
     tiles = tl.where(length > block * BLOCK_N, tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0), 0)
     for i in range(0, count):
         b = first_row + i
-        if HAS_IDS:
-            mine = tl.where(tl.load(ids_ptr + b).to(tl.int64) == memory, tiles, 0)
+        if prefix.ids is not None:
+            # A row of another memory has no tiles: its turn in this loop costs one load.
+            mine = tl.where(tl.load(prefix.ids + b).to(tl.int64) == memory, tiles, 0)
         else:
             mine = tiles
         dk, dv = key_tiles(
-            dk, dv, k, v, q_ptr + b * q_b, do_ptr + b * do_b, lse_ptr + b * heads * T,
-            delta_ptr + b * heads * T, begin, end, mine, offs_n, kv * group, group, T,
-            q_h, q_t, do_h, do_t, scale_log2, WANT_K, WANT_V, BLOCK_M, False, PRECISION,
+            dk, dv, k, v, q, do, lse_ptr, delta_ptr, b, begin, end, mine, offs_n, kv * group,
+            heads, group, T, scale_log2, dk_ptr is not None, dv_ptr is not None, BLOCK_M, False,
+            PRECISION,
         )  # fmt: skip
-    at += split.to(tl.int64) * memories * kv_heads * P * D
-    inside = (offs_n < P)[:, None]
-    if WANT_K:
+    at += split.to(tl.int64) * prefix.memories * kv_heads * prefix.P * D
+    inside = (offs_n < prefix.P)[:, None]
+    if dk_ptr is not None:
         dk = tl.where(seen, dk * scale, 0.0)
         tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    if WANT_V:
+    if dv_ptr is not None:
         tl.store(dv_ptr + at, tl.where(seen, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 def _splits(call: Call, config: Config) -> tuple[int, int]:
-    """In how many parts to cut rows and queries: so that one memory alone, used by every row, fills
-    the GPU."""
+    """Return in how many parts to cut rows and queries, so that one memory alone, used by every
+    row, fills the GPU."""
     rows, _, queries, _ = call.q.shape
     _, kv_heads, length, _ = call.prefix.k.shape
     wanted = cdiv(_PROGRAMS, max(1, kv_heads * cdiv(length, config.block_n)))
     row_splits = max(1, min(rows, wanted))
-    tiles = cdiv(queries, config.block_m) * call.group // 4  # at least 4 tiles a program
+    tiles = cdiv(queries, config.block_m) * call.group // _TILES_PER_PROGRAM
     return row_splits, max(1, min(cdiv(wanted, row_splits), tiles))
 
 
@@ -126,7 +117,7 @@ def prefix_grads(
     config: Config | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dK and dV of the learned keys and values, in ``dtypes`` (None: theirs), 0 for a memory that
+    """Return dK and dV of the learned keys and values, in ``dtypes`` (None: theirs), 0 for a memory that
     no row used; None where ``needs`` has False."""
     if not any(needs):
         return None, None
@@ -150,19 +141,17 @@ def prefix_grads(
     launch(
         _prefix_attention_prefix_grad_kernel,
         (cdiv(length, config.block_n) * kv_heads * n, splits),
+        q=per_head(call.q),
+        prefix=call.prefix_operand(),
         dk_ptr=part[0],
         dv_ptr=part[1],
         rows=rows,
         row_splits=row_splits,
         rows_per_split=rows_per_split,
         queries_per_split=tiles * config.block_m,
-        WANT_K=needs[0],
-        WANT_V=needs[1],
         **up.args(),
         **call.sizes(),
-        **call.query_args(),
-        **{name: x for name, x in call.prefix_args().items() if name != "HAS_PREFIX"},
-        **config.launch(),
+        **config.args(),
     )
     dk, dv = (
         p if p is None else p[0] if splits == 1 else sum_partials(p, dtype)

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.decode import (
-    Config,
+    StackedA,
+    StackedB,
     expand_rows,
     inside,
     narrow,
@@ -27,22 +29,24 @@ from ..shared.decode import (
     token_block,
 )
 from ..shared.launch import Rows, cdiv, dot, launch, memory_range, precision, token_memory
+from ..shared.operands import matrix
 
 
 def _expects(args: dict[str, Any]) -> str | None:
     """Without memories the second launch only adds."""
-    return None if args["b_ptr"] is None else "dot16"
+    return None if args["b"] is None else "dot16"
 
 
 EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": _expects}
 
+_ALL = (80, 90, 100)
 CONFIGS = {
-    "n64_k128_s4": Config(64, 128, 4, 4),
-    "n64_k64_s5": Config(64, 64, 5, 4, archs=(90, 100)),
-    "n64_k128_s3": Config(64, 128, 3, 4),
-    "n64_k256_s2": Config(64, 256, 2, 4, archs=(90,)),
-    "n128_k64_s4": Config(128, 64, 4, 4),
-    "n128_k128_s3_w8": Config(128, 128, 3, 8),
+    "n64_k128_s4": Config(block_n=64, block_k=128, stages=4, archs=_ALL),
+    "n64_k64_s5": Config(block_n=64, block_k=64, stages=5, archs=(90, 100)),
+    "n64_k128_s3": Config(block_n=64, block_k=128, stages=3, archs=_ALL),
+    "n64_k256_s2": Config(block_n=64, block_k=256, stages=2, archs=(90,)),
+    "n128_k64_s4": Config(block_n=128, block_k=64, stages=4, archs=_ALL),
+    "n128_k128_s3_w8": Config(block_n=128, block_k=128, stages=3, warps=8, archs=_ALL),
 }
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
@@ -50,24 +54,19 @@ _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs,
 
 @triton.jit(do_not_specialize=["M", "ROWS", "tokens", "blocks"])
 def _decode_linear_fwd_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     bias_ptr,
-    a_ptr,
-    scaling_ptr,
+    a,
     out_ptr,
     s_ptr,
     ids_ptr,
+    tokens,
     M,
     N,
     K,
-    R,
     ROWS,
-    tokens,
     blocks,
-    stride_xm,
-    stride_wn,
-    HAS_IDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,7 +76,7 @@ def _decode_linear_fwd_kernel(
 ):
     """One program: BLOCK_N rows of W or, in the first tiles, of the stacked A, for one split of K.
 
-    out is [splits, M, N], s [splits, M, R].
+    out is [splits, M, N], s [splits, M, r].
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -86,46 +85,31 @@ def _decode_linear_fwd_kernel(
     begin = split * blocks * BLOCK_K
     end = tl.minimum(begin + blocks * BLOCK_K, K)
     tiles_a = 0
-    if a_ptr is not None:
+    if a is not None:
         tiles_a = tl.cdiv(ROWS, BLOCK_N)
     if tile < tiles_a:
-        if a_ptr is not None:
-            memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+        if a is not None:  # both branches are compiled, and without memories there is no A
+            memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+            s_part = s_ptr + split.to(tl.int64) * M * a.rank
             shrink_rows(
-                x_ptr,
-                a_ptr,
-                scaling_ptr,
-                s_ptr + split.to(tl.int64) * M * R,
-                tile,
-                memory,
-                offs_m,
-                K,
-                R,
-                ROWS,
-                begin,
-                end,
-                stride_xm,
-                R,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_A,
-                EVEN_K,
-                PRECISION,
-            )
+                x, a, s_part, tile, memory, offs_m, K, ROWS, begin, end, a.rank,
+                BLOCK_N, BLOCK_M, BLOCK_A, EVEN_K, PRECISION,
+            )  # fmt: skip
     else:
         offs_n = (tile - tiles_a) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
         mask_n = offs_n < N
-        w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
-        x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+        w_rows = w.ptr + offs_n.to(tl.int64)[:, None] * w.stride
+        x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, end, BLOCK_K):
+            # W [BLOCK_N, BLOCK_K], x^T [BLOCK_K, BLOCK_M]
             mask_k = inside(k + offs_k, K, EVEN_K)
             mask_w = mask_n[:, None] & mask_k[None, :]
-            w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
+            tile_w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
             mask_x = mask_k[:, None] & mask_m[None, :]
-            x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
-            acc = dot(w, x, acc, PRECISION)
+            tile_x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
+            acc = dot(tile_w, tile_x, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + split.to(tl.int64) * M * N + (offs_m[None, :] * N + offs_n[:, None])
@@ -138,80 +122,63 @@ def _decode_expand_fwd_kernel(
     part_ptr,
     bias_ptr,
     s_ptr,
-    b_ptr,
+    b,
     y_ptr,
     ids_ptr,
+    tokens,
     M,
     N,
-    R,
-    tokens,
     splits,
-    HAS_IDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_N outputs of all tokens. part is [splits, M, N], s [splits, M, R]."""
+    """One program: BLOCK_N outputs of all tokens. part is [splits, M, N], s [splits, M, r]."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     mask_n, mask_m = offs_n < N, offs_m < M
     mask = mask_n[:, None] & mask_m[None, :]
     offs = offs_m[None, :] * N + offs_n[:, None]
     size = tl.cast(M, tl.int64)
-    y = sum_splits(part_ptr, offs, mask, splits, size * N)
+    y = sum_splits(part_ptr, offs, mask, splits, size * N)  # [BLOCK_N, BLOCK_M]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if b_ptr is not None:
-        memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+    if b is not None:
+        memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         y = expand_rows(
-            y,
-            s_ptr,
-            b_ptr,
-            memory,
-            offs_n,
-            offs_m,
-            N,
-            R,
-            first,
-            last,
-            splits,
-            size * R,
-            R,
-            y_ptr.dtype.element_ty,
-            BLOCK_R,
-            PRECISION,
-        )
+            y, s_ptr, b, memory, offs_n, offs_m, N, first, last, splits, size * b.rank, b.rank,
+            y_ptr.dtype.element_ty, BLOCK_R, PRECISION,
+        )  # fmt: skip
     tl.store(y_ptr + offs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     """First launch: out [splits, M, N] and, with memories, s [splits, M, r]."""
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
-    a, _, scaling = lora or (None, None, None)
-    r, a_rows = (0, 0) if a is None else (a.shape[1], a.shape[0] * a.shape[1])
+    a, a_rows = None, 0
+    if lora is not None:
+        memories, rank, _ = lora[0].shape
+        a, a_rows = StackedA(lora[0], lora[2], rank), memories * rank
     launch(
         _decode_linear_fwd_kernel,
         (cdiv(a_rows, config.block_n) + cdiv(n, config.block_n), splits),
-        x_ptr=x,
-        w_ptr=weight,
+        x=matrix(x),
+        w=matrix(weight),
         bias_ptr=bias,
-        a_ptr=a,
-        scaling_ptr=scaling,
+        a=a,
         out_ptr=out,
         s_ptr=s,
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
         M=m,
         N=n,
         K=k,
-        R=r,
         ROWS=a_rows,
         blocks=blocks,
-        stride_xm=x.stride(0),
-        stride_wn=weight.stride(0),
-        BLOCK_A=config.block_k // 2,
+        BLOCK_A=config.block_k // 2,  # fp32 masters take twice the room
         **tile_args(x, config),
-        **rows.args(),
     )
 
 
@@ -224,11 +191,12 @@ def _expand(part, bias, s, b, y, rows) -> None:
         part_ptr=part,
         bias_ptr=bias,
         s_ptr=s,
-        b_ptr=b,
+        b=None if b is None else StackedB(b, r),
         y_ptr=y,
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
         M=m,
         N=n,
-        R=r,
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
@@ -236,7 +204,6 @@ def _expand(part, bias, s, b, y, rows) -> None:
         PRECISION=precision(y.dtype),
         num_warps=4,
         num_stages=3,
-        **rows.args(),
     )
 
 
@@ -248,7 +215,7 @@ def decode_linear(
     rows: Rows,
     config: Config | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling_m (x A_m^T) B_m^T, m the memory of each token; M <= 64.
+    """Return y = x W^T + bias + scaling_m (x A_m^T) B_m^T, m the memory of each token; M <= 64.
 
     Args:
         x: [M, K], last stride 1.
@@ -257,7 +224,7 @@ def decode_linear(
         lora: None, or (a [n, r, K], b [n, N, r], scaling fp32 [n]), a and b contiguous and of any
             floating dtype (rounded to x's).
         rows: memory of each token; tokens without one get no update.
-        config: an entry of CONFIGS; None: the first.
+        config: an entry of CONFIGS; None: the default.
 
     Returns:
         [M, N] in x's dtype.
@@ -266,7 +233,7 @@ def decode_linear(
     y = x.new_empty(m, n)
     if m == 0:
         return y
-    config = config or next(iter(CONFIGS.values()))
+    config = choose_config(config, CONFIGS, None, x)
     splits, blocks = split_blocks(x, cdiv(n, config.block_n), config)
     if lora is None:
         rows = Rows(None, 1)  # not read: no variant of its own

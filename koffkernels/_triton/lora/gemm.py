@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.gemm import (
-    Config,
+    FP32,
     add_delta,
     apply_poison,
-    choose_config,
     config_args,
-    gemm_delta_args,
     grid_of,
     multiply,
     parts_of,
@@ -22,7 +21,7 @@ from ..shared.gemm import (
     tile_position,
 )
 from ..shared.launch import Rows, launch, memory_range, precision, token_memory
-from .expand import Delta
+from ..shared.operands import Delta, Weight, matrix, operand
 
 EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
 PREFILL = {"_gemm_linear_fwd_kernel": 1}
@@ -40,55 +39,34 @@ CONFIGS = {
 
 
 @triton.jit
-def store_output(
-    y_ptr, acc, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO: tl.constexpr, PARTS: tl.constexpr
-):
+def store_output(y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO: tl.constexpr, PARTS: tl.constexpr):
     """Write acc + bias, in PARTS parts: all columns at once would not fit in registers."""
     if PARTS > 1:
         left, right = split_columns(acc)
-        store_output(y_ptr, left, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS // 2)
+        store_output(y, left, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
         begin_n += left.shape[1]
-        store_output(y_ptr, right, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS // 2)
+        store_output(y, right, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
     else:
         if bias_ptr is not None:
             offs_n = begin_n + tl.arange(0, acc.shape[1])
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
             acc += bias.to(tl.float32)[None, :]
-        store_tile(y_ptr, acc, begin_m, begin_n, M, N, stride_ym, ONTO)
+        store_tile(y, acc, begin_m, begin_n, M, N, ONTO)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_linear_fwd_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     bias_ptr,
-    y_ptr,
+    y,
+    delta0,
+    delta1,
     ids_ptr,
-    s_ptr0,
-    b_ptr0,
-    scaling_ptr0,
-    s_ptr1,
-    b_ptr1,
-    scaling_ptr1,
+    tokens,
     M,
     N,
     K,
-    R0,
-    R1,
-    tokens,
-    stride_xm,
-    stride_wn,
-    stride_wk,
-    stride_ym,
-    stride_sm0,
-    stride_be0,
-    stride_bn0,
-    stride_br0,
-    stride_sm1,
-    stride_be1,
-    stride_bn1,
-    stride_br1,
-    HAS_IDS: tl.constexpr,
     ONTO: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -114,30 +92,29 @@ def _gemm_linear_fwd_kernel(
     rows = tl.minimum(rows, M - begin_m - 1)
     if not EVEN_N and not W_BY_N:
         cols = tl.minimum(cols, N - begin_n - 1)
-    memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens, HAS_IDS)
+    memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens)
     first, last = memory_range(memory)
+    # x [BLOCK_M, BLOCK_K], W^T [BLOCK_K, BLOCK_N]
     acc = multiply(
-        x_ptr + row0 * stride_xm + (rows[:, None] * stride_xm + offs_k[None, :]),
-        w_ptr + begin_n.to(tl.int64) * stride_wn
-        + (cols[None, :] * stride_wn + offs_k[:, None] * stride_wk),
-        K, stride_wk, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
+        x.ptr + row0 * x.stride + (rows[:, None] * x.stride + offs_k[None, :]),
+        w.ptr + begin_n.to(tl.int64) * w.stride_output
+        + (cols[None, :] * w.stride_output + offs_k[:, None] * w.stride_input),
+        K, w.stride_input, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
     )  # fmt: skip
     broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
-    if s_ptr0 is not None:
+    if delta0 is not None:
         acc, broken, poison = add_delta(
-            acc, broken, poison, s_ptr0 + row0 * stride_sm0, b_ptr0, scaling_ptr0, R0,
-            stride_sm0, stride_be0, stride_bn0, stride_br0, memory, first, last, rows, offs_n,
-            mask_n, HAS_IDS, BLOCK_R, PRECISION,
+            acc, broken, poison, delta0, row0, memory, first, last, rows, offs_n, mask_n, ids_ptr,
+            BLOCK_R, PRECISION,
         )  # fmt: skip
-    if s_ptr1 is not None:
+    if delta1 is not None:
         acc, broken, poison = add_delta(
-            acc, broken, poison, s_ptr1 + row0 * stride_sm1, b_ptr1, scaling_ptr1, R1,
-            stride_sm1, stride_be1, stride_bn1, stride_br1, memory, first, last, rows, offs_n,
-            mask_n, HAS_IDS, BLOCK_R, PRECISION,
+            acc, broken, poison, delta1, row0, memory, first, last, rows, offs_n, mask_n, ids_ptr,
+            BLOCK_R, PRECISION,
         )  # fmt: skip
-    if s_ptr0 is not None:
-        acc = apply_poison(acc, broken, poison, HAS_IDS)
-    store_output(y_ptr, acc, bias_ptr, begin_m, begin_n, M, N, stride_ym, ONTO, PARTS)
+    if delta0 is not None:
+        acc = apply_poison(acc, broken, poison, ids_ptr)
+    store_output(y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS)
 
 
 def gemm_linear(
@@ -149,7 +126,7 @@ def gemm_linear(
     config: Config | None = None,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + updates (+ onto), accumulated in fp32 and written once.
+    """Return y = x W^T + bias + updates (+ onto), accumulated in fp32 and written once.
 
     Args:
         x: [M, K], last stride 1.
@@ -163,28 +140,30 @@ def gemm_linear(
     Returns:
         [M, N] in x's dtype.
     """
-    config = choose_config(config, CONFIGS, x)
+    config = choose_config(config, CONFIGS, FP32, x)
     (m, k), n = x.shape, weight.shape[0]
     y = x.new_empty(m, n) if onto is None else onto
     first, second = (*delta, None, None)[:2]
     launch(
         _gemm_linear_fwd_kernel,
         grid_of(m, n, config),
-        x_ptr=x,
-        w_ptr=weight,
+        x=matrix(x),
+        w=Weight(weight, *weight.stride()),
         bias_ptr=bias,
-        y_ptr=y,
-        **{"M": m, "N": n, "K": k, "stride_xm": x.stride(0), "stride_ym": y.stride(0)},
-        **{"stride_wn": weight.stride(0), "stride_wk": weight.stride(1)},
+        y=matrix(y),
+        delta0=operand(first),
+        delta1=operand(second),
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
+        M=m,
+        N=n,
+        K=k,
         ONTO=onto is not None,
         PARTS=parts_of(config, _PART),
         EVEN_K=k % config.block_k == 0,
         EVEN_N=n % config.block_n == 0,
         W_BY_N=weight.stride(1) != 1,
         PRECISION=precision(x.dtype),
-        **gemm_delta_args("0", first),
-        **gemm_delta_args("1", second),
-        **rows.args(),
         **config_args(config, *delta),
     )
     return y

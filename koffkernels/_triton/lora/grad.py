@@ -12,28 +12,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
+from ..shared.operands import matrix
 from ..shared.reduce import sum_partials
 
 EXPECTS = {"_lora_grad_kernel": "dot16"}
 _PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
+# Tokens of a chunk: four tiles, so that the fp32 sums that are written for each chunk weigh little
+# against what is read for it.
 _SHORTEST_CHUNK = 256
+_BLOCK_M, _BLOCK_K = 64, 128
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "m_per_chunk", "memories"])
 def _lora_grad_kernel(
-    p_ptr,
-    q_ptr,
+    p,
+    q,
     out_ptr,
     ids_ptr,
+    tokens,
     M,
     K,
     R,
-    tokens,
     m_per_chunk,
     memories,
-    stride_pm,
-    stride_qm,
-    HAS_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -48,23 +49,24 @@ def _lora_grad_kernel(
     begin = chunk * m_per_chunk
     end = tl.minimum(begin + m_per_chunk, M)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    first, last = token_span(ids_ptr, begin, end, tokens, m, HAS_IDS)
+    first, last = token_span(ids_ptr, begin, end, tokens, m)
     for start in range(first, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         inside = offs_m < last
-        mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens, HAS_IDS) == m)
+        mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens) == m)
         rows = offs_m.to(tl.int64)[:, None]
+        # narrow [BLOCK_M, BLOCK_R], wide [BLOCK_M, BLOCK_K]
         mask_p, mask_q = mine[:, None] & mask_r[None, :], mine[:, None] & mask_k[None, :]
-        p = tl.load(p_ptr + rows * stride_pm + offs_r[None, :], mask=mask_p, other=0.0)
-        q = tl.load(q_ptr + rows * stride_qm + offs_k[None, :], mask=mask_q, other=0.0)
-        total = dot(tl.trans(p).to(q.dtype), q, total, PRECISION)
+        narrow = tl.load(p.ptr + rows * p.stride + offs_r[None, :], mask=mask_p, other=0.0)
+        wide = tl.load(q.ptr + rows * q.stride + offs_k[None, :], mask=mask_q, other=0.0)
+        total = dot(tl.trans(narrow).to(wide.dtype), wide, total, PRECISION)
     slot = chunk.to(tl.int64) * memories + m
     out = out_ptr + (slot * R + offs_r[:, None]) * K + offs_k[None, :]
     tl.store(out, total, mask=mask_r[:, None] & mask_k[None, :])
 
 
 def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
-    """Sum of p^T q over each memory's tokens.
+    """Return the sum of p^T q over each memory's tokens.
 
     Args:
         p: [M, r], last stride 1: s or t.
@@ -76,31 +78,30 @@ def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
         fp32 [n, r, K], not scaled; 0 for a memory that no token uses.
     """
     (m, k), r = q.shape, p.shape[1]
-    block_m, block_k, block_r = 64, 128, rank_block(r)
-    tiles = cdiv(k, block_k) * cdiv(r, block_r) * memories
+    block_r = rank_block(r)
+    tiles = cdiv(k, _BLOCK_K) * cdiv(r, block_r) * memories
     size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, tiles)))
-    per_chunk = cdiv(size, block_m) * block_m  # which may cut rows
+    per_chunk = cdiv(size, _BLOCK_M) * _BLOCK_M  # a chunk may end within a sequence
     chunks = max(1, cdiv(m, per_chunk))
     parts = q.new_empty(chunks, memories, r, k, dtype=torch.float32)
     launch(
         _lora_grad_kernel,
-        (cdiv(k, block_k), chunks, cdiv(r, block_r) * memories),
-        p_ptr=p,
-        q_ptr=q,
+        (cdiv(k, _BLOCK_K), chunks, cdiv(r, block_r) * memories),
+        p=matrix(p),
+        q=matrix(q),
         out_ptr=parts,
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
         M=m,
         K=k,
         R=r,
         m_per_chunk=per_chunk,
         memories=memories,
-        stride_pm=p.stride(0),
-        stride_qm=q.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_K=_BLOCK_K,
         BLOCK_R=block_r,
         PRECISION=precision(q.dtype),
         num_warps=4,
         num_stages=3,
-        **rows.args(),
     )
     return parts[0] if chunks == 1 else sum_partials(parts, torch.float32)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ... import routes
 from ..shared.launch import Rows
+from ..shared.operands import Delta
 from .decode import CONFIGS as DECODE
 from .decode import decode_linear
-from .expand import Delta, expand_
+from .expand import expand_
 from .gemm import CONFIGS as FUSED
 from .gemm import gemm_linear
 from .grad import lora_grad
@@ -26,7 +27,7 @@ def _route(stage: str, x: Tensor, weight: Tensor) -> routes.Route:
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
 ) -> tuple[Tensor, Tensor]:
-    """(y, s): y = x W^T + bias + scaling s b^T, s = x a^T. x is [M, K]."""
+    """Return (y, s): y = x W^T + bias + scaling s b^T, s = x a^T. x is [M, K]."""
     a, b, scaling = lora
     s = shrink(x, a, None, rows)
     delta = (Delta(s, b, scaling),)
@@ -39,7 +40,7 @@ def linear_forward(
 def linear_inference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
 ) -> Tensor:
-    """y of ``linear_forward``, where nothing is kept for backward."""
+    """Return y of ``linear_forward``, where nothing is saved for backward."""
     route = _route("forward", x, weight)
     if route.name == "decode":
         return decode_linear(x, weight, bias, lora, rows, routes.find(DECODE, route))
@@ -49,8 +50,8 @@ def linear_inference(
 def matrix_gradients(
     lora: tuple, da: Tensor, db: Tensor, needs: tuple[bool, bool, bool]
 ) -> list[Tensor | None]:
-    """Gradients of a [n, r, K], b [n, N, r] and scaling [n] from the unscaled fp32 sums da [n, r,
-    K] and db [n, r, N]."""
+    """Return the gradients of a [n, r, K], b [n, N, r] and scaling [n] from the unscaled fp32 sums
+    da [n, r, K] and db [n, r, N]."""
     a, b, scaling = lora
     factor = scaling.float()[:, None, None]
     db = db.transpose(1, 2).contiguous()  # the layout that the operators promise
@@ -70,7 +71,7 @@ def linear_backward(
     rows: Rows,
     needs: tuple[bool, bool, bool, bool],
 ) -> list[Tensor | None]:
-    """[dx, da, db, dscaling] of ``linear_forward``, None where ``needs`` says so."""
+    """Return [dx, da, db, dscaling] of ``linear_forward``, None where ``needs`` says so."""
     a, b, scaling = lora
     t = shrink(dy, b.transpose(1, 2), None, rows)
     dx = None

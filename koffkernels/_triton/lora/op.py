@@ -12,29 +12,24 @@ from ..shared.launch import Rows, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
 from .linear import linear_backward, linear_forward, linear_inference
 
+_LORA = "Tensor a, Tensor b, Tensor scaling, Tensor? ids, SymInt tokens"
+_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, {_LORA}"
+_BACKWARD = f"Tensor dy, Tensor? x, Tensor? s, Tensor weight, {_LORA}, bool[] needs"
+
 
 def rows_of(x: Tensor, ids: Tensor | None) -> Rows:
-    """The memory of each token of x [B, T, K] (ids [B]) or [M, K] (ids [M])."""
+    """Return the memory of each token of x [B, T, K] (ids [B]) or [M, K] (ids [M])."""
     ids = None if ids is None else ids.contiguous()
     return Rows(ids, max(1, x.shape[1]) if x.dim() == 3 else 1)
 
 
 def flat(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K] with last stride 1."""
+    """Return x [..., K] as [M, K] with last stride 1."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: Tensor,
-    ids: Tensor | None,
-    tokens: int,
-) -> tuple[Tensor, Tensor]:
+def _forward(x, weight, bias, a, b, scaling, ids, tokens):
     return linear_forward(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
 
 
@@ -49,23 +44,12 @@ def _fake(x, weight, bias, a, b, scaling, ids, tokens):
 def _setup(ctx, inputs, output):
     x, weight, _, a, b, scaling, ids, tokens = inputs
     trains = any(ctx.needs_input_grad[3:6])
-    x, s = (x, output[1]) if trains else (None, None)
+    x, s = (x, output[1]) if trains else (None, None)  # read for a, b and scaling alone
     ctx.save_for_backward(x, s, weight, a, b, scaling, ids)
     ctx.tokens = tokens
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    s: Tensor | None,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scaling: Tensor,
-    ids: Tensor | None,
-    tokens: int,
-    needs: list[bool],
-) -> list[Tensor]:
+def _backward(dy, x, s, weight, a, b, scaling, ids, tokens, needs):
     rows = Rows(ids, tokens)
     return wanted(linear_backward(dy, x, s, weight, (a, b, scaling), rows, tuple(needs)))
 
@@ -80,7 +64,7 @@ def _backward_fake(dy, x, s, weight, a, b, scaling, ids, tokens, needs):
 
 
 def _gradients(run, ctx, dy):
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]  # of x, a, b and scaling
     x, s, weight, a, b, scaling, ids = ctx.saved_tensors
     found = run(dy.contiguous(), x, s, weight, a, b, scaling, ids, ctx.tokens, needs)
     dx, *matrices = spread(found, needs)
@@ -88,9 +72,20 @@ def _gradients(run, ctx, dy):
 
 
 _OPERATION = operation(
-    "lora_linear", _forward, _fake, _setup, _backward, _backward_fake, _gradients
+    "lora_linear",
+    _ARGUMENTS,
+    "Tensor, Tensor",
+    _BACKWARD,
+    forward=_forward,
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    gradients=_gradients,
 )
-_INFERENCE = inference("lora_linear", _inference, _forward, lambda *args: _fake(*args)[0])
+_INFERENCE = inference(
+    "lora_linear", _ARGUMENTS, forward=_inference, fake=lambda *args: _fake(*args)[0]
+)
 
 
 def run(

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shared.config import Config, choose_config
 from ..shared.decode import (
-    Config,
+    StackedA,
+    StackedB,
     expand_rows,
     inside,
     narrow,
@@ -25,128 +27,90 @@ from ..shared.decode import (
     token_block,
 )
 from ..shared.launch import Rows, activate, cdiv, dot, launch, memory_range, token_memory
+from ..shared.operands import matrix
 
 EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
 
+_ALL = (80, 90, 100)
 CONFIGS = {
-    "n64_k64_s4": Config(64, 64, 4, 4),
-    "n64_k64_s3": Config(64, 64, 3, 4),
-    "n64_k64_s5": Config(64, 64, 5, 4),
-    "n64_k128_s3": Config(64, 128, 3, 4, archs=(90, 100)),
-    "n128_k64_s3_w8": Config(128, 64, 3, 8, archs=(80, 90)),
-    "n128_k64_s4_w8": Config(128, 64, 4, 8, archs=(80, 90)),
+    "n64_k64_s4": Config(block_n=64, block_k=64, stages=4, archs=_ALL),
+    "n64_k64_s3": Config(block_n=64, block_k=64, stages=3, archs=_ALL),
+    "n64_k64_s5": Config(block_n=64, block_k=64, stages=5, archs=_ALL),
+    "n64_k128_s3": Config(block_n=64, block_k=128, stages=3, archs=(90, 100)),
+    "n128_k64_s3_w8": Config(block_n=128, block_k=64, stages=3, warps=8, archs=(80, 90)),
+    "n128_k64_s4_w8": Config(block_n=128, block_k=64, stages=4, warps=8, archs=(80, 90)),
 }
 
 # The first launch reads little: short programs, but every program of the second adds up the splits
 # (8 where K is long enough, whatever the number of memories).
-_SHRINK = Config(block_n=64, block_k=64, stages=3, warps=4, split_cost=2.0)
+_SHRINK = Config(block_n=64, block_k=64, stages=3)
+_SHRINK_SPLIT_COST = 2.0
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "tokens", "blocks"])
 def _decode_shrink_fwd_kernel(
-    x_ptr,
-    a0_ptr,
-    a1_ptr,
-    scaling0_ptr,
-    scaling1_ptr,
+    x,
+    a0,
+    a1,
     s_ptr,
     ids_ptr,
+    tokens,
     M,
     K,
-    R0,
-    R1,
     ROWS0,
     ROWS1,
-    tokens,
     blocks,
-    stride_xm,
-    HAS_IDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_N rows of one stacked A for one split of K. s is [splits, M, R0 + R1]."""
+    """One program: BLOCK_N rows of one stacked A for one split of K.
+
+    s is [splits, M, ranks of a0 and, beside them, of a1].
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
-    memory = token_memory(ids_ptr, offs_m, offs_m < M, tokens, HAS_IDS)
+    memory = token_memory(ids_ptr, offs_m, offs_m < M, tokens)
     begin = split * blocks * BLOCK_K
     end = tl.minimum(begin + blocks * BLOCK_K, K)
-    width = R0 + R1
+    width = a0.rank
+    if a1 is not None:
+        width += a1.rank
     s_ptr += split.to(tl.int64) * M * width
     tiles0 = tl.cdiv(ROWS0, BLOCK_N)
     if tile < tiles0:
         shrink_rows(
-            x_ptr,
-            a0_ptr,
-            scaling0_ptr,
-            s_ptr,
-            tile,
-            memory,
-            offs_m,
-            K,
-            R0,
-            ROWS0,
-            begin,
-            end,
-            stride_xm,
-            width,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_K,
-            EVEN_K,
-            PRECISION,
-        )
+            x, a0, s_ptr, tile, memory, offs_m, K, ROWS0, begin, end, width,
+            BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
     else:
-        if a1_ptr is not None:
+        if a1 is not None:
             shrink_rows(
-                x_ptr,
-                a1_ptr,
-                scaling1_ptr,
-                s_ptr + R0,
-                tile - tiles0,
-                memory,
-                offs_m,
-                K,
-                R1,
-                ROWS1,
-                begin,
-                end,
-                stride_xm,
-                width,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_K,
-                EVEN_K,
-                PRECISION,
-            )
+                x, a1, s_ptr + a0.rank, tile - tiles0, memory, offs_m, K, ROWS1, begin, end, width,
+                BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
 def _decode_mlp_up_fwd_kernel(
-    x_ptr,
-    wg_ptr,
-    wu_ptr,
+    x,
+    w_gate,
+    w_up,
     gates_ptr,
     s_ptr,
-    bg_ptr,
-    bu_ptr,
+    b_gate,
+    b_up,
     h_ptr,
     ids_ptr,
+    tokens,
     M,
     N,
     K,
-    RG,
-    RU,
-    tokens,
     splits,
-    stride_xm,
-    stride_gn,
-    stride_un,
-    HAS_IDS: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,7 +119,10 @@ def _decode_mlp_up_fwd_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_N of the N neurons for all tokens. s is [splits, M, RG + RU]."""
+    """One program: BLOCK_N of the N neurons for all tokens.
+
+    s is [splits, M, ranks of the gate's update and, beside them, of the up projection's].
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -164,67 +131,47 @@ def _decode_mlp_up_fwd_kernel(
     if gates_ptr is not None:
         gates = tl.load(gates_ptr + offs_n, mask=mask_n, other=0.0)
         open_ = gates != 0.0
+        # A tile that is closed as a whole skips the loop, and reads no weights.
         end = tl.where(tl.max(open_.to(tl.int32), 0) > 0, K, 0)
-    wg_rows = wg_ptr + offs_n.to(tl.int64)[:, None] * stride_gn
-    wu_rows = wu_ptr + offs_n.to(tl.int64)[:, None] * stride_un
-    x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+    gate_rows = w_gate.ptr + offs_n.to(tl.int64)[:, None] * w_gate.stride
+    up_rows = w_up.ptr + offs_n.to(tl.int64)[:, None] * w_up.stride
+    x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
     g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, end, BLOCK_K):
+        # x^T [BLOCK_K, BLOCK_M], both weights [BLOCK_N, BLOCK_K]
         mask_k = inside(k + offs_k, K, EVEN_K)
         mask_x = mask_k[:, None] & mask_m[None, :]
-        x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_x, other=0.0)
+        tile_x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
         mask_w = mask_n[:, None] & mask_k[None, :]
         offs_w = (k + offs_k)[None, :]
-        wg = tl.load(wg_rows + offs_w, mask=mask_w, other=0.0)
-        g = dot(wg, x, g, PRECISION)
-        wu = tl.load(wu_rows + offs_w, mask=mask_w, other=0.0)
-        u = dot(wu, x, u, PRECISION)
+        tile_gate = tl.load(gate_rows + offs_w, mask=mask_w, other=0.0)
+        g = dot(tile_gate, tile_x, g, PRECISION)
+        tile_up = tl.load(up_rows + offs_w, mask=mask_w, other=0.0)
+        u = dot(tile_up, tile_x, u, PRECISION)
     if s_ptr is not None:
-        memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+        memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         if gates_ptr is not None:
             last = tl.where(end > 0, last, first)
-        width = RG + RU
+        rank_gate = 0
+        rank_up = 0
+        if b_gate is not None:
+            rank_gate = b_gate.rank
+        if b_up is not None:
+            rank_up = b_up.rank
+        width = rank_gate + rank_up
         split_stride = tl.cast(M, tl.int64) * width
-        if bg_ptr is not None:
+        if b_gate is not None:
             g = expand_rows(
-                g,
-                s_ptr,
-                bg_ptr,
-                memory,
-                offs_n,
-                offs_m,
-                N,
-                RG,
-                first,
-                last,
-                splits,
-                split_stride,
-                width,
-                h_ptr.dtype.element_ty,
-                BLOCK_R,
-                PRECISION,
-            )
-        if bu_ptr is not None:
+                g, s_ptr, b_gate, memory, offs_n, offs_m, N, first, last, splits, split_stride,
+                width, h_ptr.dtype.element_ty, BLOCK_R, PRECISION,
+            )  # fmt: skip
+        if b_up is not None:
             u = expand_rows(
-                u,
-                s_ptr + RG,
-                bu_ptr,
-                memory,
-                offs_n,
-                offs_m,
-                N,
-                RU,
-                first,
-                last,
-                splits,
-                split_stride,
-                width,
-                h_ptr.dtype.element_ty,
-                BLOCK_R,
-                PRECISION,
-            )
+                u, s_ptr + rank_gate, b_up, memory, offs_n, offs_m, N, first, last, splits,
+                split_stride, width, h_ptr.dtype.element_ty, BLOCK_R, PRECISION,
+            )  # fmt: skip
     h = activate(g, ACTIVATION) * u
     if gates_ptr is not None:
         # Selected, so that a closed neuron gives 0 whether or not its tile was skipped.
@@ -234,65 +181,57 @@ def _decode_mlp_up_fwd_kernel(
 
 
 def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
-    """fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two LoRA."""
-    (m, k), (a0, _, scaling0) = x.shape, loras[0]
-    a1, _, scaling1 = loras[1] if len(loras) == 2 else (None, None, None)
-    r0, r1 = a0.shape[1], 0 if a1 is None else a1.shape[1]
-    rows0, rows1 = a0.shape[0] * r0, 0 if a1 is None else a1.shape[0] * r1
-    tiles = cdiv(rows0, _SHRINK.block_n) + cdiv(rows1, _SHRINK.block_n)
-    splits, blocks = split_blocks(x, 1, _SHRINK)
-    s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
+    """First launch: fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two
+    LoRA."""
+    m, k = x.shape
+    stacks = [StackedA(a, scaling, a.shape[1]) for a, _, scaling in loras]
+    heights = [a.shape[0] * a.shape[1] for a, _, _ in loras]
+    splits, blocks = split_blocks(x, 1, _SHRINK, _SHRINK_SPLIT_COST)
+    s = x.new_empty(splits, m, sum(stack.rank for stack in stacks), dtype=torch.float32)
     launch(
         _decode_shrink_fwd_kernel,
-        (tiles, splits),
-        x_ptr=x,
-        a0_ptr=a0,
-        a1_ptr=a1,
-        scaling0_ptr=scaling0,
-        scaling1_ptr=scaling1,
+        (sum(cdiv(height, _SHRINK.block_n) for height in heights), splits),
+        x=matrix(x),
+        a0=stacks[0],
+        a1=stacks[1] if len(stacks) == 2 else None,
         s_ptr=s,
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
         M=m,
         K=k,
-        R0=r0,
-        R1=r1,
-        ROWS0=rows0,
-        ROWS1=rows1,
+        ROWS0=heights[0],
+        ROWS1=heights[1] if len(heights) == 2 else 0,
         blocks=blocks,
-        stride_xm=x.stride(0),
         **tile_args(x, _SHRINK),
-        **rows.args(),
     )
     return s
 
 
 def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) -> None:
     """Second launch: h [M, I] from both weights and, with memories, s and the B of gate and up."""
-    (w_gate, w_up), (b_gate, b_up) = weights, lora_b
-    r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
+    (w_gate, w_up), (m, k) = weights, x.shape
+    b_gate, b_up = (None if b is None else StackedB(b, b.shape[2]) for b in lora_b)
+    rank = max((b.rank for b in (b_gate, b_up) if b is not None), default=0)
     launch(
         _decode_mlp_up_fwd_kernel,
         (cdiv(h.shape[1], config.block_n),),
-        x_ptr=x,
-        wg_ptr=w_gate,
-        wu_ptr=w_up,
+        x=matrix(x),
+        w_gate=matrix(w_gate),
+        w_up=matrix(w_up),
         gates_ptr=gates,
         s_ptr=s,
-        bg_ptr=b_gate,
-        bu_ptr=b_up,
+        b_gate=b_gate,
+        b_up=b_up,
         h_ptr=h,
-        M=x.shape[0],
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
+        M=m,
         N=h.shape[1],
-        K=x.shape[1],
-        RG=r_gate,
-        RU=r_up,
+        K=k,
         splits=0 if s is None else s.shape[0],
-        stride_xm=x.stride(0),
-        stride_gn=w_gate.stride(0),
-        stride_un=w_up.stride(0),
         ACTIVATION=activation,
-        BLOCK_R=rank_step(max(r_gate, r_up), token_block(x.shape[0])),
+        BLOCK_R=rank_step(rank, token_block(m)),
         **tile_args(x, config),
-        **rows.args(),
     )
 
 
@@ -307,7 +246,7 @@ def decode_mlp_up(
     activation: str,
     config: Config | None = None,
 ) -> Tensor:
-    """h = act(x Wg^T + delta_g) * (x Wu^T + delta_u) * gates; M <= 64 tokens.
+    """Return h = act(x Wg^T + delta_g) * (x Wu^T + delta_u) * gates; M <= 64 tokens.
 
     Args:
         x: [M, K], last stride 1.
@@ -317,7 +256,7 @@ def decode_mlp_up(
             contiguous and of any floating dtype (rounded to x's); the ranks may differ.
         rows: memory of each token; tokens without one get no update.
         activation: silu, gelu or gelu_tanh.
-        config: an entry of CONFIGS; None: the first.
+        config: an entry of CONFIGS; None: the default.
 
     Returns:
         [M, I] in x's dtype.
@@ -325,7 +264,7 @@ def decode_mlp_up(
     h = x.new_empty(x.shape[0], w_gate.shape[0])
     if x.shape[0] == 0:
         return h
-    config = config or next(iter(CONFIGS.values()))
+    config = choose_config(config, CONFIGS, None, x)
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
     rows = rows if given else Rows(None, 1)  # not read: no variant of its own
     s = _shrink(x, given, rows) if given else None

@@ -7,14 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.expand import Delta
+from ..shared.config import Config, choose_config
 from ..shared.gemm import (
-    Config,
+    FP32,
     add_delta,
     apply_poison,
-    choose_config,
     config_args,
-    gemm_delta_args,
     grid_of,
     multiply,
     parts_of,
@@ -23,6 +21,7 @@ from ..shared.gemm import (
     tile_position,
 )
 from ..shared.launch import Rows, activate, launch, memory_range, precision, token_memory
+from ..shared.operands import Delta, matrix, operand
 
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
 PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
@@ -42,21 +41,19 @@ CONFIGS = {
 
 @triton.jit
 def store_hidden(
-    h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    h_out, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
+):
     """Write act(g) u z, in PARTS parts: all columns at once would not fit in registers."""
     if PARTS > 1:
         g_left, g_right = split_columns(g)
         u_left, u_right = split_columns(u)
+        middle = begin_n + g.shape[1] // 2
         store_hidden(
-            h_ptr, g_left, u_left, gates_ptr, begin_m, begin_n, M, N, stride_hm,
-            ACTIVATION, PARTS // 2,
-        )  # fmt: skip
+            h_out, g_left, u_left, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS // 2
+        )
         store_hidden(
-            h_ptr, g_right, u_right, gates_ptr, begin_m, begin_n + g.shape[1] // 2, M, N, stride_hm,
-            ACTIVATION, PARTS // 2,
-        )  # fmt: skip
+            h_out, g_right, u_right, gates_ptr, begin_m, middle, M, N, ACTIVATION, PARTS // 2
+        )
     else:
         h = activate(g, ACTIVATION) * u
         if gates_ptr is not None:
@@ -64,45 +61,25 @@ def store_hidden(
             z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
             # Selected, so that a neuron's zero gate gives 0 whatever the others in its tile are.
             h = tl.where((z != 0.0)[None, :], h * z[None, :], 0.0)
-        store_tile(h_ptr, h, begin_m, begin_n, M, N, stride_hm, False)
+        store_tile(h_out, h, begin_m, begin_n, M, N, False)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_mlp_up_fwd_kernel(
-    x_ptr,
-    wg_ptr,
-    wu_ptr,
+    x,
+    w_gate,
+    w_up,
     gates_ptr,
-    h_ptr,
-    g0_ptr,
-    u0_ptr,
+    h,
+    g0,
+    u0,
+    delta_gate,
+    delta_up,
     ids_ptr,
-    s_ptr_g,
-    b_ptr_g,
-    scaling_ptr_g,
-    s_ptr_u,
-    b_ptr_u,
-    scaling_ptr_u,
+    tokens,
     M,
     N,
     K,
-    R_g,
-    R_u,
-    tokens,
-    stride_xm,
-    stride_wgn,
-    stride_wun,
-    stride_hm,
-    stride_gm,
-    stride_sm_g,
-    stride_be_g,
-    stride_bn_g,
-    stride_br_g,
-    stride_sm_u,
-    stride_be_u,
-    stride_bn_u,
-    stride_br_u,
-    HAS_IDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,7 +95,7 @@ def _gemm_mlp_up_fwd_kernel(
     begin_m, begin_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     live = True
     # With g0 and u0 wanted, a backward follows, and closed gates have gradients too.
-    if gates_ptr is not None and g0_ptr is None:
+    if gates_ptr is not None and g0 is None:
         offs_n = begin_n + tl.arange(0, BLOCK_N)
         z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
         live = tl.max((z != 0.0).to(tl.int32), 0) > 0
@@ -133,41 +110,40 @@ def _gemm_mlp_up_fwd_kernel(
         # Selected as a whole tile: from selected rows, triton 3.9 reads W two bytes at a time.
         w_ptrs = tl.where(
             (cols < BLOCK_N)[None, :],
-            wg_ptr + ((inside * stride_wgn)[None, :] + offs_k[:, None]),
-            wu_ptr + ((inside * stride_wun)[None, :] + offs_k[:, None]),
+            w_gate.ptr + ((inside * w_gate.stride)[None, :] + offs_k[:, None]),
+            w_up.ptr + ((inside * w_up.stride)[None, :] + offs_k[:, None]),
         )
-        memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens, HAS_IDS)
+        memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens)
         first, last = memory_range(memory)
+        # x [BLOCK_M, BLOCK_K], [Wg; Wu]^T [BLOCK_K, 2 BLOCK_N]
         acc = multiply(
-            x_ptr + row0 * stride_xm + (rows[:, None] * stride_xm + offs_k[None, :]),
+            x.ptr + row0 * x.stride + (rows[:, None] * x.stride + offs_k[None, :]),
             w_ptrs, K, 1, None, EVEN_K, False, PRECISION,
         )  # fmt: skip
-        if g0_ptr is not None:
+        if g0 is not None:
             g, u = split_columns(acc)
-            store_tile(g0_ptr, g, begin_m, begin_n, M, N, stride_gm, False)
-            store_tile(u0_ptr, u, begin_m, begin_n, M, N, stride_gm, False)
+            store_tile(g0, g, begin_m, begin_n, M, N, False)
+            store_tile(u0, u, begin_m, begin_n, M, N, False)
         # Each update is 0 in the other's columns: wgmma wants the whole accumulator in place.
         neurons = begin_n + cols % BLOCK_N
         broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((2 * BLOCK_N,), tl.int32)
-        if s_ptr_g is not None:
+        if delta_gate is not None:
             acc, broken, poison = add_delta(
-                acc, broken, poison, s_ptr_g + row0 * stride_sm_g, b_ptr_g, scaling_ptr_g, R_g,
-                stride_sm_g, stride_be_g, stride_bn_g, stride_br_g, memory, first, last, rows,
-                neurons, (cols < BLOCK_N) & (neurons < N), HAS_IDS, BLOCK_R, PRECISION,
+                acc, broken, poison, delta_gate, row0, memory, first, last, rows, neurons,
+                (cols < BLOCK_N) & (neurons < N), ids_ptr, BLOCK_R, PRECISION,
             )  # fmt: skip
-        if s_ptr_u is not None:
+        if delta_up is not None:
             acc, broken, poison = add_delta(
-                acc, broken, poison, s_ptr_u + row0 * stride_sm_u, b_ptr_u, scaling_ptr_u, R_u,
-                stride_sm_u, stride_be_u, stride_bn_u, stride_br_u, memory, first, last, rows,
-                neurons, (cols >= BLOCK_N) & (neurons < N), HAS_IDS, BLOCK_R, PRECISION,
+                acc, broken, poison, delta_up, row0, memory, first, last, rows, neurons,
+                (cols >= BLOCK_N) & (neurons < N), ids_ptr, BLOCK_R, PRECISION,
             )  # fmt: skip
-        if s_ptr_g is not None or s_ptr_u is not None:
-            acc = apply_poison(acc, broken, poison, HAS_IDS)
+        if delta_gate is not None or delta_up is not None:
+            acc = apply_poison(acc, broken, poison, ids_ptr)
         g, u = split_columns(acc)
-        store_hidden(h_ptr, g, u, gates_ptr, begin_m, begin_n, M, N, stride_hm, ACTIVATION, PARTS)
+        store_hidden(h, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS)
     else:
-        zero = tl.zeros((BLOCK_M, BLOCK_N), h_ptr.dtype.element_ty)
-        store_tile(h_ptr, zero, begin_m, begin_n, M, N, stride_hm, False)
+        zero = tl.zeros((BLOCK_M, BLOCK_N), h.ptr.dtype.element_ty)
+        store_tile(h, zero, begin_m, begin_n, M, N, False)
 
 
 def gemm_mlp_up(
@@ -182,7 +158,7 @@ def gemm_mlp_up(
     config: Config | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """h = act(x Wg^T + delta_g) (x Wu^T + delta_u) z, all of it in fp32 until h is rounded.
+    """Return h = act(x Wg^T + delta_g) (x Wu^T + delta_u) z, in fp32 until h is rounded.
 
     Args:
         x: [M, K], last stride 1.
@@ -198,25 +174,30 @@ def gemm_mlp_up(
     Returns:
         h [M, I] and, with keep, [x Wg^T, x Wu^T] as one [M, 2 I] buffer, else None; in x's dtype.
     """
-    config = choose_config(config, CONFIGS, x)
+    config = choose_config(config, CONFIGS, FP32, x)
     (m, k), width = x.shape, w_gate.shape[0]
     h, gu = x.new_empty(m, width), x.new_empty(m, 2 * width) if keep else None
-    g0, u0 = (None, None) if gu is None else (gu[:, :width], gu[:, width:])
-    strides = {"stride_wgn": w_gate.stride(0), "stride_wun": w_up.stride(0)}
-    strides |= {"stride_xm": x.stride(0), "stride_hm": width, "stride_gm": 2 * width}
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
-        **{"x_ptr": x, "wg_ptr": w_gate, "wu_ptr": w_up, "gates_ptr": gates},
-        **{"h_ptr": h, "g0_ptr": g0, "u0_ptr": u0},
-        **{"M": m, "N": width, "K": k, **strides},
+        x=matrix(x),
+        w_gate=matrix(w_gate),
+        w_up=matrix(w_up),
+        gates_ptr=gates,
+        h=matrix(h),
+        g0=None if gu is None else matrix(gu[:, :width]),
+        u0=None if gu is None else matrix(gu[:, width:]),
+        delta_gate=operand(delta_gate),
+        delta_up=operand(delta_up),
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
+        M=m,
+        N=width,
+        K=k,
         ACTIVATION=activation,
         PARTS=parts_of(config, _PART),
         EVEN_K=k % config.block_k == 0,
         PRECISION=precision(x.dtype),
-        **gemm_delta_args("_g", delta_gate),
-        **gemm_delta_args("_u", delta_up),
-        **rows.args(),
         **config_args(config, delta_gate, delta_up),
     )
     return h, gu

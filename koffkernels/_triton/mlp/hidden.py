@@ -6,46 +6,41 @@ are read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.expand import Delta, delta_args, delta_tile
+from ..lora.expand import delta_tile
 from ..shared.launch import Rows, activate, cdiv, launch, precision, rank_block, token_memory
+from ..shared.operands import Delta, largest_rank, matrix, operand
 
-EXPECTS = {"_mlp_hidden_fwd_kernel": "dot16"}
+
+def _expects(args: dict[str, Any]) -> str | None:
+    """Without an update nothing is multiplied."""
+    return None if args["delta_gate"] is None and args["delta_up"] is None else "dot16"
+
+
+EXPECTS = {"_mlp_hidden_fwd_kernel": _expects}
+
+# The tile of h, 128 elements or 256 bytes wide in 16 bits. There is no loop over K to hide the
+# loads behind, so tiles are low and programs many.
+_BLOCK_M, _BLOCK_I = 32, 128
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _mlp_hidden_fwd_kernel(
-    g_ptr,
-    u_ptr,
-    h_ptr,
-    z_ptr,
-    s0_ptr,
-    b0_ptr,
-    scaling0_ptr,
-    s1_ptr,
-    b1_ptr,
-    scaling1_ptr,
+    g0,
+    u0,
+    h,
+    gates_ptr,
+    delta_gate,
+    delta_up,
     ids_ptr,
+    tokens,
     M,
     I,
-    R0,
-    R1,
-    tokens,
-    stride_gm,
-    stride_hm,
-    stride_s0m,
-    stride_b0n,
-    stride_b0i,
-    stride_b0r,
-    stride_s1m,
-    stride_b1n,
-    stride_b1i,
-    stride_b1r,
-    HAS_IDS: tl.constexpr,
-    HAS_GATES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -57,23 +52,24 @@ def _mlp_hidden_fwd_kernel(
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_m, mask_i = offs_m < M, offs_i < I
     mask = mask_m[:, None] & mask_i[None, :]
-    memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
-    offs = offs_m.to(tl.int64)[:, None] * stride_gm + offs_i[None, :]
-    g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    g += delta_tile(
-        s0_ptr, b0_ptr, scaling0_ptr, R0, stride_s0m, stride_b0n, stride_b0i, stride_b0r,
-        offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    u += delta_tile(
-        s1_ptr, b1_ptr, scaling1_ptr, R1, stride_s1m, stride_b1n, stride_b1i, stride_b1r,
-        offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    h = activate(g, ACTIVATION) * u
-    if HAS_GATES:
-        h *= tl.load(z_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)[None, :]
-    h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm + offs_i[None, :]
-    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
+    memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+    # g0, u0 and h [BLOCK_M, BLOCK_I]; u0 has g0's stride, so that both share their offsets.
+    offs = offs_m.to(tl.int64)[:, None] * g0.stride + offs_i[None, :]
+    g = tl.load(g0.ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u0.ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if delta_gate is not None:
+        g += delta_tile(
+            delta_gate, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
+        )
+    if delta_up is not None:
+        u += delta_tile(
+            delta_up, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
+        )
+    hidden = activate(g, ACTIVATION) * u
+    if gates_ptr is not None:
+        hidden *= tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)[None, :]
+    h_ptrs = h.ptr + offs_m.to(tl.int64)[:, None] * h.stride + offs_i[None, :]
+    tl.store(h_ptrs, hidden.to(h.ptr.dtype.element_ty), mask=mask)
 
 
 def mlp_hidden(
@@ -85,7 +81,7 @@ def mlp_hidden(
     rows: Rows,
     activation: str,
 ) -> Tensor:
-    """h = act(g0 + delta_gate) (u0 + delta_up) gates.
+    """Return h = act(g0 + delta_gate) (u0 + delta_up) gates.
 
     Args:
         g0, u0: [M, I] with the same strides, the last 1.
@@ -97,30 +93,27 @@ def mlp_hidden(
     Returns:
         [M, I] in g0's dtype.
     """
-    (m, i), block_m, block_i = g0.shape, 32, 128
+    m, i = g0.shape
     h = g0.new_empty(m, i)
-    ranks = [d.b.shape[2] for d in (delta_gate, delta_up) if d is not None]
     launch(
         _mlp_hidden_fwd_kernel,
-        (cdiv(m, block_m), cdiv(i, block_i)),
-        g_ptr=g0,
-        u_ptr=u0,
-        h_ptr=h,
-        z_ptr=gates,
+        (cdiv(m, _BLOCK_M), cdiv(i, _BLOCK_I)),
+        g0=matrix(g0),
+        u0=matrix(u0),
+        h=matrix(h),
+        gates_ptr=gates,
+        delta_gate=operand(delta_gate),
+        delta_up=operand(delta_up),
+        ids_ptr=rows.ids,
+        tokens=rows.tokens,
         M=m,
         I=i,
-        stride_gm=g0.stride(0),
-        stride_hm=i,
-        HAS_GATES=gates is not None,
         ACTIVATION=activation,
-        BLOCK_M=block_m,
-        BLOCK_I=block_i,
-        BLOCK_R=rank_block(max(ranks, default=1)),
+        BLOCK_M=_BLOCK_M,
+        BLOCK_I=_BLOCK_I,
+        BLOCK_R=rank_block(largest_rank(delta_gate, delta_up)),
         PRECISION=precision(g0.dtype),
         num_warps=8,
         num_stages=2,
-        **delta_args(delta_gate, "0", g0),
-        **delta_args(delta_up, "1", g0),
-        **rows.args(),
     )
     return h

@@ -1,7 +1,7 @@
 """Backward of h = act(g) u z, tile by tile: dg, du and the gates' gradient.
 
 g and u are recomputed from g0, u0 and the low-rank updates. This is the way for no or large ranks;
-``mlp_hidden_bwd_lora`` sums the gradients of the low-rank matrices in the same pass.
+``hidden_bwd_lora`` sums the gradients of the low-rank matrices in the same pass.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.expand import Delta, delta_args, delta_tile
+from ..lora.expand import delta_tile
 from ..shared.launch import Rows, activate_grad, cdiv, launch, precision, rank_block, token_memory
+from ..shared.operands import Delta, largest_rank, matrix, operand
 from ..shared.reduce import sum_partials
-
-EXPECTS = {"_mlp_hidden_bwd_kernel": "dot16"}
 
 
 class HiddenDeltas(NamedTuple):
@@ -27,14 +26,22 @@ class HiddenDeltas(NamedTuple):
     up: Delta | None
     down: Delta | None
 
-    def args(self, like: Tensor) -> dict:
-        """Kernel arguments, called 0, 1 and 2."""
-        named = zip("012", self, strict=True)
-        return {k: v for name, d in named for k, v in delta_args(d, name, like).items()}
-
     def rank(self) -> int:
-        """The largest rank, 1 for none."""
-        return max((d.b.shape[2] for d in self if d is not None), default=1)
+        """Return the largest rank, 1 for none."""
+        return largest_rank(*self)
+
+
+def _expects(args: dict[str, Any]) -> str | None:
+    """Without an update nothing is multiplied."""
+    deltas = [args[f"delta_{name}"] for name in HiddenDeltas._fields]
+    return None if all(delta is None for delta in deltas) else "dot16"
+
+
+EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
+
+# Five wide tiles (g, u, dh and the two results) share the registers, so this one is half as wide as
+# the forward's.
+_BLOCK_M, _BLOCK_I = 32, 64
 
 
 @triton.jit
@@ -52,88 +59,70 @@ def hidden_grads(dh, g, u, z, mask, HAS_GATES: tl.constexpr, ACTIVATION: tl.cons
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _mlp_hidden_bwd_kernel(
-    dh_ptr,
-    g_ptr,
-    u_ptr,
-    z_ptr,
-    dg_ptr,
-    du_ptr,
+    dh,
+    g0,
+    u0,
+    gates_ptr,
+    dg,
+    du,
     h_ptr,
     dz_ptr,
-    s0_ptr,
-    b0_ptr,
-    scaling0_ptr,
-    s1_ptr,
-    b1_ptr,
-    scaling1_ptr,
-    s2_ptr,
-    b2_ptr,
-    scaling2_ptr,
+    delta_gate,
+    delta_up,
+    delta_down,
     ids_ptr,
+    tokens,
     M,
     I,
-    R0,
-    R1,
-    R2,
-    tokens,
-    stride_hm,
-    stride_gm,
-    stride_dm,
-    stride_s0m,
-    stride_b0n,
-    stride_b0i,
-    stride_b0r,
-    stride_s1m,
-    stride_b1n,
-    stride_b1i,
-    stride_b1r,
-    stride_s2m,
-    stride_b2n,
-    stride_b2i,
-    stride_b2r,
-    HAS_IDS: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    NEEDS_GATES: tl.constexpr,
-    KEEP_H: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one tile of dg and du, and its part of dz [M / BLOCK_M, I]."""
+    """One program: one tile of dg and du, and its part of dz [M / BLOCK_M, I].
+
+    h (laid out as dh) and dz are None where they are not wanted.
+    """
     pid_m = tl.program_id(0)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_m, mask_i = offs_m < M, offs_i < I
     mask = mask_m[:, None] & mask_i[None, :]
-    memory = token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS)
+    memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
     rows = offs_m.to(tl.int64)[:, None]
-    g = tl.load(g_ptr + rows * stride_gm + offs_i[None, :], mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_ptr + rows * stride_gm + offs_i[None, :], mask=mask, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + rows * stride_hm + offs_i[None, :], mask=mask, other=0.0).to(tl.float32)
-    g += delta_tile(
-        s0_ptr, b0_ptr, scaling0_ptr, R0, stride_s0m, stride_b0n, stride_b0i, stride_b0r,
-        offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    u += delta_tile(
-        s1_ptr, b1_ptr, scaling1_ptr, R1, stride_s1m, stride_b1n, stride_b1i, stride_b1r,
-        offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    dh += delta_tile(
-        s2_ptr, b2_ptr, scaling2_ptr, R2, stride_s2m, stride_b2n, stride_b2i, stride_b2r,
-        offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION,
-    )  # fmt: skip
+    # All [BLOCK_M, BLOCK_I]. u0 has g0's stride and du that of dg: they share their offsets.
+    offs_g = rows * g0.stride + offs_i[None, :]
+    offs_h = rows * dh.stride + offs_i[None, :]
+    g = tl.load(g0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+    upstream = tl.load(dh.ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+    if delta_gate is not None:
+        g += delta_tile(
+            delta_gate, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
+        )
+    if delta_up is not None:
+        u += delta_tile(
+            delta_up, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
+        )
+    if delta_down is not None:
+        upstream += delta_tile(
+            delta_down, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
+        )
     z = tl.zeros((BLOCK_I,), tl.float32)
-    if HAS_GATES:
-        z = tl.load(z_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
-    dg, du, h, dz = hidden_grads(dh, g, u, z, mask, HAS_GATES, ACTIVATION)
-    dtype = dg_ptr.dtype.element_ty
-    tl.store(dg_ptr + rows * stride_dm + offs_i[None, :], dg.to(dtype), mask=mask)
-    tl.store(du_ptr + rows * stride_dm + offs_i[None, :], du.to(dtype), mask=mask)
-    if KEEP_H:
-        tl.store(h_ptr + rows * stride_hm + offs_i[None, :], h.to(dtype), mask=mask)
-    if NEEDS_GATES:
+    if gates_ptr is not None:
+        z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
+    dg_tile, du_tile, h, dz = hidden_grads(
+        upstream, g, u, z, mask, gates_ptr is not None, ACTIVATION
+    )
+    # From here on the tile of dh, or of g0 and u0, is written over: see ``outputs``.
+    dtype = dg.ptr.dtype.element_ty
+    offs_d = rows * dg.stride + offs_i[None, :]
+    tl.store(dg.ptr + offs_d, dg_tile.to(dtype), mask=mask)
+    tl.store(du.ptr + offs_d, du_tile.to(dtype), mask=mask)
+    if h_ptr is not None:
+        tl.store(h_ptr + offs_h, h.to(dtype), mask=mask)
+    if dz_ptr is not None:
         tl.store(dz_ptr + pid_m.to(tl.int64) * I + offs_i, tl.sum(dz, 0), mask=mask_i)
 
 
@@ -146,18 +135,33 @@ def hidden_args(
     rows: Rows,
     activation: str,
 ) -> dict[str, Any]:
-    """What both kernels of the backward take, but for the tile and where sums go."""
+    """Return what both kernels of the backward take, but for the tile and where sums go."""
     (g0, u0), (dg, du), (m, i) = gu, out, dh.shape
-    tensors = {"dh_ptr": dh, "g_ptr": g0, "u_ptr": u0, "dg_ptr": dg, "du_ptr": du}
-    sizes = {"M": m, "I": i, "stride_hm": i, "stride_gm": g0.stride(0), "stride_dm": dg.stride(0)}
-    gated = {"z_ptr": gates, "HAS_GATES": gates is not None, "ACTIVATION": activation}
-    shared = {"BLOCK_R": rank_block(deltas.rank()), "PRECISION": precision(g0.dtype)}
-    return tensors | sizes | gated | shared | deltas.args(g0) | rows.args()
+    return {
+        "dh": matrix(dh),
+        "g0": matrix(g0),
+        "u0": matrix(u0),
+        "gates_ptr": gates,
+        "dg": matrix(dg),
+        "du": matrix(du),
+        "delta_gate": operand(deltas.gate),
+        "delta_up": operand(deltas.up),
+        "delta_down": operand(deltas.down),
+        "ids_ptr": rows.ids,
+        "tokens": rows.tokens,
+        "M": m,
+        "I": i,
+        "ACTIVATION": activation,
+        "BLOCK_R": rank_block(deltas.rank()),
+        "PRECISION": precision(g0.dtype),
+    }
 
 
 def outputs(dh: Tensor, gu: tuple[Tensor, Tensor], overwrite: bool) -> tuple[Tensor, Tensor]:
-    """Where dg and du go: over g0 and u0 if these may be lost, else dg over dh. A program has read
-    its tile of all three before it writes."""
+    """Return where dg and du go: over g0 and u0 if these may be lost, else dg over dh.
+
+    A program has read its tile of all three before it writes, and no other reads that tile.
+    """
     return gu if overwrite else (dh, torch.empty_like(dh))
 
 
@@ -170,7 +174,7 @@ def mlp_hidden_bwd(
     activation: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """((dg, du), h, dz) of h = act(g) u gates; dh, or g0 and u0, are written over.
+    """Return ((dg, du), h, dz) of h = act(g) u gates; dh, or g0 and u0, are written over.
 
     Args:
         dh: [M, I], contiguous, without the update of the down layer.
@@ -184,21 +188,18 @@ def mlp_hidden_bwd(
     Returns:
         dg and du [M, I], h [M, I] or None, dz fp32 [I] or None.
     """
-    (m, i), block_m, block_i = dh.shape, 32, 64
-    needs_gates, keep_h, overwrite = needs
-    tiles = cdiv(m, block_m), cdiv(i, block_i)
+    (m, i), (needs_gates, needs_h, overwrite) = dh.shape, needs
+    tiles = cdiv(m, _BLOCK_M), cdiv(i, _BLOCK_I)
     out = outputs(dh, gu, overwrite)
-    h = dh.new_empty(m, i) if keep_h else None
+    h = dh.new_empty(m, i) if needs_h else None
     dz = dh.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None
     launch(
         _mlp_hidden_bwd_kernel,
         tiles,
         h_ptr=h,
         dz_ptr=dz,
-        NEEDS_GATES=needs_gates,
-        KEEP_H=keep_h,
-        BLOCK_M=block_m,
-        BLOCK_I=block_i,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_I=_BLOCK_I,
         **hidden_args(dh, gu, gates, out, deltas, rows, activation),
     )
     return out, h, None if dz is None else sum_partials(dz, torch.float32)

@@ -21,58 +21,86 @@ from .hidden_bwd import HiddenDeltas, hidden_args, hidden_grads, outputs
 EXPECTS = {"_mlp_hidden_bwd_lora_kernel": "dot16"}
 LARGEST_RANK = 32  # above it three accumulators of [rank, BLOCK_I] do not fit the registers
 _PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
+# Tokens of a chunk: eight tiles, so that the fp32 sums that are written for each chunk weigh little
+# against what is read for it.
 _SHORTEST_CHUNK = 256
-_BLOCK_M = 32
+_BLOCK_M, _BLOCK_I = 32, 64  # beside three wide tiles there are three sums of [rank, BLOCK_I]
+
+
+# The four steps in which an update takes part. One that is not there (None) takes part in none.
+
+
+@triton.jit
+def _matrix_of(delta, m, mask_i, offs_i, offs_r, dtype: tl.constexpr):
+    """(scaling, b^T [BLOCK_R, BLOCK_I]) of memory m; zeros for m = -1, which is none."""
+    scaling = 0.0
+    b = tl.zeros((offs_r.shape[0], offs_i.shape[0]), dtype)
+    if delta is not None:
+        offs = m * delta.stride_memory + offs_r[:, None] * delta.stride_rank
+        offs += offs_i[None, :] * delta.stride_wide
+        mask = (offs_r < delta.rank)[:, None] & mask_i[None, :] & (m >= 0)
+        b = tl.load(delta.b + offs, mask=mask, other=0.0).to(dtype)
+        scaling = tl.load(delta.scaling + m, mask=m >= 0, other=0.0).to(tl.float32)
+    return scaling, b
+
+
+@triton.jit
+def _rows_of(delta, rows, mine, offs_r, dtype: tl.constexpr):
+    """s [BLOCK_M, BLOCK_R] of the tokens that are ``mine``."""
+    s = tl.zeros((rows.shape[0], offs_r.shape[0]), dtype)
+    if delta is not None:
+        s_ptrs = delta.s + rows * delta.stride_token + offs_r[None, :]
+        s = tl.load(s_ptrs, mask=mine[:, None] & (offs_r < delta.rank)[None, :], other=0.0)
+        s = s.to(dtype)
+    return s
+
+
+@triton.jit
+def _updated(base, delta, scaling, s, b, PRECISION: tl.constexpr):
+    """base + scaling s b^T, [BLOCK_M, BLOCK_I]."""
+    if delta is not None:
+        base += scaling * dot(s, b, tl.zeros(base.shape, tl.float32), PRECISION)
+    return base
+
+
+@triton.jit
+def _summed(total, delta, s, wide, PRECISION: tl.constexpr):
+    """total + s^T wide, [BLOCK_R, BLOCK_I]."""
+    if delta is not None:
+        total = dot(tl.trans(s), wide, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _store_sum(out_ptr, delta, total, slot, I, mask_i, offs_i, offs_r, m):
+    """Write a sum to [slots, r, I]; the tokens without a memory have none."""
+    if delta is not None:
+        out = out_ptr + slot * delta.rank * I + (offs_r[:, None] * I + offs_i[None, :])
+        mask = (offs_r < delta.rank)[:, None] & mask_i[None, :] & (m >= 0)
+        tl.store(out, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "m_per_chunk", "memories"])
 def _mlp_hidden_bwd_lora_kernel(
-    dh_ptr,
-    g_ptr,
-    u_ptr,
-    z_ptr,
-    dg_ptr,
-    du_ptr,
+    dh,
+    g0,
+    u0,
+    gates_ptr,
+    dg,
+    du,
     dz_ptr,
-    db0_ptr,
-    db1_ptr,
-    db2_ptr,
-    s0_ptr,
-    b0_ptr,
-    scaling0_ptr,
-    s1_ptr,
-    b1_ptr,
-    scaling1_ptr,
-    s2_ptr,
-    b2_ptr,
-    scaling2_ptr,
+    sum_gate_ptr,
+    sum_up_ptr,
+    sum_down_ptr,
+    delta_gate,
+    delta_up,
+    delta_down,
     ids_ptr,
+    tokens,
     M,
     I,
-    R0,
-    R1,
-    R2,
-    tokens,
     m_per_chunk,
     memories,
-    stride_hm,
-    stride_gm,
-    stride_dm,
-    stride_s0m,
-    stride_b0n,
-    stride_b0i,
-    stride_b0r,
-    stride_s1m,
-    stride_b1n,
-    stride_b1i,
-    stride_b1r,
-    stride_s2m,
-    stride_b2n,
-    stride_b2i,
-    stride_b2r,
-    HAS_IDS: tl.constexpr,
-    HAS_GATES: tl.constexpr,
-    NEEDS_GATES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -81,74 +109,66 @@ def _mlp_hidden_bwd_lora_kernel(
 ):
     """One program: a strip of neurons and a chunk of tokens, memory after memory (-1 for none).
 
-    Partial sums: dz [chunks, I]; db0, db1, db2 [chunks, memories, R, I], zeroed by the launcher.
+    Partial sums: dz [chunks, I]; the others [chunks, memories, r, I], zeroed by the launcher, since
+    a chunk writes only those of the memories between its lowest and its highest.
     """
     chunk = tl.program_id(1)
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_r = tl.arange(0, BLOCK_R)
     mask_i = offs_i < I
-    dtype = dg_ptr.dtype.element_ty
+    dtype = dg.ptr.dtype.element_ty
     z = tl.zeros((BLOCK_I,), tl.float32)
-    if HAS_GATES:
-        z = tl.load(z_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
+    if gates_ptr is not None:
+        z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     dz = tl.zeros((BLOCK_I,), tl.float32)
     begin = chunk * m_per_chunk
     end = tl.minimum(begin + m_per_chunk, M)
-    low, high = memory_span(ids_ptr, begin, end, tokens, HAS_IDS)
+    low, high = memory_span(ids_ptr, begin, end, tokens)
     for m in tl.range(low, high + 1, num_stages=1):
-        mask0 = (offs_r < R0)[:, None] & mask_i[None, :] & (m >= 0)
-        mask1 = (offs_r < R1)[:, None] & mask_i[None, :] & (m >= 0)
-        mask2 = (offs_r < R2)[:, None] & mask_i[None, :] & (m >= 0)
-        offs0 = m * stride_b0n + offs_r[:, None] * stride_b0r + offs_i[None, :] * stride_b0i
-        offs1 = m * stride_b1n + offs_r[:, None] * stride_b1r + offs_i[None, :] * stride_b1i
-        offs2 = m * stride_b2n + offs_r[:, None] * stride_b2r + offs_i[None, :] * stride_b2i
-        b0 = tl.load(b0_ptr + offs0, mask=mask0, other=0.0).to(dtype)
-        b1 = tl.load(b1_ptr + offs1, mask=mask1, other=0.0).to(dtype)
-        b2 = tl.load(b2_ptr + offs2, mask=mask2, other=0.0).to(dtype)
-        c0 = tl.load(scaling0_ptr + m, mask=(m >= 0) & (R0 > 0), other=0.0).to(tl.float32)
-        c1 = tl.load(scaling1_ptr + m, mask=(m >= 0) & (R1 > 0), other=0.0).to(tl.float32)
-        c2 = tl.load(scaling2_ptr + m, mask=(m >= 0) & (R2 > 0), other=0.0).to(tl.float32)
-        sum0 = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-        sum1 = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-        sum2 = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
-        first, last = token_span(ids_ptr, begin, end, tokens, m, HAS_IDS)
+        scale_gate, b_gate = _matrix_of(delta_gate, m, mask_i, offs_i, offs_r, dtype)
+        scale_up, b_up = _matrix_of(delta_up, m, mask_i, offs_i, offs_r, dtype)
+        scale_down, b_down = _matrix_of(delta_down, m, mask_i, offs_i, offs_r, dtype)
+        sum_gate = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+        sum_up = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+        sum_down = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+        first, last = token_span(ids_ptr, begin, end, tokens, m)
         for start in range(first, last, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
             inside = offs_m < last
-            mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens, HAS_IDS) == m)
+            mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens) == m)
             mask = mine[:, None] & mask_i[None, :]
             rows = offs_m.to(tl.int64)[:, None]
-            tile = rows * stride_gm + offs_i[None, :]
-            g = tl.load(g_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-            u = tl.load(u_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-            dh_ptrs = dh_ptr + rows * stride_hm + offs_i[None, :]
-            dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
-            mine_r = mine[:, None] & (m >= 0)
-            s0_ptrs = s0_ptr + rows * stride_s0m + offs_r[None, :]
-            s1_ptrs = s1_ptr + rows * stride_s1m + offs_r[None, :]
-            s2_ptrs = s2_ptr + rows * stride_s2m + offs_r[None, :]
-            s0 = tl.load(s0_ptrs, mask=mine_r & (offs_r < R0)[None, :], other=0.0)
-            s1 = tl.load(s1_ptrs, mask=mine_r & (offs_r < R1)[None, :], other=0.0)
-            s2 = tl.load(s2_ptrs, mask=mine_r & (offs_r < R2)[None, :], other=0.0)
-            zero = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-            g += c0 * dot(s0.to(dtype), b0, zero, PRECISION)
-            u += c1 * dot(s1.to(dtype), b1, zero, PRECISION)
-            dh += c2 * dot(s2.to(dtype), b2, zero, PRECISION)
-            dg, du, h, dz_tile = hidden_grads(dh, g, u, z, mask, HAS_GATES, ACTIVATION)
-            dg, du = dg.to(dtype), du.to(dtype)
-            out = rows * stride_dm + offs_i[None, :]
-            tl.store(dg_ptr + out, dg, mask=mask)
-            tl.store(du_ptr + out, du, mask=mask)
+            # Wide tiles [BLOCK_M, BLOCK_I]. u0 has g0's stride and du that of dg.
+            offs_g = rows * g0.stride + offs_i[None, :]
+            g = tl.load(g0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+            u = tl.load(u0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+            dh_ptrs = dh.ptr + rows * dh.stride + offs_i[None, :]
+            upstream = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+            # Narrow tiles [BLOCK_M, BLOCK_R].
+            with_memory = mine & (m >= 0)
+            s_gate = _rows_of(delta_gate, rows, with_memory, offs_r, dtype)
+            s_up = _rows_of(delta_up, rows, with_memory, offs_r, dtype)
+            t_down = _rows_of(delta_down, rows, with_memory, offs_r, dtype)
+            g = _updated(g, delta_gate, scale_gate, s_gate, b_gate, PRECISION)
+            u = _updated(u, delta_up, scale_up, s_up, b_up, PRECISION)
+            upstream = _updated(upstream, delta_down, scale_down, t_down, b_down, PRECISION)
+            dg_tile, du_tile, h, dz_tile = hidden_grads(
+                upstream, g, u, z, mask, gates_ptr is not None, ACTIVATION
+            )
+            # The tile of dh, or of g0 and u0, is written over: see ``outputs``.
+            dg_tile, du_tile = dg_tile.to(dtype), du_tile.to(dtype)
+            offs_d = rows * dg.stride + offs_i[None, :]
+            tl.store(dg.ptr + offs_d, dg_tile, mask=mask)
+            tl.store(du.ptr + offs_d, du_tile, mask=mask)
             dz += tl.sum(dz_tile, 0)
-            sum0 = dot(tl.trans(s0).to(dtype), dg, sum0, PRECISION)
-            sum1 = dot(tl.trans(s1).to(dtype), du, sum1, PRECISION)
-            sum2 = dot(tl.trans(s2).to(dtype), h.to(dtype), sum2, PRECISION)
+            sum_gate = _summed(sum_gate, delta_gate, s_gate, dg_tile, PRECISION)
+            sum_up = _summed(sum_up, delta_up, s_up, du_tile, PRECISION)
+            sum_down = _summed(sum_down, delta_down, t_down, h.to(dtype), PRECISION)
         slot = chunk.to(tl.int64) * memories + m
-        part = offs_r[:, None] * I + offs_i[None, :]
-        tl.store(db0_ptr + slot * R0 * I + part, sum0, mask=mask0)
-        tl.store(db1_ptr + slot * R1 * I + part, sum1, mask=mask1)
-        tl.store(db2_ptr + slot * R2 * I + part, sum2, mask=mask2)
-    if NEEDS_GATES:
+        _store_sum(sum_gate_ptr, delta_gate, sum_gate, slot, I, mask_i, offs_i, offs_r, m)
+        _store_sum(sum_up_ptr, delta_up, sum_up, slot, I, mask_i, offs_i, offs_r, m)
+        _store_sum(sum_down_ptr, delta_down, sum_down, slot, I, mask_i, offs_i, offs_r, m)
+    if dz_ptr is not None:
         tl.store(dz_ptr + chunk.to(tl.int64) * I + offs_i, dz, mask=mask_i)
 
 
@@ -164,9 +184,10 @@ class HiddenGrads(NamedTuple):
     down: Tensor | None
 
 
-def _chunks(m: int, i: int, block_i: int) -> int:
-    """Tokens per chunk: chunks enough to fill the multiprocessors, which may cut rows."""
-    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, cdiv(i, block_i))))
+def _tokens_per_chunk(m: int, i: int) -> int:
+    """Return how many tokens a chunk has: as many chunks as fill the multiprocessors. A chunk may
+    end within a sequence."""
+    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, cdiv(i, _BLOCK_I))))
     return cdiv(size, _BLOCK_M) * _BLOCK_M
 
 
@@ -179,7 +200,7 @@ def mlp_hidden_bwd_lora(
     activation: str,
     needs: tuple[bool, bool],
 ) -> HiddenGrads:
-    """All of ``mlp_hidden_bwd`` and the sums that the low-rank matrices' gradients need.
+    """Return all of ``mlp_hidden_bwd`` and the sums that the low-rank matrices' gradients need.
 
     Args:
         dh, gu, gates, deltas, rows, activation: as in ``mlp_hidden_bwd``; at least one update,
@@ -189,9 +210,9 @@ def mlp_hidden_bwd_lora(
     Returns:
         See ``HiddenGrads``; None for an update that is not there.
     """
-    (m, i), block_i, (needs_gates, overwrite) = dh.shape, 64, needs
+    (m, i), (needs_gates, overwrite) = dh.shape, needs
     memories = max(d.b.shape[0] for d in deltas if d is not None)
-    per_chunk = _chunks(m, i, block_i)
+    per_chunk = _tokens_per_chunk(m, i)
     chunks = cdiv(m, per_chunk)
     out = outputs(dh, gu, overwrite)
     dz = dh.new_empty(chunks, i, dtype=torch.float32) if needs_gates else None
@@ -201,14 +222,15 @@ def mlp_hidden_bwd_lora(
     ]
     launch(
         _mlp_hidden_bwd_lora_kernel,
-        (cdiv(i, block_i), chunks),
+        (cdiv(i, _BLOCK_I), chunks),
         dz_ptr=dz,
+        sum_gate_ptr=sums[0],
+        sum_up_ptr=sums[1],
+        sum_down_ptr=sums[2],
         m_per_chunk=per_chunk,
         memories=memories,
-        NEEDS_GATES=needs_gates,
         BLOCK_M=_BLOCK_M,
-        BLOCK_I=block_i,
-        **{f"db{k}_ptr": dh if part is None else part for k, part in enumerate(sums)},
+        BLOCK_I=_BLOCK_I,
         **hidden_args(dh, gu, gates, out, deltas, rows, activation),
     )
     parts = [None if part is None else sum_partials(part, torch.float32) for part in (dz, *sums)]

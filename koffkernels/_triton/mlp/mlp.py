@@ -1,12 +1,13 @@
 """Gated MLP, forward and backward, on [M, H]: the vendor's GEMMs with narrow kernels between them,
 fused GEMMs, or the decode kernels; ``routes`` says which.
 
-Kept for backward: x, g0 and u0 (the GEMMs' results, before the low-rank updates, in one [M, 2 I]
-buffer) and the narrow s; with ``recompute`` g0 and u0 are not kept but computed again.
+Saved for backward: x, g0 and u0 (the GEMMs' results, before the low-rank updates, in one [M, 2 I]
+buffer) and the narrow s; with ``recompute`` g0 and u0 are not saved but computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import routes
-from ...types import GatedMLPLoRA
+from ...types import GatedMLPLoRA, LoRA
 from ..lora.decode import decode_linear
-from ..lora.expand import Delta, expand_
+from ..lora.expand import expand_
 from ..lora.gemm import CONFIGS as FUSED_DOWN
 from ..lora.gemm import gemm_linear
 from ..lora.grad import lora_grad
 from ..lora.linear import matrix_gradients
 from ..lora.shrink import shrink
 from ..shared.launch import Rows
+from ..shared.operands import Delta
 from .decode import CONFIGS as DECODE_UP
 from .decode import decode_mlp_up
 from .gemm import CONFIGS as FUSED_UP
@@ -42,8 +44,9 @@ class Layer(NamedTuple):
     activation: str
 
 
-class Kept(NamedTuple):
-    """What backward needs of a forward; None for what is not there."""
+class Saved(NamedTuple):
+    """What backward needs of a forward, None for what is not there: g0 and u0 [M, 2 I], s of gate
+    and up [M, r_gate + r_up], s of down [M, r_down]."""
 
     gu: Tensor | None
     s_gate_up: Tensor | None
@@ -51,13 +54,13 @@ class Kept(NamedTuple):
 
 
 def route_of(stage: str, x: Tensor, w_gate: Tensor) -> routes.Route:
-    """The route of a call on x [M, H]."""
+    """Return the route of a call on x [M, H]."""
     i, h = w_gate.shape
     return routes.choose(routes.Shape("gated_mlp", stage, x.shape[0], h, i, x.dtype), x.device)
 
 
 def _shrink_both(x: Tensor, lora: GatedMLPLoRA, rows: Rows) -> Tensor | None:
-    """s of gate and, beside it, of up: [M, r_gate + r_up]; None without either."""
+    """Return s of gate and, beside it, of up: [M, r_gate + r_up]; None without either."""
     matrices = [part.a for part in (lora.gate, lora.up) if part is not None]
     if not matrices:
         return None
@@ -65,7 +68,7 @@ def _shrink_both(x: Tensor, lora: GatedMLPLoRA, rows: Rows) -> Tensor | None:
 
 
 def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> tuple[Delta | None, Delta | None]:
-    """The updates of g and u, from the columns of ``_shrink_both``."""
+    """Return the updates of g and u, from the columns of ``_shrink_both``."""
     found, column = [], 0
     for part in (lora.gate, lora.up):
         if part is None:
@@ -78,7 +81,8 @@ def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> tuple[Delta | None, Delta |
 
 
 def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """[x Wg^T, x Wu^T] as one [M, 2 I]: one GEMM where both weights are halves of one buffer."""
+    """Return [x Wg^T, x Wu^T] as one [M, 2 I]: one GEMM where both weights are halves of one
+    buffer."""
     i, h = w_gate.shape
     offset = w_up.storage_offset() - w_gate.storage_offset()
     shared = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata
@@ -90,8 +94,8 @@ def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     return gu
 
 
-def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Kept]:
-    """(y, what backward needs); g0 and u0 are kept only with ``keep``. x is [M, H]."""
+def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Saved]:
+    """Return (y, what backward needs), g0 and u0 only with ``keep``. x is [M, H]."""
     (w_gate, w_up, w_down), gates, lora, rows, activation = layer
     i, route = w_gate.shape[0], route_of("forward", x, w_gate)
     s_gate_up = _shrink_both(x, lora, rows)
@@ -110,11 +114,11 @@ def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Kept]:
     else:
         y = F.linear(h, w_down)
         y = expand_(y, down, rows) if down else y
-    return y, Kept(gu if keep else None, s_gate_up, s_down)
+    return y, Saved(gu if keep else None, s_gate_up, s_down)
 
 
 def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
-    """y of ``mlp_forward``, where nothing is kept for backward."""
+    """Return y of ``mlp_forward``, where nothing is saved for backward."""
     weights, gates, lora, rows, activation = layer
     route = route_of("forward", x, weights[0])
     if route.name != "decode":
@@ -125,41 +129,50 @@ def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
 
 
 def _hidden_backward(
-    dh: Tensor, gu: Tensor, kept: Kept, t_down: Tensor | None, layer: Layer, needs_gates: bool
+    dh: Tensor, gu: Tensor, saved: Saved, t_down: Tensor | None, layer: Layer, needs_gates: bool
 ) -> HiddenGrads:
-    """dg, du, dz and the sums over tokens, fused where the ranks allow it; gu is written over where
-    it was computed for this backward alone."""
+    """Return dg, du, dz and the sums over tokens, fused where the ranks allow it.
+
+    gu is written over where it was computed for this backward alone: what was saved belongs to
+    autograd, which may run backward again.
+    """
     _, gates, lora, rows, activation = layer
     i = dh.shape[1]
     halves = gu[:, :i], gu[:, i:]
-    s_gate, s_up = _deltas(kept.s_gate_up, lora)
+    s_gate, s_up = _deltas(saved.s_gate_up, lora)
     down = None
     if lora.down is not None:
         down = Delta(t_down, lora.down.a.transpose(1, 2), lora.down.scaling)
     deltas = HiddenDeltas(s_gate, s_up, down)
-    some, overwrite = any(d is not None for d in deltas), kept.gu is None
+    some, overwrite = any(d is not None for d in deltas), saved.gu is None
     if some and deltas.rank() <= LARGEST_RANK:
         needs = needs_gates, overwrite
         return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs)
     needs = needs_gates, down is not None, overwrite
-    out, h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
-    wide = *out, h
-    narrow = [None if d is None else d.s for d in deltas]
+    (dg, du), h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
     sums = [
-        None if p is None else lora_grad(p, q, d.b.shape[0], rows)
-        for p, q, d in zip(narrow, wide, deltas, strict=True)
+        None if delta is None else lora_grad(delta.s, wide, delta.b.shape[0], rows)
+        for delta, wide in zip(deltas, (dg, du, h), strict=True)
     ]
-    return HiddenGrads(*out, dz, *sums)
+    return HiddenGrads(dg, du, dz, *sums)
 
 
-def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
-    """dx = dg Wg + du Wu + the low-rank updates of both."""
+def _narrow_gradient(dy: Tensor, lora: LoRA | None, rows: Rows) -> Tensor | None:
+    """Return t = dy b_m [M, r], not scaled; None without an update."""
+    return None if lora is None else shrink(dy, lora.b.transpose(1, 2), None, rows)
+
+
+def _input_gradient(
+    dg: Tensor, du: Tensor, t_gate: Tensor | None, t_up: Tensor | None, layer: Layer
+) -> Tensor:
+    """Return dx = dg Wg + du Wu + the low-rank updates of both."""
     (w_gate, w_up, _), _, lora, rows, _ = layer
-    route = route_of("backward", dg, w_gate)
-    turned = GatedMLPLoRA(
-        *(None if p is None else p._replace(b=p.a.transpose(1, 2)) for p in lora[:2])
+    deltas = tuple(
+        Delta(t, part.a.transpose(1, 2), part.scaling)
+        for t, part in ((t_gate, lora.gate), (t_up, lora.up))
+        if part is not None
     )
-    deltas = tuple(d for d in _deltas(t, turned) if d is not None)
+    route = route_of("backward", dg, w_gate)
     if route.name == "fused":
         config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
         dx = gemm_linear(dg, w_gate.t(), None, (), rows, config)
@@ -171,35 +184,35 @@ def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> T
 def mlp_backward(
     dy: Tensor,
     x: Tensor,
-    kept: Kept,
+    saved: Saved,
     layer: Layer,
-    needs: tuple[bool, bool, list[list[bool]]],
+    needs: tuple[bool, bool, Sequence[Sequence[bool]]],
 ) -> list[Tensor | None]:
-    """[dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x, gates, and
-    three flags for each update) says so."""
-    weights, gates, lora, rows, _ = layer
-    needs_x, needs_gates, trains = needs
-    gu = _gate_up(x, *weights[:2]) if kept.gu is None else kept.gu
-    down = lora.down
-    t_down = None if down is None else shrink(dy, down.b.transpose(1, 2), None, rows)
-    hidden = _hidden_backward(dy @ weights[2], gu, kept, t_down, layer, needs_gates)
-    narrow = [
-        None if p is None else shrink(part, p.b.transpose(1, 2), None, rows)
-        for p, part in zip(lora[:2], hidden[:2], strict=True)
-    ]
-    there = [part for part in narrow if part is not None]
-    t = None if not there else there[0] if len(there) == 1 else torch.cat(there, 1)
+    """Return [dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x, gates,
+    and three flags for each update) says so."""
+    (w_gate, w_up, w_down), gates, lora, rows, _ = layer
+    needs_x, needs_gates, (train_gate, train_up, train_down) = needs
+    gu = _gate_up(x, w_gate, w_up) if saved.gu is None else saved.gu
+    t_down = _narrow_gradient(dy, lora.down, rows)
+    hidden = _hidden_backward(dy @ w_down, gu, saved, t_down, layer, needs_gates)
+    t_gate = _narrow_gradient(hidden.dg, lora.gate, rows)
+    t_up = _narrow_gradient(hidden.du, lora.up, rows)
     grads: list[Tensor | None] = [
-        _input_gradient(*hidden[:2], t, layer) if needs_x else None,
+        _input_gradient(hidden.dg, hidden.du, t_gate, t_up, layer) if needs_x else None,
         None if hidden.dz is None else hidden.dz.to(gates.dtype),
     ]
-    for part, p, db, train in zip(lora[:2], narrow, hidden[3:5], trains[:2], strict=True):
-        if not any(train):
+    for part, t, db, train in (
+        (lora.gate, t_gate, hidden.gate, train_gate),
+        (lora.up, t_up, hidden.up, train_up),
+    ):
+        if any(train):
+            da = lora_grad(t, x, part.a.shape[0], rows)
+            grads += matrix_gradients(part, da, db, train)
+        else:
             grads += [None, None, None]
-            continue
-        da = lora_grad(p, x, part.a.shape[0], rows)
-        grads += matrix_gradients(part, da, db, train)
-    if not any(trains[2]):
-        return [*grads, None, None, None]
-    db = lora_grad(kept.s_down, dy, down.a.shape[0], rows)
-    return grads + matrix_gradients(down, hidden.down, db, trains[2])
+    if any(train_down):
+        db = lora_grad(saved.s_down, dy, lora.down.a.shape[0], rows)
+        grads += matrix_gradients(lora.down, hidden.down, db, train_down)
+    else:
+        grads += [None, None, None]
+    return grads

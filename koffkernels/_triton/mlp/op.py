@@ -1,8 +1,13 @@
-"""Gated MLP on Triton, as an operation of torch: see ``mlp`` for what it computes."""
+"""Gated MLP on Triton, as an operation of torch: see ``mlp`` for what it computes.
+
+An operator takes and returns single tensors, so a layer travels as the arguments that ``_LAYER``
+names: three weights, the gates, a, b and scaling of gate, up and down, and who uses which memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,130 +18,118 @@ from ...types import GatedMLPLoRA, LoRA
 from ..lora.op import flat, rows_of
 from ..shared.launch import Rows, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
-from .mlp import Kept, Layer, mlp_backward, mlp_forward, mlp_inference
+from .mlp import Layer, Saved, mlp_backward, mlp_forward, mlp_inference
+
+_LORA = ", ".join(
+    f"Tensor? {layer}_{part}" for layer in GatedMLPLoRA._fields for part in LoRA._fields
+)
+_LAYER = (
+    f"Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? gates, {_LORA}, "
+    "Tensor? ids, SymInt tokens, str activation"
+)
+_ARGUMENTS = f"Tensor x, {_LAYER}, bool recompute"
+_SAVED = "Tensor? gu, Tensor? s_gate_up, Tensor? s_down"
+_BACKWARD = f"Tensor dy, Tensor x, {_SAVED}, {_LAYER}, bool[] needs"
 
 
-def _lora(parts: Sequence[Tensor | None]) -> GatedMLPLoRA:
-    """From nine tensors: a, b and scaling of gate, up and down."""
-    return GatedMLPLoRA(*(None if parts[k] is None else LoRA(*parts[k : k + 3]) for k in (0, 3, 6)))
+def _in_threes(flags: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield what belongs to a, b and scaling of gate, then of up, then of down."""
+    return zip(flags[0::3], flags[1::3], flags[2::3], strict=True)
+
+
+def _nine(lora: GatedMLPLoRA | None) -> list[Tensor | None]:
+    """Return a, b and scaling of gate, up and down, None for those of a LoRA that is not there."""
+    return [t for part in lora or GatedMLPLoRA() for t in part or (None, None, None)]
 
 
 def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
-    """From an operator's arguments after x: weights, gates, nine of LoRA, ids, tokens, activation,
-    and whether to recompute."""
-    ids, tokens, activation, _ = rest[9:]
-    return Layer((w_gate, w_up, w_down), gates, _lora(rest[:9]), Rows(ids, tokens), activation)
+    """Return the layer of the arguments that ``_LAYER`` names."""
+    *nine, ids, tokens, activation = rest
+    triples = _in_threes(nine)
+    lora = GatedMLPLoRA(*(None if triple[0] is None else LoRA(*triple) for triple in triples))
+    return Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
 
 
-def _or_empty(x: Tensor, kept: Kept) -> tuple[Tensor, ...]:
-    """An operator's results cannot be None."""
-    return tuple(x.new_empty(0) if part is None else part for part in kept)
+def _forward(x, *rest):
+    *arguments, recompute = rest
+    y, saved = mlp_forward(x, _layer(*arguments), not recompute)
+    # An operator cannot return None; ``_setup`` knows which of these tensors stand for it.
+    return y, *(x.new_empty(0) if part is None else part for part in saved)
 
 
-def _forward(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    gates: Tensor | None,
-    gate_a: Tensor | None,
-    gate_b: Tensor | None,
-    gate_scaling: Tensor | None,
-    up_a: Tensor | None,
-    up_b: Tensor | None,
-    up_scaling: Tensor | None,
-    down_a: Tensor | None,
-    down_b: Tensor | None,
-    down_scaling: Tensor | None,
-    ids: Tensor | None,
-    tokens: int,
-    activation: str,
-    recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parts = gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling
-    layer = _layer(w_gate, w_up, w_down, gates, *parts, ids, tokens, activation, recompute)
-    y, kept = mlp_forward(x, layer, not recompute)
-    return y, *_or_empty(x, kept)
+def _fake(x, *rest):
+    *arguments, recompute = rest
+    layer, m = _layer(*arguments), x.shape[0]
+    r_gate, r_up, r_down = (0 if part is None else part.a.shape[1] for part in layer.lora)
+    widths = (0 if recompute else 2 * layer.weights[0].shape[0], r_gate + r_up, r_down)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        *(x.new_empty(m, width) if width else x.new_empty(0) for width in widths),
+    )
 
 
-def _inference(x, *args):
-    return mlp_inference(x, _layer(*args))
+def _inference(x, *rest):
+    *arguments, _ = rest
+    return mlp_inference(x, _layer(*arguments))
 
 
-def _fake_inference(x: Tensor, *_) -> Tensor:
+def _fake_inference(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake(x, w_gate, w_up, w_down, gates, *rest):
-    lora, recompute = _lora(rest[:9]), rest[12]
-    (m, _), i = x.shape, w_gate.shape[0]
-    ranks = [0 if part is None else part.a.shape[1] for part in lora]
-    first = ranks[0] + ranks[1]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(0) if recompute else x.new_empty(m, 2 * i),
-        x.new_empty(m, first) if first else x.new_empty(0),
-        x.new_empty(m, ranks[2]) if ranks[2] else x.new_empty(0),
-    )
-
-
 def _setup(ctx, inputs, output):
-    x, w_gate, w_up, w_down, gates, *rest = inputs
-    ctx.save_for_backward(x, *output[1:], w_gate, w_up, w_down, gates, *rest[:10])
-    ctx.tokens, ctx.activation = rest[10:12]
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    gu: Tensor,
-    s_gate_up: Tensor,
-    s_down: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    gates: Tensor | None,
-    gate_a: Tensor | None,
-    gate_b: Tensor | None,
-    gate_scaling: Tensor | None,
-    up_a: Tensor | None,
-    up_b: Tensor | None,
-    up_scaling: Tensor | None,
-    down_a: Tensor | None,
-    down_b: Tensor | None,
-    down_scaling: Tensor | None,
-    ids: Tensor | None,
-    tokens: int,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    lora = _lora(
-        (gate_a, gate_b, gate_scaling, up_a, up_b, up_scaling, down_a, down_b, down_scaling)
+    x, *arguments, recompute = inputs
+    *tensors, ctx.tokens, ctx.activation = arguments
+    _, gu, s_gate_up, s_down = output
+    lora = _layer(*arguments).lora
+    ctx.save_for_backward(
+        x,
+        None if recompute else gu,
+        None if lora.gate is None and lora.up is None else s_gate_up,
+        None if lora.down is None else s_down,
+        *tensors,
     )
-    kept = Kept(*(None if part.dim() == 1 else part for part in (gu, s_gate_up, s_down)))
-    flags = needs[0], needs[1], [needs[k : k + 3] for k in (2, 5, 8)]
-    layer = Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
-    return wanted(mlp_backward(dy, x, kept, layer, flags))
 
 
-def _backward_fake(dy, x, gu, s_gate_up, s_down, w_gate, w_up, w_down, gates, *rest):
-    needs, inputs = rest[-1], (x, gates, *rest[:9])
+def _backward(dy, x, gu, s_gate_up, s_down, *rest):
+    *arguments, needs = rest
+    needs_x, needs_gates, *nine = needs
+    saved = Saved(gu, s_gate_up, s_down)
+    wants = needs_x, needs_gates, list(_in_threes(nine))
+    return wanted(mlp_backward(dy, x, saved, _layer(*arguments), wants))
+
+
+def _backward_fake(dy, x, gu, s_gate_up, s_down, *rest):
+    *arguments, needs = rest
+    layer = _layer(*arguments)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip(inputs, needs, strict=True)
+        for t, need in zip((x, layer.gates, *_nine(layer.lora)), needs, strict=True)
         if need
     ]
 
 
 def _gradients(run, ctx, dy):
-    needs = [ctx.needs_input_grad[k] for k in (0, 4, *range(5, 14))]
+    # Of x, then, behind three weights that are frozen, of the gates and the nine tensors of LoRA.
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:14]]
     found = run(dy.contiguous(), *ctx.saved_tensors, ctx.tokens, ctx.activation, needs)
-    dx, dz, *matrices = spread(found, needs)
-    return dx, None, None, None, dz, *matrices, None, None, None, None
+    dx, dz, *nine = spread(found, needs)
+    return dx, None, None, None, dz, *nine, None, None, None, None
 
 
-_OPERATION = operation("gated_mlp", _forward, _fake, _setup, _backward, _backward_fake, _gradients)
-_INFERENCE = inference("gated_mlp", _inference, _forward, _fake_inference)
+_OPERATION = operation(
+    "gated_mlp",
+    _ARGUMENTS,
+    "Tensor, Tensor, Tensor, Tensor",
+    _BACKWARD,
+    forward=_forward,
+    fake=_fake,
+    setup=_setup,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    gradients=_gradients,
+)
+_INFERENCE = inference("gated_mlp", _ARGUMENTS, forward=_inference, fake=_fake_inference)
 
 
 def run(
@@ -149,14 +142,19 @@ def run(
 ) -> Tensor:
     """See ``koffkernels.gated_mlp``; without gates and LoRA, and in fp64, the plain way."""
     dtype = dispatch.compute_dtype(x, weights[0])
-    parts = [t for part in lora or (None, None, None) for t in part or (None, None, None)]
-    if (gates is None and all(t is None for t in parts)) or dtype == torch.float64:
+    trained = gates, *_nine(lora)
+    if all(t is None for t in trained) or dtype == torch.float64:
         return plain.run(x, weights, gates, lora, memory_ids, activation)
     ids, tokens = rows_of(x, memory_ids)
-    trains = needs_grad(x, gates, *parts)
-    parts = [dense(part) for part in (gates, *parts)]
     with torch.autocast(x.device.type, enabled=False):
-        inputs = flat(x.to(dtype)), *(unit_stride(w.to(dtype)) for w in weights), *parts
-        inputs = *inputs, ids, tokens, activation, dispatch.recomputes()
-        y = _OPERATION(*inputs)[0] if trains else _INFERENCE(*inputs)
+        inputs = (
+            flat(x.to(dtype)),
+            *(unit_stride(weight.to(dtype)) for weight in weights),
+            *(dense(t) for t in trained),
+            ids,
+            tokens,
+            activation,
+            dispatch.recomputes(),
+        )
+        y = _OPERATION(*inputs)[0] if needs_grad(x, *trained) else _INFERENCE(*inputs)
     return y.view(x.shape)

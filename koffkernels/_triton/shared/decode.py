@@ -13,63 +13,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Config
 from .launch import INTERPRETED, SMALLEST_TILE, cdiv, dot, power_of_2, precision, rank_block
 
+# All tokens of a call lie in one tile: two fp32 accumulators of 64 x 64 (gate and up) take 64
+# registers of each of 128 threads.
 MOST_TOKENS = 64
-MOST_SPLITS = 16
+MOST_SPLITS = 16  # every program of the second launch reads them all
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _SHORTEST_SPLIT = 256  # of K: shorter ones have nothing left to pipeline
+_PROGRAMS = 132  # one for each multiprocessor of an H100 or H200
 
 
-class Config(NamedTuple):
-    """How a decode kernel is cut into programs.
+class StackedA(NamedTuple):
+    """The A of all memories as one matrix [n r, K], contiguous, and their scaling [n]."""
 
-    Args:
-        block_n: weight rows of a program.
-        block_k: 16-bit elements of K that a pipeline stage holds; half as many in fp32.
-        stages: depth of the software pipeline.
-        warps: warps of a program.
-        programs: multiprocessors to fill; 132 on an H100 or H200.
-        split_cost: what one more split of K costs, as a share of the time of the weights.
-        archs: compute capabilities on which the configuration fits without spills.
-    """
+    ptr: Tensor
+    scaling: Tensor
+    rank: int
 
-    block_n: int
-    block_k: int
-    stages: int
-    warps: int
-    programs: int = 132
-    split_cost: float = 0.05
-    archs: tuple[int, ...] = (80, 90, 100)
+
+class StackedB(NamedTuple):
+    """The B of all memories, [n, N, r], contiguous."""
+
+    ptr: Tensor
+    rank: int
 
 
 def token_block(m: int) -> int:
-    """The tile side for m tokens: 16, 32 or 64. Nothing else that is compiled in depends on m."""
+    """Return the tile side for m tokens: 16, 32 or 64. Nothing else that is compiled in depends on
+    m."""
     assert 0 < m <= MOST_TOKENS, m
     return max(SMALLEST_TILE, power_of_2(m))
 
 
 def tile_args(x: Tensor, config: Config) -> dict[str, Any]:
-    """What every launch of a decode kernel on x [M, K] gets from a configuration."""
+    """Return what every launch of a decode kernel on x [M, K] gets from a configuration.
+
+    ``config.block_k`` counts 16-bit elements: fp32 has half as many in the same shared memory.
+    """
     block_k = config.block_k * 2 // x.element_size()
     return {
-        "EVEN_K": x.shape[1] % block_k == 0,
-        "BLOCK_N": config.block_n,
+        **config.args(),
         "BLOCK_M": token_block(x.shape[0]),
         "BLOCK_K": block_k,
+        "EVEN_K": x.shape[1] % block_k == 0,
         "PRECISION": precision(x.dtype),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
     }
 
 
 def rank_step(r: int, block_m: int) -> int:
-    """Ranks in a step of ``expand_rows``: wider ones spill beside two accumulators."""
+    """Return the ranks in a step of ``expand_rows``: 64, 32 or 16 beside 16, 32 or 64 tokens. Wider
+    ones spill beside two accumulators."""
     return rank_block(r, limit=1024 // block_m)
 
 
-def split_blocks(x: Tensor, tiles: int, config: Config) -> tuple[int, int]:
-    """(splits, blocks of K in each): how often K is cut so that all multiprocessors are busy.
+def split_blocks(
+    x: Tensor, tiles: int, config: Config, split_cost: float = 0.05
+) -> tuple[int, int]:
+    """Return (splits, blocks of K in each): K is cut so that every multiprocessor is busy.
 
     The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. The number of
     tokens does not count, so a token's sums are added in the same order in every batch.
@@ -78,6 +80,7 @@ def split_blocks(x: Tensor, tiles: int, config: Config) -> tuple[int, int]:
         x: [M, K].
         tiles: programs without a split.
         config: what is launched.
+        split_cost: what one more split of K costs, as a share of the time of the weights.
     """
     k = x.shape[1]
     blocks = cdiv(k, tile_args(x, config)["BLOCK_K"])
@@ -85,8 +88,8 @@ def split_blocks(x: Tensor, tiles: int, config: Config) -> tuple[int, int]:
 
     def cost(splits: int) -> float:
         programs = max(1, tiles * splits)
-        waves = cdiv(programs, config.programs)
-        return waves * config.programs / programs + config.split_cost * splits
+        waves = cdiv(programs, _PROGRAMS)
+        return waves * _PROGRAMS / programs + split_cost * splits
 
     each = cdiv(blocks, min(range(1, most + 1), key=cost))
     return max(1, cdiv(blocks, max(1, each))), each
@@ -130,19 +133,16 @@ def sum_splits(part_ptr, offs, mask, splits, stride):
 
 @triton.jit
 def shrink_rows(
-    x_ptr,
-    a_ptr,
-    scaling_ptr,
+    x,
+    a,
     s_ptr,
     tile,
     memory,
     offs_m,
     K,
-    R,
     ROWS,
     begin,
     end,
-    stride_xm,
     width,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,28 +152,29 @@ def shrink_rows(
 ):
     """s = scaling_m x A_m^T of each token's own memory m, over K from begin to end.
 
-    The A of all memories are one matrix [ROWS = n R, K]; this is one tile of its rows. Rows of
-    memories that no token has are not read. s [M, width] holds R values of each token. It is scaled
-    here, in fp32, because here a scale takes one register and beside an accumulator many.
+    This is one tile of the ROWS = n r rows of ``StackedA``. Rows of memories that no token has are
+    not read. s [M, width] holds ``a.rank`` values of each token. It is scaled here, in fp32,
+    because here a scale takes one register and beside an accumulator many.
     """
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    owner = tl.where(rows < ROWS, rows // R, -2)
+    owner = tl.where(rows < ROWS, rows // a.rank, -2)  # neither a memory nor -1, which is none
     mine = owner[:, None] == memory[None, :]
     used = tl.max(mine.to(tl.int32), 1)
     mask_m = (memory >= 0)[None, :]
     end = tl.where(tl.max(used, 0) > 0, end, begin)
-    a_rows = a_ptr + rows.to(tl.int64)[:, None] * K
-    x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
+    a_rows = a.ptr + rows.to(tl.int64)[:, None] * K
+    x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(begin, end, BLOCK_K):
+        # x^T [BLOCK_K, BLOCK_M], A [BLOCK_N, BLOCK_K]
         mask_k = inside(k + offs_k, K, EVEN_K)
-        x = tl.load(x_rows + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_m, other=0.0)
+        tokens = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_m, other=0.0)
         mask_a = mask_k[None, :] & (used > 0)[:, None]
-        a = tl.load(a_rows + (k + offs_k)[None, :], mask=mask_a, other=0.0)
-        acc = dot(narrow(a, x.dtype), x, acc, PRECISION)
-    scaling = tl.load(scaling_ptr + owner, mask=used > 0, other=0.0)
-    s_ptrs = s_ptr + (offs_m[None, :] * width + (rows % R)[:, None])
+        tile_a = tl.load(a_rows + (k + offs_k)[None, :], mask=mask_a, other=0.0)
+        acc = dot(narrow(tile_a, tokens.dtype), tokens, acc, PRECISION)
+    scaling = tl.load(a.scaling + owner, mask=used > 0, other=0.0)
+    s_ptrs = s_ptr + (offs_m[None, :] * width + (rows % a.rank)[:, None])
     tl.store(s_ptrs, acc * scaling[:, None], mask=mine)
 
 
@@ -181,12 +182,11 @@ def shrink_rows(
 def expand_rows(
     acc,
     s_ptr,
-    b_ptr,
+    b,
     memory,
     offs_n,
     offs_m,
     N,
-    R,
     first,
     last,
     splits,
@@ -198,20 +198,22 @@ def expand_rows(
 ):
     """acc + B_m s^T of each token's own memory m; acc is [BLOCK_N, BLOCK_M].
 
-    s [splits, M, width] are fp32 partials (R values of each token), rounded to ``dtype`` once
-    added. Memories from first to last - 1 are gone through; those that no token has are not read.
+    s [splits, M, width] are fp32 partials (``b.rank`` values of each token), rounded to ``dtype``
+    once added. Memories from first to last - 1 are gone through; those that no token has are not
+    read.
     """
-    for r in range(0, R, BLOCK_R):
+    for r in range(0, b.rank, BLOCK_R):
+        # s^T [BLOCK_R, BLOCK_M], B [BLOCK_N, BLOCK_R]
         offs_r = r + tl.arange(0, BLOCK_R)
         offs_s = offs_m[None, :] * width + offs_r[:, None]
-        mask_s = (offs_r < R)[:, None] & (memory >= 0)[None, :]
+        mask_s = (offs_r < b.rank)[:, None] & (memory >= 0)[None, :]
         s = narrow(sum_splits(s_ptr, offs_s, mask_s, splits, split_stride), dtype)
         for m in range(first, last):
             mine = memory == m
             used = tl.max(mine.to(tl.int32), 0) > 0
-            mask_b = (offs_n < N)[:, None] & (offs_r < R)[None, :] & used
-            b_rows = b_ptr + (m * N + offs_n.to(tl.int64)[:, None]) * R
-            b = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
+            mask_b = (offs_n < N)[:, None] & (offs_r < b.rank)[None, :] & used
+            b_rows = b.ptr + (m * N + offs_n.to(tl.int64)[:, None]) * b.rank
+            tile = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
             # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
-            acc = tl.where(mine[None, :], dot(narrow(b, dtype), s, acc, PRECISION), acc)
+            acc = tl.where(mine[None, :], dot(narrow(tile, dtype), s, acc, PRECISION), acc)
     return acc

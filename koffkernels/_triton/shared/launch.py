@@ -23,7 +23,7 @@ def _find_cache() -> None:
     """Give Triton a folder it can write compiled kernels to, where the home folder is read-only."""
     if "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ:
         return
-    folder = Path(os.environ.get("HOME", "~")).expanduser() / ".triton" / "cache"
+    folder = Path(os.environ.get("HOME", "~")).expanduser() / ".triton" / "cache"  # Triton's own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -36,37 +36,22 @@ _find_cache()
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _WIDEN = tl.constexpr(INTERPRETED)
-_NO_MEMORY = tl.constexpr(1 << 30)
+_NO_MEMORY = tl.constexpr(1 << 30)  # above every id, so that a minimum passes over it
+# Ids read at a time: eight for each thread of four warps, so that a chunk of some thousand tokens
+# takes a handful of loads.
 _IDS_BLOCK = tl.constexpr(1024)
 
 _REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
 
-# Below this many rows a tile has the tensor cores' smallest height, 16.
+# tl.dot takes no side below 16, the height of the tensor cores' smallest tile.
 SMALLEST_TILE = 16
 
 
-@functools.lru_cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def default_name(configs: dict[str, Any], arch: int | None) -> str:
-    """The first candidate made for this chip (80, 90, ...), else the first that every chip can run.
-
-    Larger tiles, which not every chip has the registers for, are restricted to some (``archs``).
-    """
-    free = [name for name, config in configs.items() if config.archs is None]
-    return next((name for name, c in configs.items() if arch in (c.archs or ())), *free[:1])
-
-
-def default_config(configs: dict[str, Any], device: torch.device) -> Any:
-    """``default_name``'s candidate for the GPU of a call."""
-    return configs[default_name(configs, _arch(device) if device.type == "cuda" else None)]
-
-
 class Rows(NamedTuple):
-    """Which memory each token of x [M, K] uses.
+    """Which memory each token of x [M, K] uses: what ``token_memory`` needs in a kernel.
+
+    Kernels take the two fields as two arguments: ``tokens`` is 1 while decoding and the length of
+    the batch otherwise, and inside of an operand each kind of length would be compiled anew.
 
     Args:
         ids: int64 [M / tokens], -1 for none; None: every token uses memory 0.
@@ -76,9 +61,19 @@ class Rows(NamedTuple):
     ids: Tensor | None
     tokens: int
 
-    def args(self) -> dict[str, Any]:
-        """The arguments of a kernel that calls ``token_memory``."""
-        return {"ids_ptr": self.ids, "tokens": self.tokens, "HAS_IDS": self.ids is not None}
+
+def leaves_of(args: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the arguments of a launch by name, the fields of an operand x as "x.ptr" and so on."""
+    for name, value in args.items():
+        if isinstance(value, tuple):
+            yield from ((f"{name}.{field}", part) for field, part in value._asdict().items())
+        else:
+            yield name, value
+
+
+def tensors_of(args: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among ``leaves_of``."""
+    return {name: value for name, value in leaves_of(args) if isinstance(value, Tensor)}
 
 
 class Launch(NamedTuple):
@@ -115,14 +110,17 @@ def launch(
     """Run ``kernel`` over ``grid``; an empty grid runs nothing.
 
     Args:
-        kernel: a ``triton.jit`` function; arguments go by keyword.
+        kernel: a ``triton.jit`` function.
         grid: one to three sizes.
-        num_warps, num_stages: warps per program; depth of the software pipeline.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+        args: the kernel's arguments: tensors, numbers, None, or operands (see ``operands``).
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    # Left to itself ptxas spills a few bytes to reach a higher occupancy.
+    # What ptxas may use at most: 255 is the limit of a thread, the other that of a block. Left to
+    # itself it spills a few bytes to reach a higher occupancy.
     options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
@@ -131,45 +129,48 @@ def launch(
         kernel[grid](**args, **options)
         return
     # Triton launches on the current GPU, wherever the tensors are.
-    with torch.cuda.device(next(a.device for a in args.values() if isinstance(a, Tensor))):
+    with torch.cuda.device(next(iter(tensors_of(args).values())).device):
         kernel[grid](**args, **options)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How ``dot`` multiplies fp32: as torch is set to; other dtypes have one way only."""
+    """Return how ``dot`` multiplies fp32: as torch is set to; other dtypes have one way only."""
     # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def cdiv(x: int, y: int) -> int:
-    """x / y rounded up: triton's own takes a hundred times as long on the host."""
+    """Return x / y rounded up; triton's own takes a hundred times as long on the host."""
     return -(-x // y)
 
 
 def power_of_2(x: int) -> int:
-    """The smallest power of two that is at least x; 1 for 0."""
+    """Return the smallest power of two that is at least x; 1 for 0."""
     return 1 << max(x - 1, 0).bit_length()
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """x, copied unless it is contiguous; for small tensors, whose strides kernels do not take."""
+    """Return x, copied unless it is contiguous: for small tensors, whose strides kernels do not
+    take."""
     return x if x is None else x.contiguous()
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x, copied if its last dimension is not the dense one (kernels take the other strides)."""
+    """Return x, copied if its last dimension is not the dense one: kernels take the other
+    strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rank_block(r: int, limit: int = 64) -> int:
-    """Tile width for a rank r: a power of two in 16..limit; larger ranks go in several steps."""
+    """Return the tile width for a rank r: a power of two in 16..limit; larger ranks go in several
+    steps."""
     return min(limit, max(SMALLEST_TILE, power_of_2(r)))
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b with fp32 accumulation."""
+    """acc + a b, added up in fp32."""
     if _WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -177,9 +178,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_memory(ids_ptr, offs_m, mask_m, tokens, HAS_IDS: tl.constexpr):
-    """Memory of each token [BLOCK_M], -1 for none and for tokens outside the mask."""
-    if HAS_IDS:
+def token_memory(ids_ptr, offs_m, mask_m, tokens):
+    """Memory of each token [BLOCK_M]; -1 for none, and for tokens outside the mask."""
+    if ids_ptr is not None:
         return tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1).to(tl.int32)
     return tl.where(mask_m, 0, -1)
 
@@ -192,9 +193,9 @@ def memory_range(memory):
 
 
 @triton.jit
-def memory_span(ids_ptr, begin, end, tokens, HAS_IDS: tl.constexpr):
-    """(lowest, highest) memory of tokens begin..end-1, -1 for none included."""
-    if HAS_IDS:
+def memory_span(ids_ptr, begin, end, tokens):
+    """(lowest, highest) memory of the tokens begin..end-1, where none counts as -1."""
+    if ids_ptr is not None:
         low = tl.full((), _NO_MEMORY, tl.int32)
         high = tl.full((), -1, tl.int32)
         for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
@@ -210,11 +211,11 @@ def memory_span(ids_ptr, begin, end, tokens, HAS_IDS: tl.constexpr):
 
 
 @triton.jit
-def token_span(ids_ptr, begin, end, tokens, m, HAS_IDS: tl.constexpr):
-    """(first, last + 1) of the tokens begin..end-1 that use memory m; begin twice for none."""
+def token_span(ids_ptr, begin, end, tokens, m):
+    """(first, last + 1) of the tokens begin..end-1 that use memory m; an empty range for none."""
     first = begin
     last = end
-    if HAS_IDS:
+    if ids_ptr is not None:
         first = tl.full((), _NO_MEMORY, tl.int32)
         last = tl.full((), 0, tl.int32)
         for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
@@ -233,8 +234,8 @@ def activate(g, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return g * tl.sigmoid(g)
     elif ACTIVATION == "gelu":
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    else:  # gelu_tanh; tanh(v) = 2 sigmoid(2 v) - 1
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))  # sqrt(1/2)
+    else:  # gelu_tanh; 0.5 (1 + tanh(v)) = sigmoid(2 v), and 2 sqrt(2 / pi) = 1.5957691...
         inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         return g * tl.sigmoid(inner)
 
@@ -247,8 +248,8 @@ def activate_grad(g, ACTIVATION: tl.constexpr):
         return g * s, s * (1.0 + g * (1.0 - s))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
-        return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    else:
+        return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)  # 1 / sqrt(2 pi)
+    else:  # 3 * 0.044715 = 0.134145
         s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         return g * s, s + g * s * (1.0 - s) * slope

@@ -26,23 +26,27 @@ class Operation(NamedTuple):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would have to record a call with these arguments."""
+    """Return whether autograd would have to record a call with these arguments."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def wanted(gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those that are not None: an operator's list cannot hold None."""
+    """Return those that are not None: an operator's list cannot hold None."""
     return [g for g in gradients if g is not None]
 
 
 def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Inverse of ``wanted``."""
+    """Return the gradients with None where there is no need: the inverse of ``wanted``."""
     rest = iter(gradients)
     return [next(rest) if need else None for need in needs]
 
 
 def operation(
     name: str,
+    arguments: str,
+    results: str,
+    backward_arguments: str,
+    *,
     forward: Callable[..., tuple[Tensor, ...]],
     fake: Callable[..., tuple[Tensor, ...]],
     setup: Callable[[Any, tuple, tuple], None],
@@ -54,11 +58,14 @@ def operation(
 
     Args:
         name: of the operator.
-        forward: annotated for ``torch.library``; the first result is the output, the others are
-            kept for backward.
+        arguments: of ``forward``, in the words of torch's schemas: "Tensor x, Tensor? bias".
+            Numbers of tokens are a "SymInt", so that torch.compile need not fix them.
+        results: "Tensor, Tensor": the first is the output, the others are saved for backward.
+        backward_arguments: of ``backward``, which returns a "Tensor[]".
+        forward: what the operator computes.
         fake: the same on tensors without data.
         setup: (ctx, inputs, outputs) -> None, saves what backward needs.
-        backward: annotated; returns only the gradients that are wanted.
+        backward: returns only the gradients that are wanted.
         backward_fake: the same on tensors without data.
         gradients: (run, ctx, dy) -> one entry per input, where ``run`` is ``backward`` or its
             operator.
@@ -66,10 +73,15 @@ def operation(
     Returns:
         Both forms.
     """
-    op = torch.library.custom_op(f"koffkernels::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(
+        f"koffkernels::{name}", forward, mutates_args=(), schema=f"({arguments}) -> ({results})"
+    )
     op.register_fake(fake)
     op_backward = torch.library.custom_op(
-        f"koffkernels::{name}_backward", backward, mutates_args=()
+        f"koffkernels::{name}_backward",
+        backward,
+        mutates_args=(),
+        schema=f"({backward_arguments}) -> Tensor[]",
     )
     op_backward.register_fake(backward_fake)
     op.register_autograd(lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup)
@@ -81,6 +93,7 @@ def operation(
 
         @staticmethod
         def setup_context(ctx, inputs, output):
+            # What is saved gets no gradient, and a zero one is not made for it.
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[1:])
             setup(ctx, inputs, output)
@@ -94,22 +107,24 @@ def operation(
 
 
 def inference(
-    name: str, forward: Callable[..., Tensor], like: Callable, fake: Callable[..., Tensor]
+    name: str, arguments: str, *, forward: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     """Register ``koffkernels::name_inference``, for calls that record no gradient.
 
     Args:
         name: of the operation.
+        arguments: those of the operation.
         forward: what it computes.
-        like: the operation's annotated forward, which takes the same arguments.
         fake: ``forward`` on tensors without data.
 
     Returns:
         A function that calls ``forward``, and inside torch.compile the operator.
     """
-    arguments = torch.library.infer_schema(like, mutates_args=()).partition("->")[0]
     op = torch.library.custom_op(
-        f"koffkernels::{name}_inference", forward, mutates_args=(), schema=f"{arguments}-> Tensor"
+        f"koffkernels::{name}_inference",
+        forward,
+        mutates_args=(),
+        schema=f"({arguments}) -> Tensor",
     )
     op.register_fake(fake)
 

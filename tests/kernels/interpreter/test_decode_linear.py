@@ -9,7 +9,8 @@ from support.tolerances import FORWARD
 
 from koffkernels import reference
 from koffkernels._triton.lora.decode import CONFIGS, decode_linear
-from koffkernels._triton.shared.decode import Config, split_blocks, token_block
+from koffkernels._triton.shared.config import Config
+from koffkernels._triton.shared.decode import split_blocks, token_block
 from koffkernels._triton.shared.launch import Rows, recording
 
 # M, K, N, memories, rank: ones, primes, no tokens, the most tokens, 40 memories, ranks 1, 33 and
@@ -175,7 +176,7 @@ def test_token_block_is_the_smallest_that_fits():
 @pytest.mark.parametrize("tiles", [1, 16, 64, 224, 2004])
 def test_split_blocks_covers_k_once(tiles, k):
     """Every block in one split, no split empty; few tiles are split until the GPU is full."""
-    config = Config(64, 128, 4, 4)
+    config = Config(block_n=64, block_k=128, stages=4)
     splits, each = split_blocks(
         torch.empty(1, k, dtype=torch.float16, device="meta"), tiles, config
     )

@@ -1,0 +1,135 @@
+"""What kernels take as arguments: tensors together with the steps between their elements.
+
+An operand is a NamedTuple, and one argument of a kernel. Triton treats its fields as it treats
+arguments: a tensor becomes the address of its first element, an int that is 1 a constant, an int
+or an address that 16 divides is known to be so, and None is known when the kernel is compiled, so
+that ``if bias is not None`` costs nothing there. Only ``do_not_specialize`` does not reach into a
+tuple: what changes from one step to the next (M, T, S, tokens, splits and the like) must not be
+compiled in, and so stays an argument of its own.
+
+Strides count elements, and each name means one step everywhere:
+
+==================  ==================================================================
+``stride``          to the next row of a ``Matrix``: a token's, or that of an output of W
+``stride_output``   to the next output of a weight that may lie either way
+``stride_input``    to the next input of a weight that may lie either way
+``stride_memory``   to the next memory's low-rank matrix
+``stride_rank``     to the next rank of a low-rank matrix
+``stride_wide``     along the wide side of a low-rank matrix: K of A, N of B
+``stride_token``    to the next token
+``stride_head``     to the next head
+``stride_row``      to the next row of the batch, which is a sequence
+==================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Matrix(NamedTuple):
+    """A tensor [rows, columns] whose columns lie side by side."""
+
+    ptr: Tensor
+    stride: int
+
+
+def matrix(x: Tensor) -> Matrix:
+    """Return x as an operand; its last stride must be 1."""
+    return Matrix(x, x.stride(0))
+
+
+class Weight(NamedTuple):
+    """A weight [N, K], of which one stride is 1: W as it is stored, or its transpose."""
+
+    ptr: Tensor
+    stride_output: int
+    stride_input: int
+
+
+class LowRank(NamedTuple):
+    """One half of a low-rank update, of all memories: A [n, r, K] or B [n, N, r], however it
+    lies."""
+
+    ptr: Tensor
+    rank: int
+    stride_memory: int
+    stride_rank: int
+    stride_wide: int
+
+
+class DeltaOperand(NamedTuple):
+    """A ``Delta`` as kernels take it: s [M, r], b [n, N, r], scaling [n] or None.
+
+    It has the strides of both tensors: ``stride_token`` is that of s, whose ranks lie side by side,
+    the other three are those of b.
+    """
+
+    s: Tensor
+    b: Tensor
+    scaling: Tensor | None
+    rank: int
+    stride_token: int
+    stride_memory: int
+    stride_wide: int
+    stride_rank: int
+
+
+class Heads(NamedTuple):
+    """A tensor [B, H, T, D] whose heads are dense: q, k, v, o, or a gradient of one."""
+
+    ptr: Tensor
+    stride_row: int
+    stride_head: int
+    stride_token: int
+
+
+def per_head(x: Tensor) -> Heads:
+    """Return x as an operand; its last stride must be 1."""
+    row, head, token, _ = x.stride()
+    return Heads(x, row, head, token)
+
+
+class PrefixOperand(NamedTuple):
+    """Learned keys and values of n memories, and which row uses which.
+
+    k and v are [n, Hkv, P, D], contiguous, lengths [n], ids [B] or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    ids: Tensor | None
+    memories: int
+    P: int
+
+
+class Delta(NamedTuple):
+    """One low-rank update to be added: scaling_m s b_m^T, m the memory of each token.
+
+    Args:
+        s: [M, r] in the compute dtype, last stride 1.
+        b: [n, N, r], any strides and floating dtype.
+        scaling: fp32 [n]; None (fused GEMMs only): 1.
+    """
+
+    s: Tensor
+    b: Tensor
+    scaling: Tensor | None
+
+    def operand(self) -> DeltaOperand:
+        """Return what a kernel takes."""
+        s, b, scaling = self
+        return DeltaOperand(s, b, scaling, b.shape[2], s.stride(0), *b.stride())
+
+
+def operand(delta: Delta | None) -> DeltaOperand | None:
+    """Return ``Delta.operand``, or None for no update."""
+    return None if delta is None else delta.operand()
+
+
+def largest_rank(*deltas: Delta | None) -> int:
+    """Return the largest rank among some updates, 1 if there is none."""
+    return max((delta.b.shape[2] for delta in deltas if delta is not None), default=1)
