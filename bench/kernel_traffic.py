@@ -125,7 +125,6 @@ def _training() -> Iterator[Op]:
     from koffkernels._triton.lora.grad import lora_grad
     from koffkernels._triton.mlp.hidden import mlp_hidden
     from koffkernels._triton.mlp.hidden_bwd import HiddenDeltas, mlp_hidden_bwd
-    from koffkernels._triton.mlp.hidden_bwd_lora import mlp_hidden_bwd_lora
 
     m, i = 256, 384
     lora, rows, gates = _Memories(256, i), _rows(m), torch.rand(i) + 0.1
@@ -139,10 +138,8 @@ def _training() -> Iterator[Op]:
     yield Op(f"MLP hidden {size}", lambda: mlp_hidden(*hidden), (b,), others)
     deltas, others = HiddenDeltas(delta, second, third), (*others, dh, third.s)
     back = (dh, (g, u), gates, deltas, rows, "silu")
-    run = (lambda: mlp_hidden_bwd(*back, (True, True, False)), (b,), others)
-    yield Op(f"MLP hidden backward {size}", *run)
-    run = (lambda: mlp_hidden_bwd_lora(*back, (True, False)), (b,), others)
-    yield Op(f"MLP hidden backward with LoRA sums {size}", *run)
+    run = lambda: mlp_hidden_bwd(*back, needs_gates=True, overwrite=False)  # noqa: E731
+    yield Op(f"MLP hidden backward with LoRA sums {size}", run, (b,), others)
     yield Op(f"LoRA gradient {size}", lambda: lora_grad(delta.s, y, 1, rows), (), (delta.s, y))
 
 

@@ -1,7 +1,11 @@
-"""Backward of h = act(g) u z, tile by tile: dg, du and the gates' gradient.
+"""Backward of h = act(g) u z: dg, du, the gates' gradient and the low-rank matrices' sums in one
+pass.
 
-g and u are recomputed from g0, u0 and the low-rank updates. This is the way for no or large ranks;
-``hidden_bwd_lora`` sums the gradients of the low-rank matrices in the same pass.
+g and u are recomputed from g0, u0 and the low-rank updates. One program owns a strip of neurons and
+a stretch of tokens, all of one memory: while a tile of dg, du and h is in registers it is
+multiplied into the gradients of b_gate, b_up and a_down, so that nothing of width I is read twice.
+Stretches are added in order by a second pass. Where the sums do not pay (see ``sums_pay``), h is
+written instead, and ``lora_grad`` takes them.
 """
 
 from __future__ import annotations
@@ -13,10 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.expand import delta_tile
-from ..shared.launch import Rows, activate_grad, cdiv, launch, precision, rank_block, token_memory
+from ..lora.grad import lora_grad
+from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, matrix, operand
-from ..shared.reduce import sum_partials
+from ..shared.reduce import sum_by_memory, sum_partials
+from ..shared.stretch import (
+    add_update,
+    narrow_tile,
+    rank_strip,
+    scaling_of,
+    stretch_of,
+    stretches,
+)
 
 
 class HiddenDeltas(NamedTuple):
@@ -31,6 +43,21 @@ class HiddenDeltas(NamedTuple):
         return largest_rank(*self)
 
 
+class HiddenGrads(NamedTuple):
+    """What ``mlp_hidden_bwd`` returns; None for what is not wanted or not there.
+
+    dg and du [M, I], dz fp32 [I], and fp32 [n, r, I]: sums over tokens of s_gate^T dg,
+    s_up^T du and t^T h, not scaled.
+    """
+
+    dg: Tensor
+    du: Tensor
+    dz: Tensor | None
+    gate: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+
+
 def _expects(args: dict[str, Any]) -> str | None:
     """Without an update nothing is multiplied."""
     deltas = [args[f"delta_{name}"] for name in HiddenDeltas._fields]
@@ -39,14 +66,22 @@ def _expects(args: dict[str, Any]) -> str | None:
 
 EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 
-# Five wide tiles (g, u, dh and the two results) share the registers, so this one is half as wide as
-# the forward's.
-_BLOCK_M, _BLOCK_I = 32, 64
+# On an H200 (M = 8192, I = 11904, r = 16, eight memories) stretches of 1024 tokens took 439 us and
+# 256 took 447, with more partial sums to add afterwards.
+_BLOCK_M, _STAGES, _LENGTH = 32, 3, 1024
+_LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
+_SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
+
+
+def sums_pay(deltas: HiddenDeltas, rows: Rows) -> bool:
+    """Return whether the sums over tokens are taken in the same pass."""
+    long = rows.ids is None or rows.tokens >= _SHORTEST_ROW
+    return long and deltas.rank() <= _LARGEST_RANK
 
 
 @triton.jit
-def hidden_grads(dh, g, u, z, mask, HAS_GATES: tl.constexpr, ACTIVATION: tl.constexpr):
-    """(dg, du, h, dh act u) of one tile in fp32; 0 outside the mask."""
+def _hidden_grads(dh, g, u, z, HAS_GATES: tl.constexpr, ACTIVATION: tl.constexpr):
+    """(dg, du, h, dh act u) of one tile in fp32."""
     act, slope = activate_grad(g, ACTIVATION)
     product = act * u
     dz = dh * product
@@ -54,10 +89,17 @@ def hidden_grads(dh, g, u, z, mask, HAS_GATES: tl.constexpr, ACTIVATION: tl.cons
     if HAS_GATES:
         dh = dh * z[None, :]
         h = product * z[None, :]
-    return dh * u * slope, dh * act, h, tl.where(mask, dz, 0.0)
+    return dh * u * slope, dh * act, h, dz
 
 
-@triton.jit(do_not_specialize=["M", "tokens"])
+@triton.jit
+def _store_sum(parts_ptr, total, rank, offs_r, offs_i, mask_i, I):
+    """Write the sum [BLOCK_R, BLOCK_I] of an update."""
+    mask = (offs_r < rank)[:, None] & mask_i[None, :]
+    tl.store(parts_ptr + offs_r.to(tl.int64)[:, None] * I + offs_i[None, :], total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["memories", "tokens", "length", "per_row"])
 def _mlp_hidden_bwd_kernel(
     dh,
     g0,
@@ -67,94 +109,115 @@ def _mlp_hidden_bwd_kernel(
     du,
     h_ptr,
     dz_ptr,
+    parts_ptr,
     delta_gate,
     delta_up,
     delta_down,
     ids_ptr,
+    memories,
     tokens,
-    M,
+    length,
+    per_row,
     I,
+    RANKS,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    MORE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program: one tile of dg and du, and its part of dz [M / BLOCK_M, I].
+    """One program: a strip of neurons and a stretch of tokens.
 
-    h (laid out as dh) and dz are None where they are not wanted.
+    h (laid out as dh), dz [stretches, I] and parts [stretches, RANKS, I], the sums of gate, up and
+    down one below the other, are None where they are not wanted.
     """
-    pid_m = tl.program_id(0)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask_m, mask_i = offs_m < M, offs_i < I
-    mask = mask_m[:, None] & mask_i[None, :]
-    memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
-    rows = offs_m.to(tl.int64)[:, None]
-    # All [BLOCK_M, BLOCK_I]. u0 has g0's stride and du that of dg: they share their offsets.
-    offs_g = rows * g0.stride + offs_i[None, :]
-    offs_h = rows * dh.stride + offs_i[None, :]
-    g = tl.load(g0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
-    upstream = tl.load(dh.ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
-    if delta_gate is not None:
-        g += delta_tile(
-            delta_gate, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
-        )
-    if delta_up is not None:
-        u += delta_tile(
-            delta_up, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
-        )
-    if delta_down is not None:
-        upstream += delta_tile(
-            delta_down, offs_m, offs_i, mask_i, memory, BLOCK_M, BLOCK_I, BLOCK_R, PRECISION
-        )
+    strips = tl.cdiv(I, BLOCK_I)
+    stretch = tl.program_id(0) // strips
+    offs_i = (tl.program_id(0) % strips) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_i = offs_i < I
+    memory, begin, end = stretch_of(stretch, ids_ptr, memories, tokens, length, per_row)
+    dtype = dg.ptr.dtype.element_ty
     z = tl.zeros((BLOCK_I,), tl.float32)
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
-    dg_tile, du_tile, h, dz = hidden_grads(
-        upstream, g, u, z, mask, gates_ptr is not None, ACTIVATION
-    )
-    # From here on the tile of dh, or of g0 and u0, is written over: see ``outputs``.
-    dtype = dg.ptr.dtype.element_ty
-    offs_d = rows * dg.stride + offs_i[None, :]
-    tl.store(dg.ptr + offs_d, dg_tile.to(dtype), mask=mask)
-    tl.store(du.ptr + offs_d, du_tile.to(dtype), mask=mask)
-    if h_ptr is not None:
-        tl.store(h_ptr + offs_h, h.to(dtype), mask=mask)
+    if delta_gate is not None:
+        b_gate = rank_strip(delta_gate, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
+        scale_gate = scaling_of(delta_gate, memory)
+        sum_gate = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    if delta_up is not None:
+        b_up = rank_strip(delta_up, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
+        scale_up = scaling_of(delta_up, memory)
+        sum_up = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    if delta_down is not None:
+        b_down = rank_strip(delta_down, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
+        scale_down = scaling_of(delta_down, memory)
+        sum_down = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    # Summed over the tile's tokens only at the end: across warps that takes barriers.
+    dz = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = (offs_m < end)[:, None]
+        mask = mask_m & mask_i[None, :]
+        rows = offs_m.to(tl.int64)[:, None]
+        # All [BLOCK_M, BLOCK_I]. u0 has g0's stride and du that of dg: they share their offsets.
+        # Outside the mask everything is 0, and so are all gradients.
+        offs_g = rows * g0.stride + offs_i[None, :]
+        offs_h = rows * dh.stride + offs_i[None, :]
+        g = tl.load(g0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+        upstream = tl.load(dh.ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+        if delta_gate is not None:
+            s_gate = narrow_tile(delta_gate, rows, mask_m, 0, BLOCK_R, dtype)
+            g = add_update(
+                g, delta_gate, scale_gate, s_gate, b_gate, memory, rows, mask_m, offs_i, mask_i,
+                BLOCK_R, MORE, PRECISION,
+            )  # fmt: skip
+        if delta_up is not None:
+            s_up = narrow_tile(delta_up, rows, mask_m, 0, BLOCK_R, dtype)
+            u = add_update(
+                u, delta_up, scale_up, s_up, b_up, memory, rows, mask_m, offs_i, mask_i,
+                BLOCK_R, MORE, PRECISION,
+            )  # fmt: skip
+        if delta_down is not None:
+            t_down = narrow_tile(delta_down, rows, mask_m, 0, BLOCK_R, dtype)
+            upstream = add_update(
+                upstream, delta_down, scale_down, t_down, b_down, memory, rows, mask_m, offs_i,
+                mask_i, BLOCK_R, MORE, PRECISION,
+            )  # fmt: skip
+        dg_tile, du_tile, h, dz_tile = _hidden_grads(
+            upstream, g, u, z, gates_ptr is not None, ACTIVATION
+        )
+        if dz_ptr is not None:
+            dz += dz_tile
+        # From here on the tile of dh, or of g0 and u0, is written over: see ``outputs``.
+        dg_tile, du_tile, h = dg_tile.to(dtype), du_tile.to(dtype), h.to(dtype)
+        offs_d = rows * dg.stride + offs_i[None, :]
+        tl.store(dg.ptr + offs_d, dg_tile, mask=mask)
+        tl.store(du.ptr + offs_d, du_tile, mask=mask)
+        if h_ptr is not None:
+            tl.store(h_ptr + offs_h, h, mask=mask)
+        if parts_ptr is not None:
+            if delta_gate is not None:
+                sum_gate = dot(tl.trans(s_gate), dg_tile, sum_gate, PRECISION)
+            if delta_up is not None:
+                sum_up = dot(tl.trans(s_up), du_tile, sum_up, PRECISION)
+            if delta_down is not None:
+                sum_down = dot(tl.trans(t_down), h, sum_down, PRECISION)
     if dz_ptr is not None:
-        tl.store(dz_ptr + pid_m.to(tl.int64) * I + offs_i, tl.sum(dz, 0), mask=mask_i)
-
-
-def hidden_args(
-    dh: Tensor,
-    gu: tuple[Tensor, Tensor],
-    gates: Tensor | None,
-    out: tuple[Tensor, Tensor],
-    deltas: HiddenDeltas,
-    rows: Rows,
-    activation: str,
-) -> dict[str, Any]:
-    """Return what both kernels of the backward take, but for the tile and where sums go."""
-    (g0, u0), (dg, du), (m, i) = gu, out, dh.shape
-    return {
-        "dh": matrix(dh),
-        "g0": matrix(g0),
-        "u0": matrix(u0),
-        "gates_ptr": gates,
-        "dg": matrix(dg),
-        "du": matrix(du),
-        "delta_gate": operand(deltas.gate),
-        "delta_up": operand(deltas.up),
-        "delta_down": operand(deltas.down),
-        "ids_ptr": rows.ids,
-        "tokens": rows.tokens,
-        "M": m,
-        "I": i,
-        "ACTIVATION": activation,
-        "BLOCK_R": rank_block(deltas.rank()),
-        "PRECISION": precision(g0.dtype),
-    }
+        tl.store(dz_ptr + stretch.to(tl.int64) * I + offs_i, tl.sum(dz, 0), mask=mask_i)
+    if parts_ptr is not None:
+        part_ptr = parts_ptr + stretch.to(tl.int64) * RANKS * I
+        if delta_gate is not None:
+            _store_sum(part_ptr, sum_gate, delta_gate.rank, offs_r, offs_i, mask_i, I)
+            part_ptr += delta_gate.rank * I
+        if delta_up is not None:
+            _store_sum(part_ptr, sum_up, delta_up.rank, offs_r, offs_i, mask_i, I)
+            part_ptr += delta_up.rank * I
+        if delta_down is not None:
+            _store_sum(part_ptr, sum_down, delta_down.rank, offs_r, offs_i, mask_i, I)
 
 
 def outputs(dh: Tensor, gu: tuple[Tensor, Tensor], overwrite: bool) -> tuple[Tensor, Tensor]:
@@ -172,9 +235,11 @@ def mlp_hidden_bwd(
     deltas: HiddenDeltas,
     rows: Rows,
     activation: str,
-    needs: tuple[bool, bool, bool],
-) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """Return ((dg, du), h, dz) of h = act(g) u gates; dh, or g0 and u0, are written over.
+    *,
+    needs_gates: bool,
+    overwrite: bool,
+) -> HiddenGrads:
+    """Return the gradients of h = act(g) u gates; dh, or g0 and u0, are written over.
 
     Args:
         dh: [M, I], contiguous, without the update of the down layer.
@@ -183,23 +248,66 @@ def mlp_hidden_bwd(
         deltas: the updates of g, u and dh.
         rows: memory of each token.
         activation: "silu", "gelu" or "gelu_tanh".
-        needs: whether dz and h are wanted, and whether g0 and u0 may be written over.
-
-    Returns:
-        dg and du [M, I], h [M, I] or None, dz fp32 [I] or None.
+        needs_gates: whether dz is wanted.
+        overwrite: whether g0 and u0 may be written over.
     """
-    (m, i), (needs_gates, needs_h, overwrite) = dh.shape, needs
-    tiles = cdiv(m, _BLOCK_M), cdiv(i, _BLOCK_I)
-    out = outputs(dh, gu, overwrite)
-    h = dh.new_empty(m, i) if needs_h else None
-    dz = dh.new_empty(tiles[0], i, dtype=torch.float32) if needs_gates else None
+    (m, i), (g0, u0) = dh.shape, gu
+    rank, cut = deltas.rank(), stretches(rows, m, _LENGTH)
+    dg, du = outputs(dh, gu, overwrite)
+    sums, h, dz = None, None, None
+    there = [delta for delta in deltas if delta is not None]
+    memories = there[0].b.shape[0] if there else 0
+    if needs_gates:
+        dz = dh.new_empty(cut.count, i, dtype=torch.float32)
+    if there and sums_pay(deltas, rows):
+        ranks = sum(delta.b.shape[2] for delta in there)
+        sums = dh.new_empty(cut.count, ranks, i, dtype=torch.float32)
+    elif deltas.down is not None:
+        h = dh.new_empty(m, i)
+    # Three sums of [rank, BLOCK_I] lie in the registers beside five tiles of [BLOCK_M, BLOCK_I].
+    block_i = 64 if rank <= 16 else 32
     launch(
         _mlp_hidden_bwd_kernel,
-        tiles,
+        (cdiv(i, block_i) * cut.count,),
+        dh=matrix(dh),
+        g0=matrix(g0),
+        u0=matrix(u0),
+        gates_ptr=gates,
+        dg=matrix(dg),
+        du=matrix(du),
         h_ptr=h,
         dz_ptr=dz,
+        parts_ptr=sums,
+        delta_gate=operand(deltas.gate),
+        delta_up=operand(deltas.up),
+        delta_down=operand(deltas.down),
+        ids_ptr=rows.ids,
+        memories=memories,
+        tokens=cut.tokens,
+        length=cut.length,
+        per_row=cut.per_row,
+        I=i,
+        RANKS=0 if sums is None else sums.shape[1],
+        ACTIVATION=activation,
         BLOCK_M=_BLOCK_M,
-        BLOCK_I=_BLOCK_I,
-        **hidden_args(dh, gu, gates, out, deltas, rows, activation),
+        BLOCK_I=block_i,
+        BLOCK_R=rank_block(rank),
+        MORE=rank > rank_block(rank),
+        PRECISION=precision(g0.dtype),
+        STAGES=_STAGES,
+        num_warps=4,
+        num_stages=_STAGES,
+        most_registers=None,
     )
-    return out, h, None if dz is None else sum_partials(dz, torch.float32)
+    if dz is not None:
+        dz = sum_partials(dz, torch.float32)
+    if sums is None:
+        found = [
+            None if delta is None else lora_grad(delta.s, wide, delta.b.shape[0], rows)
+            for delta, wide in zip(deltas, (dg, du, h), strict=True)
+        ]
+    else:
+        total = sum_by_memory(sums, rows.ids, cut.per_row, memories)
+        parts = iter(total.split([delta.b.shape[2] for delta in there], 1))
+        found = [None if delta is None else next(parts) for delta in deltas]
+    return HiddenGrads(dg, du, dz, *found)

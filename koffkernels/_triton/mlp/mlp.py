@@ -30,8 +30,7 @@ from .decode import decode_mlp_up
 from .gemm import CONFIGS as FUSED_UP
 from .gemm import gemm_mlp_up
 from .hidden import mlp_hidden
-from .hidden_bwd import HiddenDeltas, mlp_hidden_bwd
-from .hidden_bwd_lora import LARGEST_RANK, HiddenGrads, mlp_hidden_bwd_lora
+from .hidden_bwd import HiddenDeltas, HiddenGrads, mlp_hidden_bwd
 
 
 class Layer(NamedTuple):
@@ -131,30 +130,27 @@ def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
 def _hidden_backward(
     dh: Tensor, gu: Tensor, saved: Saved, t_down: Tensor | None, layer: Layer, needs_gates: bool
 ) -> HiddenGrads:
-    """Return dg, du, dz and the sums over tokens, fused where the ranks allow it.
+    """Return dg, du, dz and the sums over tokens.
 
     gu is written over where it was computed for this backward alone: what was saved belongs to
     autograd, which may run backward again.
     """
     _, gates, lora, rows, activation = layer
     i = dh.shape[1]
-    halves = gu[:, :i], gu[:, i:]
     s_gate, s_up = _deltas(saved.s_gate_up, lora)
     down = None
     if lora.down is not None:
         down = Delta(t_down, lora.down.a.transpose(1, 2), lora.down.scaling)
-    deltas = HiddenDeltas(s_gate, s_up, down)
-    some, overwrite = any(d is not None for d in deltas), saved.gu is None
-    if some and deltas.rank() <= LARGEST_RANK:
-        needs = needs_gates, overwrite
-        return mlp_hidden_bwd_lora(dh, halves, gates, deltas, rows, activation, needs)
-    needs = needs_gates, down is not None, overwrite
-    (dg, du), h, dz = mlp_hidden_bwd(dh, halves, gates, deltas, rows, activation, needs)
-    sums = [
-        None if delta is None else lora_grad(delta.s, wide, delta.b.shape[0], rows)
-        for delta, wide in zip(deltas, (dg, du, h), strict=True)
-    ]
-    return HiddenGrads(dg, du, dz, *sums)
+    return mlp_hidden_bwd(
+        dh,
+        (gu[:, :i], gu[:, i:]),
+        gates,
+        HiddenDeltas(s_gate, s_up, down),
+        rows,
+        activation,
+        needs_gates=needs_gates,
+        overwrite=saved.gu is None,
+    )
 
 
 def _narrow_gradient(dy: Tensor, lora: LoRA | None, rows: Rows) -> Tensor | None:
@@ -177,7 +173,7 @@ def _input_gradient(
         config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
         dx = gemm_linear(dg, w_gate.t(), None, (), rows, config)
         return gemm_linear(du, w_up.t(), None, deltas, rows, config, onto=dx)
-    dx = torch.addmm(dg @ w_gate, du, w_up)
+    dx = (dg @ w_gate).addmm_(du, w_up)  # torch.addmm would copy its first argument
     return expand_(dx, deltas, rows) if deltas else dx
 
 

@@ -105,7 +105,13 @@ def _several_gpus() -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **args: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    most_registers: int | None = 255,
+    **args: Any,
 ) -> None:
     """Run ``kernel`` over ``grid``; an empty grid runs nothing.
 
@@ -114,14 +120,16 @@ def launch(
         grid: one to three sizes.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        most_registers: that a thread may use. 255 is all: kernels with large tiles are compiled
+            with it, since ptxas, left to itself (None), spills a few bytes of theirs to reach a
+            higher occupancy. Streaming kernels live by occupancy and leave it to ptxas.
         args: the kernel's arguments: tensors, numbers, None, or operands (see ``operands``).
     """
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    # What ptxas may use at most: 255 is the limit of a thread, the other that of a block. Left to
-    # itself it spills a few bytes to reach a higher occupancy.
-    options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
+    if most_registers is not None:
+        options["maxnreg"] = min(most_registers, _REGISTERS // (32 * num_warps))
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return
