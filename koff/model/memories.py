@@ -308,9 +308,7 @@ class MemoryBank(nn.Module):
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
 
-    def lora(
-        self, site: Site, slots: tuple[int, ...], stacks: Stacks | None = None
-    ) -> LoRA | None:
+    def lora(self, site: Site, slots: tuple[int, ...], stacks: Stacks | None = None) -> LoRA | None:
         """Return the stacked LoRA of one linear layer for the given memories.
 
         Args:

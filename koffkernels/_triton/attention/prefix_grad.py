@@ -117,8 +117,8 @@ def prefix_grads(
     config: Config | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dK and dV of the learned keys and values, in ``dtypes`` (None: theirs), 0 for a memory that
-    no row used; None where ``needs`` has False."""
+    """Return dK and dV of the learned keys and values, in ``dtypes`` (None: theirs), 0 for a memory
+    that no row used; None where ``needs`` has False."""
     if not any(needs):
         return None, None
     k, v, _ = call.prefix
