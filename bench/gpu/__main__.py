@@ -55,8 +55,8 @@ PARTS = {
     "smoke": Part(85, 60, processes=6),
     "kernels": Part(95, 60, warm=2),
     "targets": Part(90, 40, warm=3),
-    "e2e": Part(75, 45, warm=1),
-    "tables": Part(30, 30),
+    "e2e": Part(120, 75, warm=1),
+    "tables": Part(20, 30),
     "decode": Part(75, 40, alone=True),
     "tests": Part(420, 400),
 }
