@@ -136,7 +136,7 @@ def _nearest(gpu: str, shape: Shape) -> Route:
 
 
 def _usual(shape: Shape) -> str:
-    """The route of a call that no table knows.
+    """Return the route of a call that no table knows.
 
     With few tokens the weights' bytes are all that counts. The vendor's GEMM reads them as fast,
     but leaves the low-rank updates to four more launches: on an H200 a pruned MLP of Llama-3.1-8B
