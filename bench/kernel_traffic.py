@@ -48,7 +48,7 @@ class Op(NamedTuple):
 
 
 def _normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-    """Random, and small enough that products of the layers stay within fp16."""
+    """Return random numbers, so small that products of the layers stay within fp16."""
     return (torch.randn(shape) * 0.1).to(dtype)
 
 
@@ -63,11 +63,11 @@ class _Memories:
         self.lora = self.a, self.b, self.scaling
 
     def needed(self) -> tuple[Tensor, ...]:
-        """What the used memories hold."""
+        """Return what the used memories hold."""
         return tuple(tensor[m] for tensor in self.lora for m in self.used)
 
     def delta(self, m: int):
-        """The update of m tokens by a given s."""
+        """Return the update of m tokens by a given s."""
         from koffkernels._triton.shared.operands import Delta
 
         return Delta(_normal(m, RANK), self.b, self.scaling)
@@ -224,14 +224,14 @@ def _size(tensors: tuple[Tensor, ...]) -> int:
 
 
 def _tensors(result: object) -> tuple[Tensor, ...]:
-    """The tensors of a result, which may be one, None, or a tuple of results."""
+    """Return the tensors of a result, which may be one, None, or a tuple of results."""
     if isinstance(result, tuple):
         return tuple(t for part in result for t in _tensors(part))
     return () if result is None else (result,)
 
 
 def measure(op: Op) -> dict[str, object]:
-    """One row: bytes issued and moved, the least, and how often a weight element is asked for."""
+    """Return one row: bytes issued and moved, the least, and how often weights are asked for."""
     from .gate.traffic import count_traffic
 
     with count_traffic() as traffic:
@@ -256,12 +256,12 @@ def measure(op: Op) -> dict[str, object]:
 
 
 def share_of_least(row: dict) -> float:
-    """What moves, without partial sums, over the least."""
+    """Return what moves, without partial sums, over the least."""
     return (row["loaded"] + row["stored"] - 2 * row["partials"]) / row["least"]
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, in KiB."""
+    """Return the rows in Markdown, in KiB."""
     names = ["operation", "launches", "issued", "loaded", "stored", "partials", "least"]
     names += ["moved / least", "reads of a weight"]
     lines = [" | ".join(names), " | ".join("---" for _ in names)]
@@ -276,7 +276,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_traffic")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(arguments)

@@ -48,7 +48,7 @@ def require(
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's shape as a plain tuple, for error messages."""
+    """Return the tensor's shape as a plain tuple, for error messages."""
     return tuple(tensor.shape)
 
 

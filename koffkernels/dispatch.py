@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from . import routes
-from .checks import refuse, require
+from .checks import refuse
 
 BACKENDS = ("torch", "triton", "interpret", "reference")
 
@@ -53,28 +53,19 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 def _read_environment() -> str | None:
     value = os.environ.get("KOFF_BACKEND") or None
-    require(
-        value is None or value in BACKENDS,
-        "KOFF_BACKEND",
-        "the backend",
-        f"be one of {', '.join(BACKENDS)}",
-        repr(value),
-        "unset it for the automatic choice",
-    )
+    if value is not None and value not in BACKENDS:
+        rule, step = f"be one of {', '.join(BACKENDS)}", "unset it for the automatic choice"
+        refuse("KOFF_BACKEND", "the backend", rule, repr(value), step)
     return value
 
 
 def _switch_interpreter_on() -> None:
     """Make triton, when it is imported, interpret kernels on the CPU."""
     on = os.environ.get("TRITON_INTERPRET") == "1"
-    require(
-        on or "triton" not in sys.modules,
-        "KOFF_BACKEND",
-        "interpret",
-        "be chosen before triton is imported",
-        "an imported triton",
-        "import koffkernels first, or set TRITON_INTERPRET=1 too",
-    )
+    if not on and "triton" in sys.modules:
+        rule = "be chosen before triton is imported"
+        step = "import koffkernels first, or set TRITON_INTERPRET=1 too"
+        refuse("KOFF_BACKEND", "interpret", rule, "an imported triton", step)
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -97,7 +88,8 @@ class BackendChoice(NamedTuple):
 
 
 def _missing() -> str | None:
-    """Why no Triton kernel can run in this process, None if one can. Does not initialise CUDA."""
+    """Return why no Triton kernel can run in this process, None if one can. CUDA is not
+    initialised."""
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     if torch.version.hip is not None:
@@ -129,7 +121,7 @@ def _automatic(op: str, device: torch.device | None) -> BackendChoice:
 
 
 def preload_defaults() -> None:
-    """``preload`` what may be chosen without being asked for."""
+    """Import, by ``preload``, what may be chosen without being asked for."""
     automatic = () if _WITHOUT_TRITON else ("triton",)
     for backend in ("torch", "reference", *automatic):
         preload(backend)
@@ -138,7 +130,7 @@ def preload_defaults() -> None:
 
 
 def choose(op: str, device: torch.device | None = None) -> BackendChoice:
-    """The backend that ``op`` would use now, with the reason.
+    """Return the backend that ``op`` would use now, with the reason.
 
     Args:
         op: a key of ``IMPLEMENTATIONS``.
@@ -179,7 +171,7 @@ def preload(backend: str) -> None:
 
 
 def implementation(op: str, device: torch.device) -> Callable:
-    """The function that runs ``op`` on tensors of a device under the current choice."""
+    """Return the function that runs ``op`` on tensors of a device under the current choice."""
     backend = choose(op, device).backend
     found = _LOADED.get((op, backend))
     return _load(op, backend) if found is None else found
@@ -195,14 +187,10 @@ def force_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: unknown backend, or one that some operation called inside does not have.
     """
-    require(
-        backend in BACKENDS and backend != "interpret",
-        "force_backend",
-        "backend",
-        "be one of torch, triton, reference",
-        repr(backend),
-        "the interpreter is chosen before start-up by KOFF_BACKEND=interpret",
-    )
+    if backend not in BACKENDS or backend == "interpret":
+        rule = "be one of torch, triton, reference"
+        step = "the interpreter is chosen before start-up by KOFF_BACKEND=interpret"
+        refuse("force_backend", "backend", rule, repr(backend), step)
     global _FORCED
     preload(backend)
     before, _FORCED = _FORCED, backend
@@ -214,11 +202,11 @@ def force_backend(backend: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recompute_hidden(enabled: bool = True) -> Iterator[None]:
-    """Let ``gated_mlp`` keep x [M, H] for backward inside the ``with`` block, and compute the two
+    """Let ``gated_mlp`` save x [M, H] for backward inside the ``with`` block, and compute the two
     [M, I] of the gate and up layers again there.
 
     Args:
-        enabled: False: keep them, as outside.
+        enabled: False: save them, as outside.
     """
     global _RECOMPUTE
     before, _RECOMPUTE = _RECOMPUTE, enabled
@@ -229,7 +217,7 @@ def recompute_hidden(enabled: bool = True) -> Iterator[None]:
 
 
 def recomputes() -> bool:
-    """Whether ``recompute_hidden`` is on."""
+    """Return whether ``recompute_hidden`` is on."""
     return _RECOMPUTE
 
 
@@ -249,7 +237,7 @@ def _with_route(choice: BackendChoice) -> BackendChoice:
 
 
 def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The dtype matmuls run in: autocast's where it is on (fp64 stays), else the weight's."""
+    """Return the dtype of matmuls: autocast's where it is on (fp64 stays), else the weight's."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype

@@ -21,7 +21,7 @@ def gated_mlp(
     memory_ids: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
-    """y = down(act(gate(x)) * up(x) * z), where gate, up and down are ``lora_linear`` layers.
+    """Return y = down(act(gate(x)) * up(x) * z); gate, up and down are ``lora_linear`` layers.
 
     Args:
         x: [B, T, H] or [M, H], fp32, bf16, fp16 or fp64.

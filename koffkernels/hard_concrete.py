@@ -11,16 +11,18 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_device, check_shape, check_tensor, refuse, shape_of
 
+# Louizos et al. use these in all their experiments: the temperature, and the interval to which s is
+# stretched, so that z is exactly 0 or 1 with some probability.
 BETA = 2.0 / 3.0
 LOW, HIGH = -0.1, 1.1
-U_MIN = 1e-6
+U_MIN = 1e-6  # log(u) and log(1 - u) stay finite in fp32
 # P(z > 0) = sigmoid(log_alpha + OPEN_SHIFT); follows from z > 0 <=> s > -LOW / (HIGH - LOW).
 OPEN_SHIFT = -BETA * math.log(-LOW / HIGH)
 
 
 def hard_concrete(log_alpha: Tensor, *, sample: bool, u: Tensor | None = None) -> Tensor:
-    """Gate values z = clamp(1.2 s - 0.1, 0, 1) with s = sigmoid((logit(u) + log_alpha) / beta),
-    beta = 2/3, when sampling, and s = sigmoid(log_alpha) otherwise.
+    """Return gate values z = clamp(1.2 s - 0.1, 0, 1) with s = sigmoid((logit(u) + log_alpha) /
+    beta), beta = 2/3, when sampling, and s = sigmoid(log_alpha) otherwise.
 
     Args:
         log_alpha: any shape, fp32 (fp64 in tests).
@@ -52,7 +54,7 @@ def hard_concrete(log_alpha: Tensor, *, sample: bool, u: Tensor | None = None) -
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """P(z > 0) = sigmoid(log_alpha - beta log(0.1 / 1.1)) of each gate, elementwise.
+    """Return P(z > 0) = sigmoid(log_alpha - beta log(0.1 / 1.1)) of each gate, elementwise.
 
     Args:
         log_alpha: any shape, floating.

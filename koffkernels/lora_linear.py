@@ -17,7 +17,7 @@ def lora_linear(
     lora: LoRA | None = None,
     memory_ids: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scaling_m (x A_m^T) B_m^T, where m is the memory of each row.
+    """Return y = x W^T + bias + scaling_m (x A_m^T) B_m^T, where m is the memory of each row.
 
     Args:
         x: [B, T, K] or [M, K], fp32, bf16, fp16 or fp64.

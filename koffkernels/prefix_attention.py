@@ -20,8 +20,8 @@ def prefix_attention(
     bounds: RowBounds | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """o = softmax(scale q [K_m; K]^T + mask) [V_m; V], where m is the memory of each row and the
-    mask is causal over K within each row's bounds and open over K_m.
+    """Return o = softmax(scale q [K_m; K]^T + mask) [V_m; V], where m is the memory of each row and
+    the mask is causal over K within each row's bounds and open over K_m.
 
     Args:
         q: [B, Hq, T, D], fp32, bf16, fp16 or fp64, RoPE applied.

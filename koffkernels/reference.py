@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any tensor is fp64, else fp32."""
+    """Return fp64 if any tensor is fp64, else fp32."""
     return (
         torch.float64
         if any(t is not None and t.dtype == torch.float64 for t in tensors)
@@ -34,7 +34,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 def hard_concrete(
     log_alpha: Tensor, u: Tensor | None, beta: float, low: float, high: float
 ) -> Tensor:
-    """z = clamp(s (high - low) + low, 0, 1), s = sigmoid((logit(u) + log_alpha) / beta), or
+    """Return z = clamp(s (high - low) + low, 0, 1), s = sigmoid((logit(u) + log_alpha) / beta), or
     sigmoid(log_alpha) without u."""
     if u is None:
         s = torch.sigmoid(log_alpha)
@@ -44,8 +44,8 @@ def hard_concrete(
 
 
 def lora_delta(x: Tensor, lora: LoRA | None, memory_ids: Tensor | None) -> Tensor | float:
-    """scaling_m B_m A_m x of each row's memory m; zero for rows with id -1. x is [B, T, K] or [M,
-    K]."""
+    """Return scaling_m B_m A_m x of each row's memory m; zero for rows with id -1. x is [B, T, K]
+    or [M, K]."""
     if lora is None:
         return 0.0
     if memory_ids is None:
@@ -66,7 +66,7 @@ def lora_delta(x: Tensor, lora: LoRA | None, memory_ids: Tensor | None) -> Tenso
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, memory_ids: Tensor | None
 ) -> Tensor:
-    """y = x W^T + bias + scaling_m B_m A_m x, m the memory of each row."""
+    """Return y = x W^T + bias + scaling_m B_m A_m x, m the memory of each row."""
     wide = x.to(wide_dtype(x, *(lora or ())))
     y = F.linear(wide, weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype))
     return (y + lora_delta(wide, lora, memory_ids)).to(x.dtype)
@@ -80,7 +80,7 @@ def gated_mlp(
     memory_ids: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y = down(act(gate(x)) * up(x) * z), each linear layer with its LoRA."""
+    """Return y = down(act(gate(x)) * up(x) * z), each linear layer with its LoRA."""
     lora = lora or GatedMLPLoRA()
     wide = x.to(wide_dtype(x, gates, *(t for part in lora if part is not None for t in part)))
     w_gate, w_up, w_down = weights
@@ -95,7 +95,8 @@ def gated_mlp(
 def visible_keys(
     rows: int, queries: int, keys: int, bounds: RowBounds | None, device: torch.device
 ) -> Tensor:
-    """bool [B, T, S]: may query t of row b see key j (see RowBounds; defaults 0, S, S - T)."""
+    """Return bool [B, T, S]: may query t of row b see key j (see ``RowBounds``; its defaults are 0,
+    S, S - T)."""
     j = torch.arange(keys, device=device)
     t = torch.arange(queries, device=device)
     if bounds is None:
@@ -114,15 +115,14 @@ def attention_weights(
     bounds: RowBounds | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(softmax(scale q [K_prefix; K]^T + mask) [B, Hq, T, P + S], [V_prefix; V] [B, Hq, P + S, D]);
-    the weights of rows that see nothing are 0."""
+    """Return (softmax(scale q [K_prefix; K]^T + mask) [B, Hq, T, P + S], [V_prefix; V] [B, Hq, P +
+    S, D]); the weights of rows that see nothing are 0."""
     rows, heads, queries, width = q.shape
     wide = wide_dtype(q, *((prefix.k, prefix.v) if prefix is not None else ()))
     scale = 1.0 / math.sqrt(width) if scale is None else scale
     visible = visible_keys(rows, queries, k.shape[2], bounds, q.device)
-    used = visible.any(1)[
-        :, None, :, None
-    ]  # keys nobody may see must not leak, not even as 0 * NaN
+    used = visible.any(1)[:, None, :, None]
+    # Keys that nobody may see must not leak, not even as 0 * NaN.
     keys, values = k.to(wide).where(used, 0.0), v.to(wide).where(used, 0.0)
     if prefix is not None:
         if memory_ids is None:
@@ -152,6 +152,6 @@ def prefix_attention(
     bounds: RowBounds | None,
     scale: float | None,
 ) -> Tensor:
-    """softmax(scale q [K_prefix; K]^T + mask) [V_prefix; V]; rows that see nothing give 0."""
+    """Return softmax(scale q [K_prefix; K]^T + mask) [V_prefix; V], 0 for rows that see nothing."""
     weights, values = attention_weights(q, k, v, prefix, memory_ids, bounds, scale)
     return (weights @ values).to(q.dtype)

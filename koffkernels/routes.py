@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import require
+from .checks import refuse
 
 ROUTES = ("vendor", "fused", "decode")
 DECODE_TOKENS = 64  # the decode kernels hold all tokens of a call in one tile
@@ -71,8 +71,9 @@ def force_route(route: str) -> Iterator[None]:
         ValueError: unknown route.
     """
     name, _, config = route.partition(":")
-    rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
-    require(name in ROUTES, "force_route", "route", rule, repr(route), step)
+    if name not in ROUTES:
+        rule, step = f"be one of {', '.join(ROUTES)}", "a config may follow a colon"
+        refuse("force_route", "route", rule, repr(route), step)
     global _FORCED
     before, _FORCED = _FORCED, Route(name, config or None, "set by force_route", forced=True)
     try:
@@ -82,19 +83,19 @@ def force_route(route: str) -> Iterator[None]:
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU is, by the name that CUDA gives it."""
+    """Return where the table of a GPU is, by the name that CUDA gives it."""
     return FOLDER / (re.sub(r"[^A-Za-z0-9]+", "_", gpu).strip("_") + ".json")
 
 
 @functools.cache
 def table(gpu: str) -> tuple[dict, ...]:
-    """The measured rows of a GPU; empty where it was never measured."""
+    """Return the measured rows of a GPU; empty where it was never measured."""
     path = table_path(gpu)
     return tuple(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path.is_file() else ()
 
 
 def describe(op: str) -> str:
-    """What ``backends()`` says of an operation's routes on the current GPU."""
+    """Return what ``backends()`` says of an operation's routes on the current GPU."""
     if _FORCED is not None:
         return f"route {_FORCED.name} {_FORCED.reason}"
     gpu = _gpu(torch.cuda.current_device())
@@ -116,10 +117,11 @@ def _gpu(index: int) -> str:
 
 
 def _distance(row: dict, shape: Shape) -> float:
-    """How far a measured shape is, in powers of two."""
+    """Return how far a measured shape is, in powers of two, over tokens and both widths."""
     return sum(abs(math.log2(row[x] / max(getattr(shape, x), 1))) for x in "mkn")
 
 
+# Thousands, because the shapes of attention grow by a key with every token that is generated.
 @functools.lru_cache(maxsize=4096)
 def _nearest(gpu: str, shape: Shape) -> Route:
     names = (shape.op, shape.stage, _DTYPES.get(shape.dtype))
@@ -134,7 +136,7 @@ def _nearest(gpu: str, shape: Shape) -> Route:
 
 
 def _usual(shape: Shape) -> str:
-    """The route of a call that no table knows.
+    """Return the route of a call that no table knows.
 
     With few tokens the weights' bytes are all that counts. The vendor's GEMM reads them as fast,
     but leaves the low-rank updates to four more launches: on an H200 a pruned MLP of Llama-3.1-8B
@@ -146,19 +148,19 @@ def _usual(shape: Shape) -> str:
 
 
 def find(configs: dict[str, Any], route: Route) -> Any:
-    """A route's config among a launcher's; None, the default, where it names none.
+    """Return a route's config among a launcher's; None, the default, where it names none.
 
     Raises:
         ValueError: ``force_route`` named one that is not there.
     """
-    known = route.config in configs or route.config is None or not route.forced
-    rule, step = f"be one of {', '.join(configs)}", "choose one of these"
-    require(known, "force_route", "the config", rule, repr(route.config), step)
+    if route.forced and route.config is not None and route.config not in configs:
+        rule, step = f"be one of {', '.join(configs)}", "choose one of these"
+        refuse("force_route", "the config", rule, repr(route.config), step)
     return configs.get(route.config)
 
 
 def choose(shape: Shape, device: torch.device) -> Route:
-    """The route of a call; never raises, never times anything."""
+    """Return the route of a call; never raises, never times anything."""
     if _FORCED is not None:
         found = _FORCED
     elif device.type == "cuda":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import require
+from .checks import refuse
 from .gated_mlp import gated_mlp
 from .lora_linear import lora_linear
 from .prefix_attention import prefix_attention
@@ -100,8 +100,9 @@ def warmup(
     """
     for name, value in shape._asdict().items():
         lowest = 0 if name in ("rank", "prefix") else 1
-        rule, step = f"be at least {lowest}", "take it from the model's config"
-        require(value >= lowest, "warmup", name, rule, value, step)
+        if value < lowest:
+            step = "take it from the model's config"
+            refuse("warmup", name, f"be at least {lowest}", value, step)
     for rows, tokens in batches:
         mixed = torch.arange(rows, device=device) % (shape.memories + 1) - 1
         for ids in (None, mixed) if shape.memories == 1 else (mixed,):

@@ -27,7 +27,7 @@ KERNELS = "koffkernels._triton"
 
 
 def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
-    """Forward and backward on the vendor's GEMMs: the narrow kernels as they are really called."""
+    """Yield forward and backward on the vendor's GEMMs: the narrow kernels as really called."""
     k, n = at.model.hidden, at.inner
     lora, weight = at.lora(k, n), at.empty(n, k)
     for m in (1, 8192):  # the shrink in several splits, and in one
@@ -39,7 +39,7 @@ def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
-    """Training with and without gates, LoRA on all three layers or on the last one only."""
+    """Yield training with and without gates, LoRA on all three layers or on the last one only."""
     h, i, m = at.model.hidden, at.inner, 8192
     weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
     up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
@@ -64,7 +64,7 @@ def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _vendor(call: Callable[[], object]) -> Callable[[], object]:
-    """The call, on the route that takes the vendor's GEMMs."""
+    """Return the call, on the route that takes the vendor's GEMMs."""
 
     def run() -> object:
         with routes.force_route("vendor"):
@@ -102,7 +102,7 @@ def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _gemm_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
-    """Forward, and the input gradient: of a slice, with W read across, onto what is there."""
+    """Yield forward, and input gradient: of a slice, with W read across, onto what is there."""
     k, n, m, usual = at.model.hidden, at.inner, 8192, defaults(module.CONFIGS)
     rows, weight, bias = at.rows(m), at.empty(n, k), at.empty(n)
     a, b, scaling = at.lora(k, n)
@@ -149,19 +149,19 @@ FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
 
 
 def module_named(name: str) -> ModuleType:
-    """The kernel file of this name, folder and file: "lora.shrink"."""
+    """Return the kernel file of this name, folder and file: "lora.shrink"."""
     return importlib.import_module(f"{KERNELS}.{name}")
 
 
 def cases(at: Setting) -> Iterator[tuple[str, Case]]:
-    """(file, case) for every file in ``FILES``."""
+    """Yield (file, case) for every file in ``FILES``."""
     for name, generate in FILES.items():
         for case in generate(module_named(name), at):
             yield name, case
 
 
 def all_kernels() -> set[tuple[str, str]]:
-    """(file, kernel) of every jitted function of koffkernels whose name ends in ``_kernel``."""
+    """Return (file, kernel) of every jitted function whose name ends in ``_kernel``."""
     import triton
 
     found = set()

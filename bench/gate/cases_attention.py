@@ -20,7 +20,7 @@ _PREFIX = 256
 def call_of(
     at: Setting, rows: int, queries: int, keys: int, prefix: bool = True, bounds: bool = False
 ) -> Call:
-    """A call of prefix attention with the model's heads.
+    """Return a call of prefix attention with the model's heads.
 
     Args:
         at: gives the heads, the dtype and whether there are several memories.
@@ -42,7 +42,7 @@ def call_of(
 
 
 def _settings(at: Setting) -> Iterator[tuple[str, Setting]]:
-    """(what to say, setting): one rank is enough, and both widths of heads are met once."""
+    """Yield (what to say, setting): one rank is enough, and both widths of heads are met once."""
     if at.r == 16:
         yield "", at
         if at.model is MODELS[0]:
@@ -50,7 +50,7 @@ def _settings(at: Setting) -> Iterator[tuple[str, Setting]]:
 
 
 def _long(at: Setting) -> dict[str, Call]:
-    """Long rows, padded or not and, at some settings, without a prefix."""
+    """Return long rows, padded or not and, at some settings, without a prefix."""
     length, found = _LENGTH, {}
     for width, here in _settings(at):
         found[width] = call_of(here, 4, length, length)
@@ -72,7 +72,7 @@ def _forward(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 
 def _outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """o and lse, as the forward lays them out."""
+    """Return o and lse, as the forward lays them out."""
     from koffkernels._triton.attention.fwd import empty_output
 
     return empty_output(call.q)

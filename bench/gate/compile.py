@@ -61,7 +61,7 @@ class Unit(NamedTuple):
 
 
 def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = None) -> list[Unit]:
-    """What to compile, each different machine code once per chip.
+    """Return what to compile, each different machine code once per chip.
 
     Args:
         archs: of "sm_80", "sm_90", "sm_100".
@@ -113,7 +113,7 @@ def _all_cases() -> Iterator[tuple[Any, str, Any]]:
 
 
 def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """(key of the machine code, launch, labels) of what one case launches."""
+    """Yield (key of the machine code, launch, labels) of what one case launches."""
     from koffkernels._triton.shared import launch as common
 
     from . import compiling, settings
@@ -129,7 +129,7 @@ def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[st
 
 
 def tables_of(file: str) -> list[dict[str, Any]]:
-    """A kernel file's tables of shipped configurations: CONFIGS, or several of that ending."""
+    """Return the tables of a kernel file's configurations: CONFIGS, or several of that ending."""
     from . import cases
 
     tables = vars(cases.module_named(file)).items()
@@ -156,7 +156,8 @@ def _check_coverage(present: set[tuple[str, str]], launched: set[tuple[str, str]
 
 
 def _work(units: list[Unit], pipe: Any) -> None:
-    """A worker: compiles the units whose numbers come through the pipe, until None comes."""
+    """Compile, in a process of its own, the units whose numbers come through the pipe, until None
+    comes."""
     from . import compiling
 
     with contextlib.suppress(EOFError):  # the gate itself was stopped
@@ -239,7 +240,7 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """One line per kernel and chip: variants, most registers, spills, shared memory, mma."""
+    """Return one line per kernel and chip: variants, most registers, spills, shared memory, mma."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["arch"]), []).append(row)
@@ -262,7 +263,7 @@ def _most(rows: list[dict[str, Any]], field: str) -> int:
 
 
 def offenders(rows: list[dict[str, Any]]) -> list[str]:
-    """One line per problem, with the kernel, chip, dtype and configuration it was found at."""
+    """Return one line per problem, with the kernel, chip, dtype and configuration that has it."""
     lines = []
     for row in rows:
         config = " ".join(f"{key}={value}" for key, value in row["config"].items())
@@ -306,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.jobs < 1:

@@ -92,17 +92,17 @@ def _chip(arch: str, caches: int) -> Iterator[_Chip]:
 
 
 def name_of(launch: Launch) -> str:
-    """Name of the kernel's function."""
+    """Return the name of the kernel's function."""
     return launch.kernel.fn.__name__
 
 
 def module_of(launch: Launch) -> str:
-    """The file that defines the kernel, folder and file: "lora.shrink"."""
+    """Return the file that defines the kernel, folder and file: "lora.shrink"."""
     return launch.kernel.fn.__module__.partition("._triton.")[2]
 
 
 def contract_of(launch: Launch) -> Contract:
-    """What the kernel's file declares in EXPECTS and, for prefill GEMMs, PREFILL.
+    """Return what the kernel's file declares in EXPECTS and, for prefill GEMMs, PREFILL.
 
     ``EXPECTS[kernel]`` is a kind, or a function of the launch's arguments that returns one, for a
     kernel that multiplies only under some of them. ``PREFILL[kernel]`` is a number of accumulators.
@@ -125,7 +125,7 @@ def contract_of(launch: Launch) -> Contract:
 
 
 def signatures(launches: list[Launch], arch: str = "sm_90") -> list[tuple[str, str]]:
-    """The compiled variant that each launch needs, without compiling any.
+    """Return the compiled variant that each launch needs, without compiling any.
 
     Args:
         launches: from ``common.recording``.
@@ -148,12 +148,12 @@ def signatures(launches: list[Launch], arch: str = "sm_90") -> list[tuple[str, s
 
 
 def variants(launches: list[Launch], arch: str = "sm_90") -> dict[str, int]:
-    """How many variants of each kernel ("file.kernel") these launches would compile."""
+    """Return how many variants of each kernel ("file.kernel") these launches would compile."""
     return dict(collections.Counter(kernel for kernel, _ in set(signatures(launches, arch))))
 
 
 def config_of(launch: Launch, name: str) -> dict[str, Any]:
-    """The shipped configuration's name, and everything that is fixed at compile time."""
+    """Return the shipped configuration's name, and everything that is fixed at compile time."""
     constants = {p.name: launch.args[p.name] for p in launch.kernel.params if p.is_constexpr}
     options = {key: launch.options[key] for key in ("num_warps", "num_stages")}
     absent = [
@@ -167,7 +167,8 @@ def _numbers(pattern: str, log: str) -> list[int]:
 
 
 def _resources(log: str) -> dict[str, int]:
-    """Registers, spills and stack from what ``ptxas -v`` wrote; calls inside a kernel add up."""
+    """Return registers, spills and stack as ``ptxas -v`` wrote them; calls inside a kernel add
+    up."""
     registers = _numbers(r"Used (\d+) registers", log)
     if not registers:
         raise RuntimeError(f"ptxas -v must report registers, got {log[-500:]!r}")
@@ -206,7 +207,7 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
 
 
 def blank_row(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
-    """One row of the gate's table before anything is compiled: its numbers are None.
+    """Return one row of the gate's table before anything is compiled: its numbers are None.
 
     Args:
         launch: from ``common.recording``.
@@ -240,7 +241,7 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
 
 
 def problems_of(row: dict[str, Any], contract: Contract, args: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled row; an empty list if nothing is.
+    """Return what is wrong with a compiled row; an empty list if nothing is.
 
     Args:
         row: from ``row_of``.
@@ -270,9 +271,9 @@ def problems_of(row: dict[str, Any], contract: Contract, args: dict[str, Any]) -
 
 
 def copy_problems(found: int, accumulators: int, launch: Launch) -> list[str]:
-    """What is wrong with how a prefill GEMM loads: every stage of its pipeline must be filled with
-    x and W by 16-byte copies. Addresses whose pattern the compiler loses are read in 2-byte pieces,
-    which no other column shows.
+    """Return what is wrong with how a prefill GEMM loads: every stage of its pipeline must be
+    filled with x and W by 16-byte copies. Addresses whose pattern the compiler loses are read in
+    2-byte pieces, which no other column shows.
 
     Args:
         found: the row's wide_copies.

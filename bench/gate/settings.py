@@ -72,21 +72,22 @@ class Setting(NamedTuple):
         return f"{self.model.name} I={self.inner} r={self.r}{mixed}"
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of this shape without data, of the setting's dtype unless given."""
+        """Return a tensor of this shape without data, of the setting's dtype unless given."""
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
     def master(self, *shape: int) -> Tensor:
-        """The same in fp32, as memories and gates are stored."""
+        """Return the same in fp32, as memories and gates are stored."""
         return self.empty(*shape, dtype=torch.float32)
 
     def rows(self, m: int) -> Rows:
-        """Memories of m tokens: a decode step of m sequences, or 8 long ones; or one memory."""
+        """Return the memories of m tokens: of a decode step of m sequences, or of 8 long ones; or
+        one memory."""
         sequences = m if m <= 64 else 8
         ids = self.empty(sequences, dtype=torch.int64) if self.mixed else None
         return Rows(ids, m // sequences)
 
     def lora(self, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, scaling) of a k -> n layer."""
+        """Return (a, b, scaling) of a k -> n layer."""
         count = MEMORIES if self.mixed else 1
         return self.master(count, self.r, k), self.master(count, n, self.r), self.master(count)
 
@@ -110,13 +111,14 @@ class Case(NamedTuple):
 
 
 def pruned(inner: int, removed: float = 0.17) -> int:
-    """Neurons left of ``inner``, a multiple of 64; not of 128 for two of the models, so that tiles
-    that do not divide the width are compiled too."""
+    """Return how many neurons are left of ``inner``, a multiple of 64; not of 128 for two of the
+    models, so that tiles that do not divide the width are compiled too."""
     return int(inner * (1 - removed)) // 64 * 64
 
 
 def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) -> list[Setting]:
-    """All combinations of model, dense or pruned, rank, one or several memories, and dtype."""
+    """Return all combinations of model, dense or pruned, rank, one or several memories, and
+    dtype."""
     found = []
     for model, r in itertools.product(models, ranks):
         for inner in (model.inner, pruned(model.inner)):
@@ -126,19 +128,19 @@ def settings(models: Iterable[Model] = MODELS, ranks: Iterable[int] = (16, 64)) 
 
 
 def subset() -> list[Setting]:
-    """One setting that shows most of each kernel's code: pruned, several memories, bf16."""
+    """Return one setting that shows most of each kernel's code: pruned, several memories, bf16."""
     found = settings(MODELS[:1], (16,))
     return [s for s in found if s.inner != s.model.inner and s.mixed and s.dtype == torch.bfloat16]
 
 
 def defaults(table: dict[str, Config]) -> list[Config]:
-    """The configurations of a file's table that are some chip's default."""
+    """Return the configurations of a file's table that are some chip's default."""
     names = {default_name(table, int(arch.removeprefix("sm_"))) for arch in ARCHS}
     return [config for name, config in table.items() if name in names]
 
 
 def configs(table: dict[str, Config]) -> Iterator[tuple[Config, dict[str, Any]]]:
-    """Each shipped configuration of a file's table, with what it says about its cases."""
+    """Yield each shipped configuration of a file's table, with what it says about its cases."""
     for name, config in table.items():
         archs = tuple(f"sm_{number}" for number in config.archs or ())
         yield config, {"config": name, "archs": archs or ARCHS}

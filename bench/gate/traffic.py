@@ -93,7 +93,7 @@ class Traffic:
         self._storages: dict[int, tuple[Any, dict[str, Tensor]]] = {}
 
     def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
-        """A launch starts."""
+        """Note that a launch starts."""
         self.launches.append(LaunchTraffic(kernel, tensors))
         for tensor in tensors.values():
             storage = tensor.untyped_storage()
@@ -124,26 +124,26 @@ class Traffic:
         return counts.as_strided(tensor.shape, strides, tensor.storage_offset() * size).clone()
 
     def loads(self, tensor: Tensor) -> Tensor:
-        """How often each element of a tensor (or of a view of one) was loaded: int32, its shape."""
+        """Return how often each element of a tensor (or a view) was loaded: int32, its shape."""
         return self._count("load", tensor)
 
     def stores(self, tensor: Tensor) -> Tensor:
-        """How often each element of a tensor (or of a view of one) was stored: int32, its shape."""
+        """Return how often each element of a tensor (or a view) was stored: int32, its shape."""
         return self._count("store", tensor)
 
     def issued_bytes(self) -> tuple[int, int]:
-        """(loaded, stored) bytes of all launches, repeats included."""
+        """Return (loaded, stored) bytes of all launches, repeats included."""
         each = [o for launch in self.launches for o in launch.operands.values()]
         return sum(o.loads * o.size for o in each), sum(o.stores * o.size for o in each)
 
     def moved_bytes(self) -> tuple[int, int]:
-        """(loaded, stored) bytes, each element once per launch that touches it."""
+        """Return (loaded, stored) bytes, each element once per launch that touches it."""
         each = [o for launch in self.launches for o in launch.operands.values()]
         return sum(o.loaded * o.size for o in each), sum(o.stored * o.size for o in each)
 
 
 def _watch_launches(traffic: Traffic, call: Any) -> Any:
-    """The interpreter's launch, noting the tensors; it runs CPU tensors where they lie."""
+    """Return the interpreter's launch, noting the tensors; it runs CPU tensors where they lie."""
 
     @functools.wraps(call)
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:

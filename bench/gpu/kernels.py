@@ -198,19 +198,17 @@ def _device_events(prof) -> Iterator[tuple[str, float]]:
 
 def launched(call: Callable[[], object]) -> dict[str, int]:
     """kernel -> bytes of one call, from the arguments it is launched with."""
-    recording = importlib.import_module("koffkernels._triton.shared.launch").recording
+    common = importlib.import_module("koffkernels._triton.shared.launch")
     sizes: dict[str, int] = collections.Counter()
-    with recording() as launches:
+    with common.recording() as launches:
         call()
     for launch in launches:
         kernel = getattr(launch.kernel, "fn", launch.kernel).__name__
         twice = IN_PLACE.get(kernel, ())
         seen = {}
-        for name, value in launch.args.items():
-            if isinstance(value, Tensor):
-                seen[value.data_ptr()] = (
-                    value.numel() * value.element_size() * (2 if name in twice else 1)
-                )
+        for name, value in common.tensors_of(launch.args).items():
+            bytes_once = value.numel() * value.element_size()
+            seen[value.data_ptr()] = bytes_once * (2 if name in twice else 1)
         sizes[kernel] += sum(seen.values())
     return dict(sizes)
 

@@ -53,7 +53,7 @@ def _pieces(shape: tuple[int, int, int], device: torch.device) -> list[tuple[sli
 
 
 def _hidden(g: Tensor, u: Tensor, gates: Tensor | None, activation: str) -> Tensor:
-    """h = act(g) u z, [B, T, I]."""
+    """Return h = act(g) u z, [B, T, I]."""
     h = torch.empty_like(g)
     for piece in _pieces(g.shape, g.device):
         part = h[piece]
@@ -67,7 +67,7 @@ def _hidden(g: Tensor, u: Tensor, gates: Tensor | None, activation: str) -> Tens
 def _linear(
     x: Tensor, weight: Tensor, lora: tuple | None, ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + delta, and s = x A^T for backward."""
+    """Return y = x W^T + delta, and s = x A^T for backward."""
     y = F.linear(x, weight.to(x.dtype))
     return y, None if lora is None else add_delta(
         y, x, *row_matrices(lora, ids, x.shape[0], x.dtype)
@@ -82,8 +82,8 @@ def _linear_backward(
     needs_input: bool = True,
     onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx = dy W + t A (None if nobody needs it) with t = scaling dy B [B, T, r]; added in place to
-    ``onto`` where that is given."""
+    """Return dx = dy W + t A (None if nobody needs it) with t = scaling dy B [B, T, r]; added in
+    place to ``onto`` where that is given."""
     dx = None
     if needs_input and onto is None:
         dx = dy @ weight.to(dy.dtype)
@@ -106,8 +106,8 @@ def _hidden_backward(
     t_down: Tensor | None,
     needs_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dg, du, dz, da_down rows); du is written over dh, and h is rebuilt one piece at a time for
-    A_down's gradient."""
+    """Return (dg, du, dz, da_down rows); du is written over dh, and h is rebuilt one piece at a
+    time for A_down's gradient."""
     rows, _, width = g.shape
     wide = torch.promote_types(g.dtype, torch.float32)
     dg = torch.empty_like(g)
@@ -135,7 +135,7 @@ def _hidden_backward(
 
 
 def _triples(flat: Sequence[Tensor | None]) -> list[tuple | None]:
-    """(a, b, scaling) of gate, up and down, None where there is no LoRA."""
+    """Return (a, b, scaling) of gate, up and down, None where there is no LoRA."""
     return [None if flat[i] is None else tuple(flat[i : i + 3]) for i in (0, 3, 6)]
 
 
@@ -151,11 +151,12 @@ class _GatedMLP(torch.autograd.Function):
         y, s_down = _linear(_hidden(g, u, gates, activation), w_down, lora[2], ids)
         ctx.activation = activation
         ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (8, 11, 14)]
-        kept = (s_gate, s_up, s_down)
-        s = [s if train else None for s, train in zip(kept, ctx.trains, strict=True)]
-        keep_x = x if recompute or ctx.trains[0] or ctx.trains[1] else None
+        narrow = (s_gate, s_up, s_down)
+        s = [s if train else None for s, train in zip(narrow, ctx.trains, strict=True)]
+        # Of x only the gradients of A have need, and g and u where they are computed again.
+        saved_x = x if recompute or ctx.trains[0] or ctx.trains[1] else None
         g, u = (None, None) if recompute else (g, u)
-        ctx.save_for_backward(keep_x, g, u, *s, w_gate, w_up, w_down, gates, ids, *flat)
+        ctx.save_for_backward(saved_x, g, u, *s, w_gate, w_up, w_down, gates, ids, *flat)
         return y
 
     @staticmethod
@@ -185,7 +186,7 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _traced(x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
-    """The same by autograd, which decides by itself what to keep; see ``traced_linear``."""
+    """Return the same by autograd, which decides by itself what to save; see ``traced_linear``."""
     lora = _triples(flat)
     g = traced_linear(x, w_gate, None, lora[0], ids)
     h = ACTIVATIONS[activation](g) * traced_linear(x, w_up, None, lora[1], ids)
@@ -195,8 +196,8 @@ def _traced(x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
 
 
 def _plain(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str) -> Tensor:
-    """The base model's own operations, so that an MLP without gates and memories is bit-equal to
-    it."""
+    """Return y by the base model's own operations, so that an MLP without gates and memories is
+    bit-equal to it."""
     w_gate, w_up, w_down = weights
     return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
 

@@ -28,7 +28,8 @@ _FOLDED = 1 << 20  # elements of q that one prefix pass folds: enough for all co
 
 
 def flash(q, k, v, causal, mask, scale):
-    """(o, lse) of the CPU's flash kernel, which reads garbage unless the last stride is 1."""
+    """Return (o, lse) of the CPU's flash kernel, which reads garbage where the last stride is not
+    1."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
@@ -36,7 +37,7 @@ def flash(q, k, v, causal, mask, scale):
 
 
 def flash_backward(do, q, k, v, o, lse, causal, mask, scale):
-    """(dq, dk, dv) given the whole softmax's o and lse; same remark about strides."""
+    """Return (dq, dk, dv) given the whole softmax's o and lse; same remark about strides."""
     do, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, q, k, v))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale
@@ -52,7 +53,7 @@ def _crop(k: Tensor, v: Tensor, bounds: RowBounds | None) -> tuple[Tensor, Tenso
 
 
 def _simplify(bounds: RowBounds | None, queries: int, keys: int) -> RowBounds | None:
-    """None where the bounds say the same as None: the causal kernel then needs no mask."""
+    """Return None where the bounds say the same as None: the causal kernel then needs no mask."""
     if bounds is None:
         return None
     plain = (bounds.key_start <= 0) & (bounds.key_end >= keys)
@@ -63,8 +64,8 @@ def _simplify(bounds: RowBounds | None, queries: int, keys: int) -> RowBounds | 
 def _own_mask(
     q: Tensor, k: Tensor, bounds: RowBounds | None
 ) -> tuple[bool, Tensor | None, Tensor | None]:
-    """(is_causal, additive mask, rows of queries that see none of their own keys [B, T]) for the
-    flash kernel."""
+    """Return (is_causal, additive mask, rows of queries that see none of their own keys [B, T]) for
+    the flash kernel."""
     queries, keys = q.shape[2], k.shape[2]
     if bounds is None:
         if queries == keys:
@@ -81,7 +82,7 @@ def _own_mask(
 def _groups(
     ids: Tensor | None, rows: int, lengths: Tensor
 ) -> list[tuple[int, Tensor | slice, int]]:
-    """(memory, its rows, its length) for each memory in the batch."""
+    """Return (memory, its rows, its length) for each memory in the batch."""
     if ids is None:
         return [(0, slice(None), int(lengths[0]))] if int(lengths[0]) > 0 else []
     return [
@@ -92,7 +93,8 @@ def _groups(
 
 
 def _pieces(rows: Tensor | slice, q: Tensor) -> Iterator[Tensor | slice]:
-    """The rows of a group, a few at a time; slices stay slices, so that indexing makes views."""
+    """Yield the rows of a group, a few at a time; slices stay slices, for indexing to make
+    views."""
     size = max(1, _FOLDED // max(1, q[0].numel()))
     if isinstance(rows, Tensor):
         yield from rows.split(size)
@@ -101,7 +103,8 @@ def _pieces(rows: Tensor | slice, q: Tensor) -> Iterator[Tensor | slice]:
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """[R, Hq, T, ...] -> [1, Hkv, R G T, ...]: all queries of one kv head become one sequence."""
+    """Fold [R, Hq, T, ...] to [1, Hkv, R G T, ...]: all queries of one kv head become one
+    sequence."""
     r, heads, t = x.shape[:3]
     tail = x.shape[3:]
     return (
@@ -112,7 +115,7 @@ def _fold(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _unfold(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Inverse of ``_fold``; shape is (R, Hq, T)."""
+    """Undo ``_fold``; shape is (R, Hq, T)."""
     r, heads, t = shape
     kv_heads, tail = x.shape[1], x.shape[3:]
     return (
@@ -123,7 +126,7 @@ def _unfold(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _attend_own(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds | None, scale: float):
-    """Attention of each row over its own keys: (o, lse with -inf where nothing is seen)."""
+    """Return attention of each row over its own keys: (o, lse with -inf where nothing is seen)."""
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(
             q.shape[:3], -math.inf, dtype=torch.promote_types(q.dtype, torch.float32)
@@ -189,8 +192,8 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 def _seen(k: Tensor, v: Tensor, queries: int, bounds: RowBounds | None) -> tuple[Tensor, Tensor]:
-    """K and V with zeros where no query may look, so that unwritten or padded memory (NaN even)
-    cannot leak."""
+    """Return K and V with zeros where no query may look, so that unwritten or padded memory (NaN
+    even) cannot leak."""
     if bounds is None:
         return k, v
     j = torch.arange(k.shape[2], device=k.device)
@@ -211,7 +214,7 @@ def _concatenated(
     bounds: RowBounds | None,
     scale: float,
 ) -> Tensor:
-    """One scaled_dot_product_attention over [prefix of each row; own keys]."""
+    """Return one scaled_dot_product_attention over [prefix of each row; own keys]."""
     rows, heads, queries, _ = q.shape
     if ids is None:
         ids = torch.zeros(rows, dtype=torch.int64, device=q.device)

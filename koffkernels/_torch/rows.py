@@ -15,8 +15,8 @@ from torch import Tensor
 def row_matrices(
     lora: tuple[Tensor, Tensor, Tensor], ids: Tensor | None, rows: int, dtype: torch.dtype
 ):
-    """a [B, r, K] and scaling * b [B, N, r] of each row, in the compute dtype; zero where the row
-    has no memory."""
+    """Return a [B, r, K] and scaling * b [B, N, r] of each row, in the compute dtype; zero where
+    the row has no memory."""
     a, b, scaling = lora
     if ids is None:
         b = b * scaling.to(b.dtype)[:, None, None]
@@ -33,7 +33,7 @@ def row_matrices(
 
 
 def add_delta(y: Tensor, x: Tensor, a_rows: Tensor, b_rows: Tensor) -> Tensor:
-    """y += (x a^T) b^T in place; returns s = x a^T [B, T, r]. y [B, T, N], x [B, T, K]."""
+    """Add (x a^T) b^T to y, in place, and return s = x a^T [B, T, r]. y [B, T, N], x [B, T, K]."""
     s = torch.bmm(x, a_rows.transpose(1, 2))
     y.baddbmm_(s, b_rows.transpose(1, 2))
     return s
@@ -46,8 +46,8 @@ def traced_linear(
     lora: tuple[Tensor, Tensor, Tensor] | None,
     ids: Tensor | None,
 ) -> Tensor:
-    """The same linear layer by autograd, for torch.compile: it decides by itself what to keep for
-    backward, and torch 2.11 drops the in-place steps of a custom autograd.Function."""
+    """Return the same linear layer by autograd, for torch.compile: it decides by itself what to
+    save for backward, and torch 2.11 drops the in-place steps of a custom autograd.Function."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if lora is None:
         return y
@@ -75,8 +75,8 @@ def sum_by_memory(per_row: Tensor, ids: Tensor | None, memories: int) -> Tensor:
 def lora_gradients(
     lora: tuple[Tensor, Tensor, Tensor], ids: Tensor | None, da_rows: Tensor, db_rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the stacked a, b and scaling from the rows' da [B, r, K] and (not yet scaled)
-    db [B, N, r]."""
+    """Return the gradients of the stacked a, b and scaling from the rows' da [B, r, K] and (not yet
+    scaled) db [B, N, r]."""
     a, b, scaling = lora
     da = sum_by_memory(da_rows, ids, a.shape[0])
     db = sum_by_memory(db_rows, ids, a.shape[0])

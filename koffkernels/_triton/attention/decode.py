@@ -39,16 +39,16 @@ _MERGED = 16  # splits merged at a time
 # block_m is the largest tile; fewer rows take smaller ones. Learned keys, fp32 as a rule, are
 # rounded in registers: their tiles are twice as large.
 GROUP_CONFIGS = {
-    "128x32": Config(block_m=128, block_n=32, warps=8, stages=3),
-    "128x32s2": Config(block_m=128, block_n=32, warps=8, stages=2, archs=(90, 100)),
-    "64x32": Config(block_m=64, block_n=32, warps=4, stages=3),
+    "128x32": Config(128, 32, warps=8, stages=3),
+    "128x32s2": Config(128, 32, warps=8, stages=2, archs=(90, 100)),
+    "64x32": Config(64, 32, warps=4, stages=3),
 }
 OWN_CONFIGS = {
-    "64": Config(block_m=MOST_PACKED, block_n=64, warps=4, stages=3),
-    "64s2": Config(block_m=MOST_PACKED, block_n=64, warps=4, stages=2),
-    "32": Config(block_m=MOST_PACKED, block_n=32, warps=4, stages=4),
+    "64": Config(MOST_PACKED, 64, warps=4, stages=3),
+    "64s2": Config(MOST_PACKED, 64, warps=4, stages=2),
+    "32": Config(MOST_PACKED, 32, warps=4, stages=4),
 }
-FP32 = Config(block_m=MOST_PACKED, block_n=32, warps=4, stages=2)
+FP32 = Config(MOST_PACKED, 32, warps=4, stages=2)
 
 
 @triton.jit

@@ -20,13 +20,13 @@ EXPECTS = {"_prefix_attention_dkv_kernel": "dot"}
 
 # A program holds k, v, dk and dv of its keys: the tiles of queries are the narrow ones here.
 CONFIGS = {
-    "32x64": Config(block_m=32, block_n=64, warps=8, stages=2),
-    "32x64s3": Config(block_m=32, block_n=64, warps=8, stages=3),
-    "64x64": Config(block_m=64, block_n=64, warps=8, stages=2, archs=(90, 100)),
-    "32x128": Config(block_m=32, block_n=128, warps=8, stages=2, archs=(90, 100)),
-    "64x128": Config(block_m=64, block_n=128, warps=8, stages=2, archs=(100,)),
+    "32x64": Config(32, 64, warps=8, stages=2),
+    "32x64s3": Config(32, 64, warps=8, stages=3),
+    "64x64": Config(64, 64, warps=8, stages=2, archs=(90, 100)),
+    "32x128": Config(32, 128, warps=8, stages=2, archs=(90, 100)),
+    "64x128": Config(64, 128, warps=8, stages=2, archs=(100,)),
 }
-FP32 = Config(block_m=32, block_n=32, warps=4, stages=1)
+FP32 = Config(32, 32, warps=4, stages=1)
 
 
 @triton.jit

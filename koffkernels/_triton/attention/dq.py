@@ -22,12 +22,12 @@ from .call import LOG2E, Call, row_bounds, row_prefix, tile_offsets
 EXPECTS = {"_prefix_attention_delta_kernel": None, "_prefix_attention_dq_kernel": "dot"}
 
 CONFIGS = {
-    "128x32": Config(block_m=128, block_n=32, warps=8, stages=2),
-    "128x64": Config(block_m=128, block_n=64, warps=8, stages=2, archs=(90, 100)),
-    "64x64": Config(block_m=64, block_n=64, warps=4, stages=2, archs=(100,)),
-    "128x128": Config(block_m=128, block_n=128, warps=8, stages=1, archs=(100,)),
+    "128x32": Config(128, 32, warps=8, stages=2),
+    "128x64": Config(128, 64, warps=8, stages=2, archs=(90, 100)),
+    "64x64": Config(64, 64, warps=4, stages=2, archs=(100,)),
+    "128x128": Config(128, 128, warps=8, stages=1, archs=(100,)),
 }
-FP32 = Config(block_m=32, block_n=32, warps=4, stages=1)
+FP32 = Config(32, 32, warps=4, stages=1)
 _DELTA_BLOCK = 32  # queries of a program that only reads: short programs, many of them
 
 

@@ -23,14 +23,14 @@ EXPECTS = {"_prefix_attention_fwd_kernel": "dot"}
 # Larger tiles do not fit the registers of every GPU, at least when resumed (128 x 128 those of
 # none, under triton 3.9).
 CONFIGS = {
-    "128x32": Config(block_m=128, block_n=32, warps=8, stages=3),
-    "128x64": Config(block_m=128, block_n=64, warps=8, stages=3, archs=(90, 100)),
-    "128x64s2": Config(block_m=128, block_n=64, warps=8, stages=2, archs=(90, 100)),
-    "64x64": Config(block_m=64, block_n=64, warps=4, stages=3, archs=(90, 100)),
+    "128x32": Config(128, 32, warps=8, stages=3),
+    "128x64": Config(128, 64, warps=8, stages=3, archs=(90, 100)),
+    "128x64s2": Config(128, 64, warps=8, stages=2, archs=(90, 100)),
+    "64x64": Config(64, 64, warps=4, stages=3, archs=(90, 100)),
 }
 _SHORT = {name: CONFIGS[name] for name in ("128x32", "64x64")}  # up to 64 queries
 # fp32 has half the keys in the same shared memory, and no tensor cores unless TF32 is allowed.
-FP32 = Config(block_m=64, block_n=32, warps=4, stages=2)
+FP32 = Config(64, 32, warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["T", "S"])

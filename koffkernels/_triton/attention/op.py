@@ -33,7 +33,7 @@ Grads = tuple[Tensor | None, ...]
 
 
 def supports(q: Tensor, scale: float | None = None) -> str | None:
-    """The reason why these kernels cannot take a call, or None."""
+    """Return the reason why these kernels cannot take a call, or None."""
     if q.dtype == torch.float64:
         return "fp64 runs in plain torch"
     if q.shape[-1] not in HEAD_DIMS:
@@ -45,7 +45,7 @@ def supports(q: Tensor, scale: float | None = None) -> str | None:
 
 
 def forward(call: Call, route: str) -> tuple[Tensor, Tensor]:
-    """o [B, Hq, T, D] and lse (fp32 [B, Hq, T], natural, -inf where nothing is seen)."""
+    """Return o [B, Hq, T, D] and lse (fp32 [B, Hq, T], natural, -inf where nothing is seen)."""
     if few.fits(call.q, call.k):
         return few.decode(call)
     if route != "vendor" or vendor.why_not(call):
@@ -65,7 +65,8 @@ def backward(
     route: str,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Grads:
-    """Gradients of q, k, v, prefix.k, prefix.v; None where ``needs``, in that order, is False.
+    """Return the gradients of q, k, v, prefix.k, prefix.v; None where ``needs``, in this order, has
+    False.
 
     Args:
         dtypes: of the gradients of prefix.k and prefix.v; None: those of the prefix.
@@ -96,7 +97,7 @@ def _needed(grads: Grads, needs: tuple[bool, ...]) -> Grads:
 
 
 def _known(route: str, q: Tensor, k: Tensor) -> str:
-    """``route``, or what the table says for "auto"."""
+    """Return ``route``, or what the table says for "auto"."""
     return _route(q, k) if route == "auto" else route
 
 
@@ -107,7 +108,7 @@ def _call(q, k, v, prefix_k, prefix_v, lengths, ids, start, end, first, scale) -
 
 
 def _tensors(call: Call) -> tuple[Tensor | None, ...]:
-    """Inverse of ``_call``, without the scale."""
+    """Undo ``_call``, without the scale."""
     prefix, bounds = call.prefix or (None,) * 3, call.bounds or (None,) * 3
     return call.q, call.k, call.v, *prefix, call.ids, *bounds
 
@@ -182,8 +183,8 @@ def _(do, o, lse, *args):
 
 
 def _empty_grads(args, needs) -> tuple[Tensor, ...]:
-    """Memory for each gradient, of no elements where it is not needed: an operator returns no
-    None."""
+    """Return memory for each gradient, of no elements where it is not needed: an operator returns
+    no None."""
     layouts = (torch.empty_like, *4 * (_empty_contiguous,))
     pairs = zip(args[:5], needs, layouts, strict=True)
     return tuple(new(x) if need else args[0].new_empty(0) for x, need, new in pairs)
@@ -194,7 +195,7 @@ def _empty_contiguous(x: Tensor) -> Tensor:
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory layout that torch.compile was promised."""
+    """Return x in the memory layout that torch.compile was promised."""
     return x if x.stride() == like.stride() else like.copy_(x)
 
 
@@ -210,7 +211,7 @@ _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
 def _route(q: Tensor, k: Tensor) -> str:
-    """What ``routes`` says; only "vendor" is not one pass."""
+    """Return what ``routes`` says; only "vendor" is not one pass."""
     shape = routes.Shape("prefix_attention", "forward", q.shape[2], q.shape[3], k.shape[2], q.dtype)
     found = routes.choose(shape, q.device)
     vendor_route = found.name == "vendor" and (found.forced or q.device.type == "cuda")

@@ -24,8 +24,8 @@ EXPECTS = {"_prefix_attention_prefix_grad_kernel": "dot"}
 
 # The loop over rows takes registers of its own, so tiles are smaller than for own keys.
 CONFIGS = {
-    "32x64": Config(block_m=32, block_n=64, warps=8, stages=2),
-    "32x128": Config(block_m=32, block_n=128, warps=8, stages=2, archs=(90,)),
+    "32x64": Config(32, 64, warps=8, stages=2),
+    "32x128": Config(32, 128, warps=8, stages=2, archs=(90,)),
 }
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 _TILES_PER_PROGRAM = 4  # of queries, at least: a pipeline has to fill first

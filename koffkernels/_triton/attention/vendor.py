@@ -55,7 +55,7 @@ def forced(vendor: str) -> Iterator[None]:
 
 
 def why_not(call: Call) -> str | None:
-    """The reason why the vendor's kernel cannot take a call, or None."""
+    """Return the reason why the vendor's kernel cannot take a call, or None."""
     if call.bounds is not None:
         return "rows have bounds"
     if call.k.shape[2] != call.q.shape[2]:
@@ -68,7 +68,7 @@ def why_not(call: Call) -> str | None:
 
 
 def own_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """o and lse (fp32 [B, Hq, T], natural) of causal attention over the own keys."""
+    """Return o and lse (fp32 [B, Hq, T], natural) of causal attention over the own keys."""
     q, k, v = (unit_stride(x) for x in call[:3])
     found = _by_cudnn(_cudnn_forward, q, k, v, call.scale)
     if found is not None:
@@ -83,7 +83,7 @@ def own_forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def own_backward(call: Call, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the own keys' part, given the o and lse of the whole softmax."""
+    """Return dq, dk, dv of the own keys' part, given the o and lse of the whole softmax."""
     q, k, v = (unit_stride(x) for x in call[:3])
     found = _by_cudnn(_cudnn_backward, q, k, v, call.scale, do, o, lse)
     if found is not None:
@@ -101,7 +101,7 @@ def own_backward(call: Call, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor
 
 @functools.lru_cache
 def _cudnn_is_faster(device: torch.device) -> bool:
-    """Whether a device is one on which cuDNN goes before flash attention."""
+    """Return whether a device is one on which cuDNN goes before flash attention."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     major, _ = torch.cuda.get_device_capability(device)
@@ -109,12 +109,13 @@ def _cudnn_is_faster(device: torch.device) -> bool:
 
 
 def _kind(q: Tensor, k: Tensor) -> tuple:
-    """What decides whether cuDNN has a kernel: all but the numbers of rows and tokens."""
+    """Return what decides whether cuDNN has a kernel: all but the numbers of rows and tokens."""
     return q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]
 
 
 def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether to ask cuDNN. Costs about 2 us, and reads nothing back from the device."""
+    """Return whether to ask cuDNN. This costs about 2 us, and reads nothing back from the
+    device."""
     if _FORCED is not None:
         return _FORCED == "cudnn"
     return (
@@ -131,7 +132,7 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _by_cudnn(
     attention: Callable[..., tuple], q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple | None:
-    """What ``attention`` gives; None where cuDNN is not asked, or refuses."""
+    """Return what ``attention`` gives; None where cuDNN is not asked, or refuses."""
     if not _cudnn_takes(q, k, v):
         return None
     try:

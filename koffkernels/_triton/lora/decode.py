@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shared.config import Config, choose_config
+from ..shared.config import Config
 from ..shared.decode import (
     StackedA,
-    StackedB,
     expand_rows,
     inside,
     narrow,
@@ -29,24 +28,23 @@ from ..shared.decode import (
     token_block,
 )
 from ..shared.launch import Rows, cdiv, dot, launch, memory_range, precision, token_memory
-from ..shared.operands import matrix
 
 
 def _expects(args: dict[str, Any]) -> str | None:
     """Without memories the second launch only adds."""
-    return None if args["b"] is None else "dot16"
+    return None if args["b_ptr"] is None else "dot16"
 
 
 EXPECTS = {"_decode_linear_fwd_kernel": "dot", "_decode_expand_fwd_kernel": _expects}
 
-_ALL = (80, 90, 100)
+_ALL = (80, 90, 100)  # named, so that the first entry is the default of each (``default_name``)
 CONFIGS = {
-    "n64_k128_s4": Config(block_n=64, block_k=128, stages=4, archs=_ALL),
-    "n64_k64_s5": Config(block_n=64, block_k=64, stages=5, archs=(90, 100)),
-    "n64_k128_s3": Config(block_n=64, block_k=128, stages=3, archs=_ALL),
-    "n64_k256_s2": Config(block_n=64, block_k=256, stages=2, archs=(90,)),
-    "n128_k64_s4": Config(block_n=128, block_k=64, stages=4, archs=_ALL),
-    "n128_k128_s3_w8": Config(block_n=128, block_k=128, stages=3, warps=8, archs=_ALL),
+    "n64_k128_s4": Config(None, 64, 128, stages=4, archs=_ALL),
+    "n64_k64_s5": Config(None, 64, 64, stages=5, archs=(90, 100)),
+    "n64_k128_s3": Config(None, 64, 128, stages=3, archs=_ALL),
+    "n64_k256_s2": Config(None, 64, 256, stages=2, archs=(90,)),
+    "n128_k64_s4": Config(None, 128, 64, stages=4, archs=_ALL),
+    "n128_k128_s3_w8": Config(None, 128, 128, stages=3, warps=8, archs=_ALL),
 }
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
@@ -54,8 +52,10 @@ _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs,
 
 @triton.jit(do_not_specialize=["M", "ROWS", "tokens", "blocks"])
 def _decode_linear_fwd_kernel(
-    x,
-    w,
+    x_ptr,
+    stride_x,
+    w_ptr,
+    stride_w,
     bias_ptr,
     a,
     out_ptr,
@@ -92,24 +92,24 @@ def _decode_linear_fwd_kernel(
             memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
             s_part = s_ptr + split.to(tl.int64) * M * a.rank
             shrink_rows(
-                x, a, s_part, tile, memory, offs_m, K, ROWS, begin, end, a.rank,
+                x_ptr, stride_x, a, s_part, tile, memory, offs_m, K, ROWS, begin, end, a.rank,
                 BLOCK_N, BLOCK_M, BLOCK_A, EVEN_K, PRECISION,
             )  # fmt: skip
     else:
         offs_n = (tile - tiles_a) * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
         mask_n = offs_n < N
-        w_rows = w.ptr + offs_n.to(tl.int64)[:, None] * w.stride
-        x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
+        w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w
+        x_cols = x_ptr + offs_m.to(tl.int64)[None, :] * stride_x
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, end, BLOCK_K):
             # W [BLOCK_N, BLOCK_K], x^T [BLOCK_K, BLOCK_M]
             mask_k = inside(k + offs_k, K, EVEN_K)
             mask_w = mask_n[:, None] & mask_k[None, :]
-            tile_w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
+            w = tl.load(w_rows + (k + offs_k)[None, :], mask=mask_w, other=0.0)
             mask_x = mask_k[:, None] & mask_m[None, :]
-            tile_x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
-            acc = dot(tile_w, tile_x, acc, PRECISION)
+            x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
+            acc = dot(w, x, acc, PRECISION)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         out_ptrs = out_ptr + split.to(tl.int64) * M * N + (offs_m[None, :] * N + offs_n[:, None])
@@ -122,12 +122,13 @@ def _decode_expand_fwd_kernel(
     part_ptr,
     bias_ptr,
     s_ptr,
-    b,
+    b_ptr,
     y_ptr,
     ids_ptr,
     tokens,
     M,
     N,
+    R,
     splits,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,11 +145,11 @@ def _decode_expand_fwd_kernel(
     y = sum_splits(part_ptr, offs, mask, splits, size * N)  # [BLOCK_N, BLOCK_M]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if b is not None:
+    if b_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         y = expand_rows(
-            y, s_ptr, b, memory, offs_n, offs_m, N, first, last, splits, size * b.rank, b.rank,
+            y, s_ptr, b_ptr, memory, offs_n, offs_m, N, R, first, last, splits, size * R, R,
             y_ptr.dtype.element_ty, BLOCK_R, PRECISION,
         )  # fmt: skip
     tl.store(y_ptr + offs, narrow(y, y_ptr.dtype.element_ty), mask=mask)
@@ -164,8 +165,10 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     launch(
         _decode_linear_fwd_kernel,
         (cdiv(a_rows, config.block_n) + cdiv(n, config.block_n), splits),
-        x=matrix(x),
-        w=matrix(weight),
+        x_ptr=x,
+        stride_x=x.stride(0),
+        w_ptr=weight,
+        stride_w=weight.stride(0),
         bias_ptr=bias,
         a=a,
         out_ptr=out,
@@ -191,12 +194,13 @@ def _expand(part, bias, s, b, y, rows) -> None:
         part_ptr=part,
         bias_ptr=bias,
         s_ptr=s,
-        b=None if b is None else StackedB(b, r),
+        b_ptr=b,
         y_ptr=y,
         ids_ptr=rows.ids,
         tokens=rows.tokens,
         M=m,
         N=n,
+        R=r,
         splits=splits,
         BLOCK_N=_EXPAND_BLOCK,
         BLOCK_M=token_block(m),
@@ -224,7 +228,7 @@ def decode_linear(
         lora: None, or (a [n, r, K], b [n, N, r], scaling fp32 [n]), a and b contiguous and of any
             floating dtype (rounded to x's).
         rows: memory of each token; tokens without one get no update.
-        config: an entry of CONFIGS; None: the default.
+        config: an entry of CONFIGS; None: the first.
 
     Returns:
         [M, N] in x's dtype.
@@ -233,7 +237,7 @@ def decode_linear(
     y = x.new_empty(m, n)
     if m == 0:
         return y
-    config = choose_config(config, CONFIGS, None, x)
+    config = config or next(iter(CONFIGS.values()))
     splits, blocks = split_blocks(x, cdiv(n, config.block_n), config)
     if lora is None:
         rows = Rows(None, 1)  # not read: no variant of its own

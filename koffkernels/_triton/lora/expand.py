@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, launch, precision, rank_block
-from ..shared.operands import Delta, largest_rank, matrix, operand
+from ..shared.operands import Delta, largest_rank, operand
 from ..shared.stretch import (
     add_update,
     narrow_tile,
@@ -24,14 +24,14 @@ EXPECTS = {"_expand_fwd_kernel": "dot16"}
 
 # The tile of y: 128 columns are 256 bytes in 16 bits. 32 warps fit a multiprocessor. On an H200
 # (M = 8192, N = 4096, r = 16) stretches of 64 or 256 tokens took 35 us, 92 % of what a copy
-# reaches;
-# short ones also fill the chip where y is narrow.
+# reaches; short ones also fill the chip where y is narrow.
 _BLOCK_M, _BLOCK_N, _STAGES, _LENGTH = 32, 128, 3, 64
 
 
 @triton.jit(do_not_specialize=["memories", "tokens", "length", "per_row"])
 def _expand_fwd_kernel(
-    y,
+    y_ptr,
+    stride_y,
     first,
     second,
     ids_ptr,
@@ -57,7 +57,7 @@ def _expand_fwd_kernel(
     )
     if memory < 0:
         return  # y is neither read nor written
-    dtype = y.ptr.dtype.element_ty
+    dtype = y_ptr.dtype.element_ty
     b_first = rank_strip(first, memory, 0, offs_n, mask_n, BLOCK_R, dtype)
     scale_first = scaling_of(first, memory)
     if second is not None:
@@ -68,7 +68,7 @@ def _expand_fwd_kernel(
         mask_m = (offs_m < end)[:, None]
         rows = offs_m.to(tl.int64)[:, None]
         # y [BLOCK_M, BLOCK_N], s [BLOCK_M, BLOCK_R]
-        y_ptrs = y.ptr + rows * y.stride + offs_n[None, :]
+        y_ptrs = y_ptr + rows * stride_y + offs_n[None, :]
         mask = mask_m & mask_n[None, :]
         total = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         s = narrow_tile(first, rows, mask_m, 0, BLOCK_R, dtype)
@@ -101,7 +101,8 @@ def expand_(y: Tensor, deltas: tuple[Delta, ...], rows: Rows) -> Tensor:
     launch(
         _expand_fwd_kernel,
         (cdiv(n, _BLOCK_N) * cut.count,),
-        y=matrix(y),
+        y_ptr=y,
+        stride_y=y.stride(0),
         first=operand(first),
         second=operand(second),
         ids_ptr=rows.ids,

@@ -21,7 +21,7 @@ from ..shared.gemm import (
     tile_position,
 )
 from ..shared.launch import Rows, launch, memory_range, precision, token_memory
-from ..shared.operands import Delta, Weight, matrix, operand
+from ..shared.operands import Delta, operand
 
 EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
 PREFILL = {"_gemm_linear_fwd_kernel": 1}
@@ -39,27 +39,33 @@ CONFIGS = {
 
 
 @triton.jit
-def store_output(y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO: tl.constexpr, PARTS: tl.constexpr):
+def store_output(
+    y_ptr, stride_y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO: tl.constexpr, PARTS: tl.constexpr
+):
     """Write acc + bias, in PARTS parts: all columns at once would not fit in registers."""
     if PARTS > 1:
         left, right = split_columns(acc)
-        store_output(y, left, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
+        store_output(y_ptr, stride_y, left, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
         begin_n += left.shape[1]
-        store_output(y, right, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
+        store_output(y_ptr, stride_y, right, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS // 2)
     else:
         if bias_ptr is not None:
             offs_n = begin_n + tl.arange(0, acc.shape[1])
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
             acc += bias.to(tl.float32)[None, :]
-        store_tile(y, acc, begin_m, begin_n, M, N, ONTO)
+        store_tile(y_ptr, stride_y, acc, begin_m, begin_n, M, N, ONTO)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_linear_fwd_kernel(
-    x,
-    w,
+    x_ptr,
+    stride_x,
+    w_ptr,
+    stride_output,
+    stride_input,
     bias_ptr,
-    y,
+    y_ptr,
+    stride_y,
     delta0,
     delta1,
     ids_ptr,
@@ -96,10 +102,10 @@ def _gemm_linear_fwd_kernel(
     first, last = memory_range(memory)
     # x [BLOCK_M, BLOCK_K], W^T [BLOCK_K, BLOCK_N]
     acc = multiply(
-        x.ptr + row0 * x.stride + (rows[:, None] * x.stride + offs_k[None, :]),
-        w.ptr + begin_n.to(tl.int64) * w.stride_output
-        + (cols[None, :] * w.stride_output + offs_k[:, None] * w.stride_input),
-        K, w.stride_input, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
+        x_ptr + row0 * stride_x + (rows[:, None] * stride_x + offs_k[None, :]),
+        w_ptr + begin_n.to(tl.int64) * stride_output
+        + (cols[None, :] * stride_output + offs_k[:, None] * stride_input),
+        K, stride_input, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
     )  # fmt: skip
     broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
     if delta0 is not None:
@@ -114,7 +120,7 @@ def _gemm_linear_fwd_kernel(
         )  # fmt: skip
     if delta0 is not None:
         acc = apply_poison(acc, broken, poison, ids_ptr)
-    store_output(y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS)
+    store_output(y_ptr, stride_y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS)
 
 
 def gemm_linear(
@@ -147,10 +153,14 @@ def gemm_linear(
     launch(
         _gemm_linear_fwd_kernel,
         grid_of(m, n, config),
-        x=matrix(x),
-        w=Weight(weight, *weight.stride()),
+        x_ptr=x,
+        stride_x=x.stride(0),
+        w_ptr=weight,
+        stride_output=weight.stride(0),
+        stride_input=weight.stride(1),
         bias_ptr=bias,
-        y=matrix(y),
+        y_ptr=y,
+        stride_y=y.stride(0),
         delta0=operand(first),
         delta1=operand(second),
         ids_ptr=rows.ids,

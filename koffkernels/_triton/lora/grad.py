@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
-from ..shared.operands import matrix
 from ..shared.reduce import sum_partials
 
 EXPECTS = {"_lora_grad_kernel": "dot16"}
@@ -25,8 +24,10 @@ _BLOCK_M, _BLOCK_K = 64, 128
 
 @triton.jit(do_not_specialize=["M", "tokens", "m_per_chunk", "memories"])
 def _lora_grad_kernel(
-    p,
-    q,
+    p_ptr,
+    stride_p,
+    q_ptr,
+    stride_q,
     out_ptr,
     ids_ptr,
     tokens,
@@ -55,11 +56,11 @@ def _lora_grad_kernel(
         inside = offs_m < last
         mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens) == m)
         rows = offs_m.to(tl.int64)[:, None]
-        # narrow [BLOCK_M, BLOCK_R], wide [BLOCK_M, BLOCK_K]
+        # p [BLOCK_M, BLOCK_R], q [BLOCK_M, BLOCK_K]
         mask_p, mask_q = mine[:, None] & mask_r[None, :], mine[:, None] & mask_k[None, :]
-        narrow = tl.load(p.ptr + rows * p.stride + offs_r[None, :], mask=mask_p, other=0.0)
-        wide = tl.load(q.ptr + rows * q.stride + offs_k[None, :], mask=mask_q, other=0.0)
-        total = dot(tl.trans(narrow).to(wide.dtype), wide, total, PRECISION)
+        p = tl.load(p_ptr + rows * stride_p + offs_r[None, :], mask=mask_p, other=0.0)
+        q = tl.load(q_ptr + rows * stride_q + offs_k[None, :], mask=mask_q, other=0.0)
+        total = dot(tl.trans(p).to(q.dtype), q, total, PRECISION)
     slot = chunk.to(tl.int64) * memories + m
     out = out_ptr + (slot * R + offs_r[:, None]) * K + offs_k[None, :]
     tl.store(out, total, mask=mask_r[:, None] & mask_k[None, :])
@@ -87,8 +88,10 @@ def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
     launch(
         _lora_grad_kernel,
         (cdiv(k, _BLOCK_K), chunks, cdiv(r, block_r) * memories),
-        p=matrix(p),
-        q=matrix(q),
+        p_ptr=p,
+        stride_p=p.stride(0),
+        q_ptr=q,
+        stride_q=q.stride(0),
         out_ptr=parts,
         ids_ptr=rows.ids,
         tokens=rows.tokens,

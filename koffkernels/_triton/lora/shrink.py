@@ -21,7 +21,7 @@ from ..shared.launch import (
     rank_block,
     token_memory,
 )
-from ..shared.operands import LowRank, matrix
+from ..shared.operands import LowRank
 from ..shared.reduce import sum_partials
 
 EXPECTS = {"_shrink_fwd_kernel": "dot"}
@@ -32,7 +32,8 @@ _TILES_PER_SPLIT = 4  # of K, at least: a pipeline of three stages has to fill f
 
 @triton.jit(do_not_specialize=["M", "tokens", "blocks"])
 def _shrink_fwd_kernel(
-    x,
+    x_ptr,
+    stride_x,
     first,
     second,
     s_ptr,
@@ -59,7 +60,7 @@ def _shrink_fwd_kernel(
     lowest, last = memory_range(memory)
     # A multiple of a constant, so the compiler knows that rows stay aligned.
     begin = split * blocks * BLOCK_K
-    x_rows = x.ptr + offs_m.to(tl.int64)[:, None] * x.stride
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x
     s0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     s1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for m in range(lowest, last):
@@ -75,16 +76,16 @@ def _shrink_fwd_kernel(
             mask_k = k + offs_k < K
             # x [BLOCK_M, BLOCK_K], A^T of either update [BLOCK_K, BLOCK_R]
             mask_x = mine[:, None] & mask_k[None, :]
-            tile = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_x, other=0.0)
+            x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_x, other=0.0)
             mask0 = mask_k[:, None] & (offs_r < first.rank)[None, :]
             a0_ptrs = a0_cols + (k + offs_k)[:, None] * first.stride_wide
             a0 = tl.load(a0_ptrs, mask=mask0, other=0.0)
-            part0 = dot(tile, a0.to(tile.dtype), part0, PRECISION)
+            part0 = dot(x, a0.to(x.dtype), part0, PRECISION)
             if second is not None:
                 mask1 = mask_k[:, None] & (offs_r < second.rank)[None, :]
                 a1_ptrs = a1_cols + (k + offs_k)[:, None] * second.stride_wide
                 a1 = tl.load(a1_ptrs, mask=mask1, other=0.0)
-                part1 = dot(tile, a1.to(tile.dtype), part1, PRECISION)
+                part1 = dot(x, a1.to(x.dtype), part1, PRECISION)
         # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
         s0 = tl.where(mine[:, None], part0, s0)
         s1 = tl.where(mine[:, None], part1, s1)
@@ -134,7 +135,8 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
     launch(
         _shrink_fwd_kernel,
         (*tiles, splits),
-        x=matrix(x),
+        x_ptr=x,
+        stride_x=x.stride(0),
         first=_low_rank(a0),
         second=None if a1 is None else _low_rank(a1),
         s_ptr=s,

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shared.config import Config, choose_config
+from ..shared.config import Config
 from ..shared.decode import (
     StackedA,
-    StackedB,
     expand_rows,
     inside,
     narrow,
@@ -27,23 +26,22 @@ from ..shared.decode import (
     token_block,
 )
 from ..shared.launch import Rows, activate, cdiv, dot, launch, memory_range, token_memory
-from ..shared.operands import matrix
 
 EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
 
-_ALL = (80, 90, 100)
+_ALL = (80, 90, 100)  # named, so that the first entry is the default of each (``default_name``)
 CONFIGS = {
-    "n64_k64_s4": Config(block_n=64, block_k=64, stages=4, archs=_ALL),
-    "n64_k64_s3": Config(block_n=64, block_k=64, stages=3, archs=_ALL),
-    "n64_k64_s5": Config(block_n=64, block_k=64, stages=5, archs=_ALL),
-    "n64_k128_s3": Config(block_n=64, block_k=128, stages=3, archs=(90, 100)),
-    "n128_k64_s3_w8": Config(block_n=128, block_k=64, stages=3, warps=8, archs=(80, 90)),
-    "n128_k64_s4_w8": Config(block_n=128, block_k=64, stages=4, warps=8, archs=(80, 90)),
+    "n64_k64_s4": Config(None, 64, 64, stages=4, archs=_ALL),
+    "n64_k64_s3": Config(None, 64, 64, stages=3, archs=_ALL),
+    "n64_k64_s5": Config(None, 64, 64, stages=5, archs=_ALL),
+    "n64_k128_s3": Config(None, 64, 128, stages=3, archs=(90, 100)),
+    "n128_k64_s3_w8": Config(None, 128, 64, stages=3, warps=8, archs=(80, 90)),
+    "n128_k64_s4_w8": Config(None, 128, 64, stages=4, warps=8, archs=(80, 90)),
 }
 
 # The first launch reads little: short programs, but every program of the second adds up the splits
 # (8 where K is long enough, whatever the number of memories).
-_SHRINK = Config(block_n=64, block_k=64, stages=3)
+_SHRINK = Config(None, 64, 64, stages=3)
 _SHRINK_SPLIT_COST = 2.0
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
@@ -51,7 +49,8 @@ LoRATensors = tuple[Tensor, Tensor, Tensor]
 
 @triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "tokens", "blocks"])
 def _decode_shrink_fwd_kernel(
-    x,
+    x_ptr,
+    stride_x,
     a0,
     a1,
     s_ptr,
@@ -84,32 +83,37 @@ def _decode_shrink_fwd_kernel(
     tiles0 = tl.cdiv(ROWS0, BLOCK_N)
     if tile < tiles0:
         shrink_rows(
-            x, a0, s_ptr, tile, memory, offs_m, K, ROWS0, begin, end, width,
+            x_ptr, stride_x, a0, s_ptr, tile, memory, offs_m, K, ROWS0, begin, end, width,
             BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
     else:
         if a1 is not None:
             shrink_rows(
-                x, a1, s_ptr + a0.rank, tile - tiles0, memory, offs_m, K, ROWS1, begin, end, width,
-                BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
+                x_ptr, stride_x, a1, s_ptr + a0.rank, tile - tiles0, memory, offs_m, K, ROWS1,
+                begin, end, width, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "tokens", "splits"])
 def _decode_mlp_up_fwd_kernel(
-    x,
-    w_gate,
-    w_up,
+    x_ptr,
+    stride_x,
+    w_gate_ptr,
+    stride_gate,
+    w_up_ptr,
+    stride_up,
     gates_ptr,
     s_ptr,
-    b_gate,
-    b_up,
+    b_gate_ptr,
+    b_up_ptr,
     h_ptr,
     ids_ptr,
     tokens,
     M,
     N,
     K,
+    R_GATE,
+    R_UP,
     splits,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -121,7 +125,7 @@ def _decode_mlp_up_fwd_kernel(
 ):
     """One program: BLOCK_N of the N neurons for all tokens.
 
-    s is [splits, M, ranks of the gate's update and, beside them, of the up projection's].
+    s is [splits, M, R_GATE + R_UP]; a projection without an update has rank 0.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
@@ -133,43 +137,37 @@ def _decode_mlp_up_fwd_kernel(
         open_ = gates != 0.0
         # A tile that is closed as a whole skips the loop, and reads no weights.
         end = tl.where(tl.max(open_.to(tl.int32), 0) > 0, K, 0)
-    gate_rows = w_gate.ptr + offs_n.to(tl.int64)[:, None] * w_gate.stride
-    up_rows = w_up.ptr + offs_n.to(tl.int64)[:, None] * w_up.stride
-    x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
+    gate_rows = w_gate_ptr + offs_n.to(tl.int64)[:, None] * stride_gate
+    up_rows = w_up_ptr + offs_n.to(tl.int64)[:, None] * stride_up
+    x_cols = x_ptr + offs_m.to(tl.int64)[None, :] * stride_x
     g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(0, end, BLOCK_K):
         # x^T [BLOCK_K, BLOCK_M], both weights [BLOCK_N, BLOCK_K]
         mask_k = inside(k + offs_k, K, EVEN_K)
         mask_x = mask_k[:, None] & mask_m[None, :]
-        tile_x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
+        x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_x, other=0.0)
         mask_w = mask_n[:, None] & mask_k[None, :]
         offs_w = (k + offs_k)[None, :]
-        tile_gate = tl.load(gate_rows + offs_w, mask=mask_w, other=0.0)
-        g = dot(tile_gate, tile_x, g, PRECISION)
-        tile_up = tl.load(up_rows + offs_w, mask=mask_w, other=0.0)
-        u = dot(tile_up, tile_x, u, PRECISION)
+        w_gate = tl.load(gate_rows + offs_w, mask=mask_w, other=0.0)
+        g = dot(w_gate, x, g, PRECISION)
+        w_up = tl.load(up_rows + offs_w, mask=mask_w, other=0.0)
+        u = dot(w_up, x, u, PRECISION)
     if s_ptr is not None:
         memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         if gates_ptr is not None:
             last = tl.where(end > 0, last, first)
-        rank_gate = 0
-        rank_up = 0
-        if b_gate is not None:
-            rank_gate = b_gate.rank
-        if b_up is not None:
-            rank_up = b_up.rank
-        width = rank_gate + rank_up
+        width = R_GATE + R_UP
         split_stride = tl.cast(M, tl.int64) * width
-        if b_gate is not None:
+        if b_gate_ptr is not None:
             g = expand_rows(
-                g, s_ptr, b_gate, memory, offs_n, offs_m, N, first, last, splits, split_stride,
-                width, h_ptr.dtype.element_ty, BLOCK_R, PRECISION,
+                g, s_ptr, b_gate_ptr, memory, offs_n, offs_m, N, R_GATE, first, last, splits,
+                split_stride, width, h_ptr.dtype.element_ty, BLOCK_R, PRECISION,
             )  # fmt: skip
-        if b_up is not None:
+        if b_up_ptr is not None:
             u = expand_rows(
-                u, s_ptr + rank_gate, b_up, memory, offs_n, offs_m, N, first, last, splits,
+                u, s_ptr + R_GATE, b_up_ptr, memory, offs_n, offs_m, N, R_UP, first, last, splits,
                 split_stride, width, h_ptr.dtype.element_ty, BLOCK_R, PRECISION,
             )  # fmt: skip
     h = activate(g, ACTIVATION) * u
@@ -183,24 +181,28 @@ def _decode_mlp_up_fwd_kernel(
 def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
     """First launch: fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two
     LoRA."""
-    m, k = x.shape
-    stacks = [StackedA(a, scaling, a.shape[1]) for a, _, scaling in loras]
-    heights = [a.shape[0] * a.shape[1] for a, _, _ in loras]
+    (m, k), (a0, _, scaling0), a1 = x.shape, loras[0], None
+    r0, r1, n = a0.shape[1], 0, a0.shape[0]
+    if len(loras) == 2:
+        a1, _, scaling1 = loras[1]
+        r1 = a1.shape[1]
+    tiles = cdiv(n * r0, _SHRINK.block_n) + cdiv(n * r1, _SHRINK.block_n)
     splits, blocks = split_blocks(x, 1, _SHRINK, _SHRINK_SPLIT_COST)
-    s = x.new_empty(splits, m, sum(stack.rank for stack in stacks), dtype=torch.float32)
+    s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
     launch(
         _decode_shrink_fwd_kernel,
-        (sum(cdiv(height, _SHRINK.block_n) for height in heights), splits),
-        x=matrix(x),
-        a0=stacks[0],
-        a1=stacks[1] if len(stacks) == 2 else None,
+        (tiles, splits),
+        x_ptr=x,
+        stride_x=x.stride(0),
+        a0=StackedA(a0, scaling0, r0),
+        a1=None if a1 is None else StackedA(a1, scaling1, r1),
         s_ptr=s,
         ids_ptr=rows.ids,
         tokens=rows.tokens,
         M=m,
         K=k,
-        ROWS0=heights[0],
-        ROWS1=heights[1] if len(heights) == 2 else 0,
+        ROWS0=n * r0,
+        ROWS1=n * r1,
         blocks=blocks,
         **tile_args(x, _SHRINK),
     )
@@ -210,27 +212,32 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
 def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) -> None:
     """Second launch: h [M, I] from both weights and, with memories, s and the B of gate and up."""
     (w_gate, w_up), (m, k) = weights, x.shape
-    b_gate, b_up = (None if b is None else StackedB(b, b.shape[2]) for b in lora_b)
-    rank = max((b.rank for b in (b_gate, b_up) if b is not None), default=0)
+    b_gate, b_up = lora_b
+    r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
     launch(
         _decode_mlp_up_fwd_kernel,
         (cdiv(h.shape[1], config.block_n),),
-        x=matrix(x),
-        w_gate=matrix(w_gate),
-        w_up=matrix(w_up),
+        x_ptr=x,
+        stride_x=x.stride(0),
+        w_gate_ptr=w_gate,
+        stride_gate=w_gate.stride(0),
+        w_up_ptr=w_up,
+        stride_up=w_up.stride(0),
         gates_ptr=gates,
         s_ptr=s,
-        b_gate=b_gate,
-        b_up=b_up,
+        b_gate_ptr=b_gate,
+        b_up_ptr=b_up,
         h_ptr=h,
         ids_ptr=rows.ids,
         tokens=rows.tokens,
         M=m,
         N=h.shape[1],
         K=k,
+        R_GATE=r_gate,
+        R_UP=r_up,
         splits=0 if s is None else s.shape[0],
         ACTIVATION=activation,
-        BLOCK_R=rank_step(rank, token_block(m)),
+        BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
         **tile_args(x, config),
     )
 
@@ -256,7 +263,7 @@ def decode_mlp_up(
             contiguous and of any floating dtype (rounded to x's); the ranks may differ.
         rows: memory of each token; tokens without one get no update.
         activation: silu, gelu or gelu_tanh.
-        config: an entry of CONFIGS; None: the default.
+        config: an entry of CONFIGS; None: the first.
 
     Returns:
         [M, I] in x's dtype.
@@ -264,7 +271,7 @@ def decode_mlp_up(
     h = x.new_empty(x.shape[0], w_gate.shape[0])
     if x.shape[0] == 0:
         return h
-    config = choose_config(config, CONFIGS, None, x)
+    config = config or next(iter(CONFIGS.values()))
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
     rows = rows if given else Rows(None, 1)  # not read: no variant of its own
     s = _shrink(x, given, rows) if given else None

@@ -21,7 +21,7 @@ from ..shared.gemm import (
     tile_position,
 )
 from ..shared.launch import Rows, activate, launch, memory_range, precision, token_memory
-from ..shared.operands import Delta, matrix, operand
+from ..shared.operands import Delta, operand
 
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
 PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
@@ -41,19 +41,22 @@ CONFIGS = {
 
 @triton.jit
 def store_hidden(
-    h_out, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
-):
+    h_ptr, stride_h, g, u, gates_ptr, begin_m, begin_n, M, N,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Write act(g) u z, in PARTS parts: all columns at once would not fit in registers."""
     if PARTS > 1:
         g_left, g_right = split_columns(g)
         u_left, u_right = split_columns(u)
         middle = begin_n + g.shape[1] // 2
         store_hidden(
-            h_out, g_left, u_left, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS // 2
-        )
+            h_ptr, stride_h, g_left, u_left, gates_ptr, begin_m, begin_n, M, N,
+            ACTIVATION, PARTS // 2,
+        )  # fmt: skip
         store_hidden(
-            h_out, g_right, u_right, gates_ptr, begin_m, middle, M, N, ACTIVATION, PARTS // 2
-        )
+            h_ptr, stride_h, g_right, u_right, gates_ptr, begin_m, middle, M, N,
+            ACTIVATION, PARTS // 2,
+        )  # fmt: skip
     else:
         h = activate(g, ACTIVATION) * u
         if gates_ptr is not None:
@@ -61,18 +64,23 @@ def store_hidden(
             z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
             # Selected, so that a neuron's zero gate gives 0 whatever the others in its tile are.
             h = tl.where((z != 0.0)[None, :], h * z[None, :], 0.0)
-        store_tile(h_out, h, begin_m, begin_n, M, N, False)
+        store_tile(h_ptr, stride_h, h, begin_m, begin_n, M, N, False)
 
 
 @triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_mlp_up_fwd_kernel(
-    x,
-    w_gate,
-    w_up,
+    x_ptr,
+    stride_x,
+    w_gate_ptr,
+    stride_gate,
+    w_up_ptr,
+    stride_up,
     gates_ptr,
-    h,
-    g0,
-    u0,
+    h_ptr,
+    stride_h,
+    g0_ptr,
+    u0_ptr,
+    stride_g0,
     delta_gate,
     delta_up,
     ids_ptr,
@@ -90,12 +98,12 @@ def _gemm_mlp_up_fwd_kernel(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: BLOCK_M tokens, BLOCK_N neurons."""
+    """One program: BLOCK_M tokens, BLOCK_N neurons. u0 has the stride of g0."""
     pid_m, pid_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     begin_m, begin_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     live = True
     # With g0 and u0 wanted, a backward follows, and closed gates have gradients too.
-    if gates_ptr is not None and g0 is None:
+    if gates_ptr is not None and g0_ptr is None:
         offs_n = begin_n + tl.arange(0, BLOCK_N)
         z = tl.load(gates_ptr + offs_n, mask=offs_n < N, other=0.0)
         live = tl.max((z != 0.0).to(tl.int32), 0) > 0
@@ -110,20 +118,20 @@ def _gemm_mlp_up_fwd_kernel(
         # Selected as a whole tile: from selected rows, triton 3.9 reads W two bytes at a time.
         w_ptrs = tl.where(
             (cols < BLOCK_N)[None, :],
-            w_gate.ptr + ((inside * w_gate.stride)[None, :] + offs_k[:, None]),
-            w_up.ptr + ((inside * w_up.stride)[None, :] + offs_k[:, None]),
+            w_gate_ptr + ((inside * stride_gate)[None, :] + offs_k[:, None]),
+            w_up_ptr + ((inside * stride_up)[None, :] + offs_k[:, None]),
         )
         memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens)
         first, last = memory_range(memory)
         # x [BLOCK_M, BLOCK_K], [Wg; Wu]^T [BLOCK_K, 2 BLOCK_N]
         acc = multiply(
-            x.ptr + row0 * x.stride + (rows[:, None] * x.stride + offs_k[None, :]),
+            x_ptr + row0 * stride_x + (rows[:, None] * stride_x + offs_k[None, :]),
             w_ptrs, K, 1, None, EVEN_K, False, PRECISION,
         )  # fmt: skip
-        if g0 is not None:
+        if g0_ptr is not None:
             g, u = split_columns(acc)
-            store_tile(g0, g, begin_m, begin_n, M, N, False)
-            store_tile(u0, u, begin_m, begin_n, M, N, False)
+            store_tile(g0_ptr, stride_g0, g, begin_m, begin_n, M, N, False)
+            store_tile(u0_ptr, stride_g0, u, begin_m, begin_n, M, N, False)
         # Each update is 0 in the other's columns: wgmma wants the whole accumulator in place.
         neurons = begin_n + cols % BLOCK_N
         broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((2 * BLOCK_N,), tl.int32)
@@ -140,10 +148,10 @@ def _gemm_mlp_up_fwd_kernel(
         if delta_gate is not None or delta_up is not None:
             acc = apply_poison(acc, broken, poison, ids_ptr)
         g, u = split_columns(acc)
-        store_hidden(h, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS)
+        store_hidden(h_ptr, stride_h, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS)
     else:
-        zero = tl.zeros((BLOCK_M, BLOCK_N), h.ptr.dtype.element_ty)
-        store_tile(h, zero, begin_m, begin_n, M, N, False)
+        zero = tl.zeros((BLOCK_M, BLOCK_N), h_ptr.dtype.element_ty)
+        store_tile(h_ptr, stride_h, zero, begin_m, begin_n, M, N, False)
 
 
 def gemm_mlp_up(
@@ -180,13 +188,18 @@ def gemm_mlp_up(
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
-        x=matrix(x),
-        w_gate=matrix(w_gate),
-        w_up=matrix(w_up),
+        x_ptr=x,
+        stride_x=x.stride(0),
+        w_gate_ptr=w_gate,
+        stride_gate=w_gate.stride(0),
+        w_up_ptr=w_up,
+        stride_up=w_up.stride(0),
         gates_ptr=gates,
-        h=matrix(h),
-        g0=None if gu is None else matrix(gu[:, :width]),
-        u0=None if gu is None else matrix(gu[:, width:]),
+        h_ptr=h,
+        stride_h=width,
+        g0_ptr=None if gu is None else gu[:, :width],
+        u0_ptr=None if gu is None else gu[:, width:],
+        stride_g0=2 * width,
         delta_gate=operand(delta_gate),
         delta_up=operand(delta_up),
         ids_ptr=rows.ids,

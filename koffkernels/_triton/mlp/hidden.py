@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import Rows, activate, cdiv, launch, precision, rank_block
-from ..shared.operands import Delta, largest_rank, matrix, operand
+from ..shared.operands import Delta, largest_rank, operand
 from ..shared.stretch import (
     add_update,
     narrow_tile,
@@ -40,9 +40,11 @@ _BLOCK_M, _BLOCK_I, _STAGES, _LENGTH = 32, 64, 3, 256
 
 @triton.jit(do_not_specialize=["memories", "tokens", "length", "per_row"])
 def _mlp_hidden_fwd_kernel(
-    g0,
-    u0,
-    h,
+    g0_ptr,
+    u0_ptr,
+    stride_g0,
+    h_ptr,
+    stride_h,
     gates_ptr,
     delta_gate,
     delta_up,
@@ -60,14 +62,14 @@ def _mlp_hidden_fwd_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: a strip of neurons and a stretch of tokens."""
+    """One program: a strip of neurons and a stretch of tokens. u0 has the stride of g0."""
     strips = tl.cdiv(I, BLOCK_I)
     offs_i = (tl.program_id(0) % strips) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < I
     memory, begin, end = stretch_of(
         tl.program_id(0) // strips, ids_ptr, memories, tokens, length, per_row
     )
-    dtype = h.ptr.dtype.element_ty
+    dtype = h_ptr.dtype.element_ty
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     if delta_gate is not None:
@@ -81,10 +83,10 @@ def _mlp_hidden_fwd_kernel(
         mask_m = (offs_m < end)[:, None]
         mask = mask_m & mask_i[None, :]
         rows = offs_m.to(tl.int64)[:, None]
-        # g0, u0 and h [BLOCK_M, BLOCK_I]; u0 has g0's stride, so that both share their offsets.
-        offs = rows * g0.stride + offs_i[None, :]
-        g = tl.load(g0.ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(u0.ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # g0, u0 and h [BLOCK_M, BLOCK_I]
+        offs = rows * stride_g0 + offs_i[None, :]
+        g = tl.load(g0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
             s = narrow_tile(delta_gate, rows, mask_m, 0, BLOCK_R, dtype)
             g = add_update(
@@ -97,10 +99,10 @@ def _mlp_hidden_fwd_kernel(
                 u, delta_up, scale_up, s, b_up, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
-        hidden = activate(g, ACTIVATION) * u
+        h = activate(g, ACTIVATION) * u
         if gates_ptr is not None:
-            hidden *= z[None, :]
-        tl.store(h.ptr + rows * h.stride + offs_i[None, :], hidden.to(dtype), mask=mask)
+            h *= z[None, :]
+        tl.store(h_ptr + rows * stride_h + offs_i[None, :], h.to(dtype), mask=mask)
 
 
 def mlp_hidden(
@@ -131,9 +133,11 @@ def mlp_hidden(
     launch(
         _mlp_hidden_fwd_kernel,
         (cdiv(i, _BLOCK_I) * cut.count,),
-        g0=matrix(g0),
-        u0=matrix(u0),
-        h=matrix(h),
+        g0_ptr=g0,
+        u0_ptr=u0,
+        stride_g0=g0.stride(0),
+        h_ptr=h,
+        stride_h=i,
         gates_ptr=gates,
         delta_gate=operand(delta_gate),
         delta_up=operand(delta_up),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lora.grad import lora_grad
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
-from ..shared.operands import Delta, largest_rank, matrix, operand
+from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import sum_by_memory, sum_partials
 from ..shared.stretch import (
     add_update,
@@ -101,12 +101,15 @@ def _store_sum(parts_ptr, total, rank, offs_r, offs_i, mask_i, I):
 
 @triton.jit(do_not_specialize=["memories", "tokens", "length", "per_row"])
 def _mlp_hidden_bwd_kernel(
-    dh,
-    g0,
-    u0,
+    dh_ptr,
+    stride_dh,
+    g0_ptr,
+    u0_ptr,
+    stride_g0,
     gates_ptr,
-    dg,
-    du,
+    dg_ptr,
+    du_ptr,
+    stride_dg,
     h_ptr,
     dz_ptr,
     parts_ptr,
@@ -130,8 +133,9 @@ def _mlp_hidden_bwd_kernel(
 ):
     """One program: a strip of neurons and a stretch of tokens.
 
-    h (laid out as dh), dz [stretches, I] and parts [stretches, RANKS, I], the sums of gate, up and
-    down one below the other, are None where they are not wanted.
+    u0 has the stride of g0, du that of dg, h that of dh. h, dz [stretches, I] and parts [stretches,
+    RANKS, I], the sums of gate, up and down one below the other, are None where they are not
+    wanted.
     """
     strips = tl.cdiv(I, BLOCK_I)
     stretch = tl.program_id(0) // strips
@@ -139,7 +143,7 @@ def _mlp_hidden_bwd_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_i = offs_i < I
     memory, begin, end = stretch_of(stretch, ids_ptr, memories, tokens, length, per_row)
-    dtype = dg.ptr.dtype.element_ty
+    dtype = dg_ptr.dtype.element_ty
     z = tl.zeros((BLOCK_I,), tl.float32)
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
@@ -162,13 +166,12 @@ def _mlp_hidden_bwd_kernel(
         mask_m = (offs_m < end)[:, None]
         mask = mask_m & mask_i[None, :]
         rows = offs_m.to(tl.int64)[:, None]
-        # All [BLOCK_M, BLOCK_I]. u0 has g0's stride and du that of dg: they share their offsets.
-        # Outside the mask everything is 0, and so are all gradients.
-        offs_g = rows * g0.stride + offs_i[None, :]
-        offs_h = rows * dh.stride + offs_i[None, :]
-        g = tl.load(g0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(u0.ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
-        upstream = tl.load(dh.ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
+        # All [BLOCK_M, BLOCK_I]. Outside the mask everything is 0, and so are all gradients.
+        offs_g = rows * stride_g0 + offs_i[None, :]
+        offs_h = rows * stride_dh + offs_i[None, :]
+        g = tl.load(g0_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(u0_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
             s_gate = narrow_tile(delta_gate, rows, mask_m, 0, BLOCK_R, dtype)
             g = add_update(
@@ -183,27 +186,25 @@ def _mlp_hidden_bwd_kernel(
             )  # fmt: skip
         if delta_down is not None:
             t_down = narrow_tile(delta_down, rows, mask_m, 0, BLOCK_R, dtype)
-            upstream = add_update(
-                upstream, delta_down, scale_down, t_down, b_down, memory, rows, mask_m, offs_i,
+            dh = add_update(
+                dh, delta_down, scale_down, t_down, b_down, memory, rows, mask_m, offs_i,
                 mask_i, BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
-        dg_tile, du_tile, h, dz_tile = _hidden_grads(
-            upstream, g, u, z, gates_ptr is not None, ACTIVATION
-        )
+        dg, du, h, dz_tile = _hidden_grads(dh, g, u, z, gates_ptr is not None, ACTIVATION)
         if dz_ptr is not None:
             dz += dz_tile
         # From here on the tile of dh, or of g0 and u0, is written over: see ``outputs``.
-        dg_tile, du_tile, h = dg_tile.to(dtype), du_tile.to(dtype), h.to(dtype)
-        offs_d = rows * dg.stride + offs_i[None, :]
-        tl.store(dg.ptr + offs_d, dg_tile, mask=mask)
-        tl.store(du.ptr + offs_d, du_tile, mask=mask)
+        dg, du, h = dg.to(dtype), du.to(dtype), h.to(dtype)
+        offs_d = rows * stride_dg + offs_i[None, :]
+        tl.store(dg_ptr + offs_d, dg, mask=mask)
+        tl.store(du_ptr + offs_d, du, mask=mask)
         if h_ptr is not None:
             tl.store(h_ptr + offs_h, h, mask=mask)
         if parts_ptr is not None:
             if delta_gate is not None:
-                sum_gate = dot(tl.trans(s_gate), dg_tile, sum_gate, PRECISION)
+                sum_gate = dot(tl.trans(s_gate), dg, sum_gate, PRECISION)
             if delta_up is not None:
-                sum_up = dot(tl.trans(s_up), du_tile, sum_up, PRECISION)
+                sum_up = dot(tl.trans(s_up), du, sum_up, PRECISION)
             if delta_down is not None:
                 sum_down = dot(tl.trans(t_down), h, sum_down, PRECISION)
     if dz_ptr is not None:
@@ -269,12 +270,15 @@ def mlp_hidden_bwd(
     launch(
         _mlp_hidden_bwd_kernel,
         (cdiv(i, block_i) * cut.count,),
-        dh=matrix(dh),
-        g0=matrix(g0),
-        u0=matrix(u0),
+        dh_ptr=dh,
+        stride_dh=i,
+        g0_ptr=g0,
+        u0_ptr=u0,
+        stride_g0=g0.stride(0),
         gates_ptr=gates,
-        dg=matrix(dg),
-        du=matrix(du),
+        dg_ptr=dg,
+        du_ptr=du,
+        stride_dg=dg.stride(0),
         h_ptr=h,
         dz_ptr=dz,
         parts_ptr=sums,

@@ -19,13 +19,13 @@ class Config(NamedTuple):
         block_k: of the reduction, in a pipeline stage; None: all of it (attention: a head's width).
         warps: of a program.
         stages: depth of the software pipeline.
-        group_m: tile rows that run side by side, so that they share W in the L2 cache (fused
+        group_m: tile rows that run side by side, so that they share W in the L2 cache (for fused
             GEMMs).
         archs: compute capabilities (80, 90, 100) that it was made for; None: it fits them all.
     """
 
-    block_m: int | None = None
-    block_n: int = 64
+    block_m: int | None
+    block_n: int
     block_k: int | None = None
     warps: int = 4
     stages: int = 2
@@ -58,18 +58,18 @@ def default_name(configs: dict[str, Config], arch: int | None) -> str:
 
 
 def choose_config(
-    config: Config | None, configs: dict[str, Config], fp32: Config | None, x: Tensor
+    config: Config | None, configs: dict[str, Config], fp32: Config, x: Tensor
 ) -> Config:
     """Return the configuration of a call.
 
     Args:
         config: what the caller asks for; None: the default.
         configs: the file's table, made for 16-bit dtypes.
-        fp32: what it has for fp32, whose tiles take twice the room; None: the same table.
+        fp32: what the file has for fp32, whose tiles take twice the room.
         x: tells the dtype and the GPU.
     """
     if config is not None:
         return config
-    if fp32 is not None and x.dtype == torch.float32:
+    if x.dtype == torch.float32:
         return fp32
     return configs[default_name(configs, _arch(x.device) if x.device.type == "cuda" else None)]

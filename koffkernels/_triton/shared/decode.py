@@ -33,13 +33,6 @@ class StackedA(NamedTuple):
     rank: int
 
 
-class StackedB(NamedTuple):
-    """The B of all memories, [n, N, r], contiguous."""
-
-    ptr: Tensor
-    rank: int
-
-
 def token_block(m: int) -> int:
     """Return the tile side for m tokens: 16, 32 or 64. Nothing else that is compiled in depends on
     m."""
@@ -47,18 +40,23 @@ def token_block(m: int) -> int:
     return max(SMALLEST_TILE, power_of_2(m))
 
 
-def tile_args(x: Tensor, config: Config) -> dict[str, Any]:
-    """Return what every launch of a decode kernel on x [M, K] gets from a configuration.
+def _block_k(x: Tensor, config: Config) -> int:
+    """Return the elements of K in a stage: the table's are 16-bit ones, and fp32 has half as many
+    in the same shared memory."""
+    return config.block_k * 2 // x.element_size()
 
-    ``config.block_k`` counts 16-bit elements: fp32 has half as many in the same shared memory.
-    """
-    block_k = config.block_k * 2 // x.element_size()
+
+def tile_args(x: Tensor, config: Config) -> dict[str, Any]:
+    """Return what every launch of a decode kernel on x [M, K] gets from a configuration."""
+    block_k = _block_k(x, config)
     return {
-        **config.args(),
+        "EVEN_K": x.shape[1] % block_k == 0,
+        "BLOCK_N": config.block_n,
         "BLOCK_M": token_block(x.shape[0]),
         "BLOCK_K": block_k,
-        "EVEN_K": x.shape[1] % block_k == 0,
         "PRECISION": precision(x.dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
     }
 
 
@@ -83,7 +81,7 @@ def split_blocks(
         split_cost: what one more split of K costs, as a share of the time of the weights.
     """
     k = x.shape[1]
-    blocks = cdiv(k, tile_args(x, config)["BLOCK_K"])
+    blocks = cdiv(k, _block_k(x, config))
     most = max(1, min(MOST_SPLITS, k // _SHORTEST_SPLIT, blocks))
 
     def cost(splits: int) -> float:
@@ -133,7 +131,8 @@ def sum_splits(part_ptr, offs, mask, splits, stride):
 
 @triton.jit
 def shrink_rows(
-    x,
+    x_ptr,
+    stride_x,
     a,
     s_ptr,
     tile,
@@ -164,15 +163,15 @@ def shrink_rows(
     mask_m = (memory >= 0)[None, :]
     end = tl.where(tl.max(used, 0) > 0, end, begin)
     a_rows = a.ptr + rows.to(tl.int64)[:, None] * K
-    x_cols = x.ptr + offs_m.to(tl.int64)[None, :] * x.stride
+    x_cols = x_ptr + offs_m.to(tl.int64)[None, :] * stride_x
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(begin, end, BLOCK_K):
         # x^T [BLOCK_K, BLOCK_M], A [BLOCK_N, BLOCK_K]
         mask_k = inside(k + offs_k, K, EVEN_K)
-        tokens = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_m, other=0.0)
+        x = tl.load(x_cols + (k + offs_k)[:, None], mask=mask_k[:, None] & mask_m, other=0.0)
         mask_a = mask_k[None, :] & (used > 0)[:, None]
         tile_a = tl.load(a_rows + (k + offs_k)[None, :], mask=mask_a, other=0.0)
-        acc = dot(narrow(tile_a, tokens.dtype), tokens, acc, PRECISION)
+        acc = dot(narrow(tile_a, x.dtype), x, acc, PRECISION)
     scaling = tl.load(a.scaling + owner, mask=used > 0, other=0.0)
     s_ptrs = s_ptr + (offs_m[None, :] * width + (rows % a.rank)[:, None])
     tl.store(s_ptrs, acc * scaling[:, None], mask=mine)
@@ -182,11 +181,12 @@ def shrink_rows(
 def expand_rows(
     acc,
     s_ptr,
-    b,
+    b_ptr,
     memory,
     offs_n,
     offs_m,
     N,
+    R,
     first,
     last,
     splits,
@@ -198,22 +198,22 @@ def expand_rows(
 ):
     """acc + B_m s^T of each token's own memory m; acc is [BLOCK_N, BLOCK_M].
 
-    s [splits, M, width] are fp32 partials (``b.rank`` values of each token), rounded to ``dtype``
+    s [splits, M, width] are fp32 partials (R values of each token), rounded to ``dtype``
     once added. Memories from first to last - 1 are gone through; those that no token has are not
     read.
     """
-    for r in range(0, b.rank, BLOCK_R):
+    for r in range(0, R, BLOCK_R):
         # s^T [BLOCK_R, BLOCK_M], B [BLOCK_N, BLOCK_R]
         offs_r = r + tl.arange(0, BLOCK_R)
         offs_s = offs_m[None, :] * width + offs_r[:, None]
-        mask_s = (offs_r < b.rank)[:, None] & (memory >= 0)[None, :]
+        mask_s = (offs_r < R)[:, None] & (memory >= 0)[None, :]
         s = narrow(sum_splits(s_ptr, offs_s, mask_s, splits, split_stride), dtype)
         for m in range(first, last):
             mine = memory == m
             used = tl.max(mine.to(tl.int32), 0) > 0
-            mask_b = (offs_n < N)[:, None] & (offs_r < b.rank)[None, :] & used
-            b_rows = b.ptr + (m * N + offs_n.to(tl.int64)[:, None]) * b.rank
-            tile = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
+            mask_b = (offs_n < N)[:, None] & (offs_r < R)[None, :] & used
+            b_rows = b_ptr + (m * N + offs_n.to(tl.int64)[:, None]) * R
+            b = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
             # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
-            acc = tl.where(mine[None, :], dot(narrow(tile, dtype), s, acc, PRECISION), acc)
+            acc = tl.where(mine[None, :], dot(narrow(b, dtype), s, acc, PRECISION), acc)
     return acc

@@ -17,7 +17,7 @@ from .launch import cdiv, dot, rank_block
 from .operands import Delta, largest_rank
 
 # For fp32: its tiles take twice the room, and without TF32 they do not use the tensor cores.
-FP32 = Config(block_m=64, block_n=64, block_k=32, warps=4, stages=2)
+FP32 = Config(64, 64, 32, warps=4, stages=2)
 
 # Ranks of an update at a time, at most: the epilogue starts while the whole accumulator is alive,
 # and 16 is the least that a dot takes.
@@ -170,12 +170,12 @@ def split_columns(acc):
 
 
 @triton.jit
-def store_tile(out, value, begin_m, begin_n, M, N, ADD: tl.constexpr):
+def store_tile(out_ptr, stride_out, value, begin_m, begin_n, M, N, ADD: tl.constexpr):
     """Write, or add, a tile [BLOCK_M, BLOCK_N] to out [M, N] from (begin_m, begin_n) on."""
     rows, cols = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     mask = (rows < M - begin_m)[:, None] & (cols < N - begin_n)[None, :]
-    out_ptrs = out.ptr + begin_m.to(tl.int64) * out.stride + begin_n
-    out_ptrs += rows[:, None] * out.stride + cols[None, :]
+    out_ptrs = out_ptr + begin_m.to(tl.int64) * stride_out + begin_n
+    out_ptrs += rows[:, None] * stride_out + cols[None, :]
     if ADD:
         value += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, value.to(out.ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -201,24 +201,6 @@ def memory_range(memory):
 
 
 @triton.jit
-def memory_span(ids_ptr, begin, end, tokens):
-    """(lowest, highest) memory of the tokens begin..end-1, where none counts as -1."""
-    if ids_ptr is not None:
-        low = tl.full((), _NO_MEMORY, tl.int32)
-        high = tl.full((), -1, tl.int32)
-        for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
-            offs = start + tl.arange(0, _IDS_BLOCK)
-            inside = offs < end
-            memory = tl.load(ids_ptr + offs // tokens, mask=inside, other=-1).to(tl.int32)
-            low = tl.minimum(low, tl.min(tl.where(inside, memory, _NO_MEMORY), 0))
-            high = tl.maximum(high, tl.max(memory, 0))
-    else:
-        low = tl.full((), 0, tl.int32)
-        high = tl.full((), 0, tl.int32)
-    return low, high
-
-
-@triton.jit
 def token_span(ids_ptr, begin, end, tokens, m):
     """(first, last + 1) of the tokens begin..end-1 that use memory m; an empty range for none."""
     first = begin

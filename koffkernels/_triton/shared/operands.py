@@ -7,19 +7,23 @@ that ``if bias is not None`` costs nothing there. Only ``do_not_specialize`` doe
 tuple: what changes from one step to the next (M, T, S, tokens, splits and the like) must not be
 compiled in, and so stays an argument of its own.
 
+A matrix [rows, columns] whose columns lie side by side is no operand but two arguments, ``x_ptr``
+and ``stride_x``: at launch, Triton spends about a microsecond on a tuple and a third of one on an
+argument, so that a tuple pays from four fields on.
+
 Strides count elements, and each name means one step everywhere:
 
-==================  ==================================================================
-``stride``          to the next row of a ``Matrix``: a token's, or that of an output of W
-``stride_output``   to the next output of a weight that may lie either way
-``stride_input``    to the next input of a weight that may lie either way
-``stride_memory``   to the next memory's low-rank matrix
-``stride_rank``     to the next rank of a low-rank matrix
-``stride_wide``     along the wide side of a low-rank matrix: K of A, N of B
-``stride_token``    to the next token
-``stride_head``     to the next head
-``stride_row``      to the next row of the batch, which is a sequence
-==================  ==================================================================
+======================  ====================================================================
+``stride_x``, ...       to the next row of the matrix at ``x_ptr``, and so for every other name
+``stride_output``       to the next output of a weight that may lie either way
+``stride_input``        to the next input of a weight that may lie either way
+``stride_memory``       to the next memory's low-rank matrix
+``stride_rank``         to the next rank of a low-rank matrix
+``stride_wide``         along the wide side of a low-rank matrix: K of A, N of B
+``stride_token``        to the next token
+``stride_head``         to the next head
+``stride_row``          to the next row of the batch, which is a sequence
+======================  ====================================================================
 """
 
 from __future__ import annotations
@@ -27,26 +31,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-
-
-class Matrix(NamedTuple):
-    """A tensor [rows, columns] whose columns lie side by side."""
-
-    ptr: Tensor
-    stride: int
-
-
-def matrix(x: Tensor) -> Matrix:
-    """Return x as an operand; its last stride must be 1."""
-    return Matrix(x, x.stride(0))
-
-
-class Weight(NamedTuple):
-    """A weight [N, K], of which one stride is 1: W as it is stored, or its transpose."""
-
-    ptr: Tensor
-    stride_output: int
-    stride_input: int
 
 
 class LowRank(NamedTuple):

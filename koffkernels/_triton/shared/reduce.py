@@ -26,7 +26,7 @@ def _sum_partials_kernel(part_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension, in order, in fp32.
+    """Return the sum over the first dimension, in order, in fp32.
 
     Args:
         partials: fp32 [splits, ...], contiguous.

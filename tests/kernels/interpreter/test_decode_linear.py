@@ -176,7 +176,7 @@ def test_token_block_is_the_smallest_that_fits():
 @pytest.mark.parametrize("tiles", [1, 16, 64, 224, 2004])
 def test_split_blocks_covers_k_once(tiles, k):
     """Every block in one split, no split empty; few tiles are split until the GPU is full."""
-    config = Config(block_n=64, block_k=128, stages=4)
+    config = Config(None, 64, 128, stages=4)
     splits, each = split_blocks(
         torch.empty(1, k, dtype=torch.float16, device="meta"), tiles, config
     )

@@ -13,7 +13,7 @@ from koffkernels._triton.attention import op as ops
 from koffkernels._triton.attention.fwd import one_pass
 from koffkernels._triton.shared.config import Config
 
-SMALL = Config(block_m=16, block_n=32, warps=4, stages=1)
+SMALL = Config(16, 32, warps=4, stages=1)
 NAMES = ("q", "k", "v", "prefix.k", "prefix.v")
 ALL = (True,) * 5
 # B, Hq, Hkv, T, S, D, n, P
@@ -88,7 +88,7 @@ def test_backward_splits(programs, monkeypatch):
     """However many splits of rows and queries there are, the prefix gradients are the same sums."""
     monkeypatch.setattr(prefix_grad, "_PROGRAMS", programs)
     case = Case((3, 2, 1, 70, 70, 64, 1, 19), torch.float32, "none")
-    config = Config(block_m=16, block_n=32, warps=4, stages=1)
+    config = Config(16, 32, warps=4, stages=1)
     assert (
         prefix_grad._splits(case.call(), config) == {1: (1, 1), 5: (3, 2), 1000: (3, 2)}[programs]
     )

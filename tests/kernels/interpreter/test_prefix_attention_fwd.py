@@ -13,7 +13,7 @@ from koffkernels import Prefix, RowBounds
 from koffkernels._triton.attention.fwd import CONFIGS, add_prefix, one_pass
 from koffkernels._triton.shared.config import Config
 
-SMALL = Config(block_m=16, block_n=16, warps=4, stages=1)  # many tiles where there are few tokens
+SMALL = Config(16, 16, warps=4, stages=1)  # many tiles where there are few tokens
 # B, Hq, Hkv, T, S, D, n, P
 SIZES = [
     (4, 1, 1, 1, 1, 64, 3, 1),
