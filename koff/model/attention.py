@@ -35,12 +35,25 @@ def mask_to_bounds(mask: Tensor | None) -> RowBounds | None:
     return None if mask is None else RowBounds(*mask[:, 0, 0, :].t().contiguous())
 
 
+def next_bounds(first_keys: Tensor, past: int | Tensor, tokens: int) -> Tensor:
+    """Return the row bounds, as a mask, of tokens behind a cache, of rows that are visible from
+    their first key on.
+
+    Args:
+        first_keys: int64 [B, 1, 1, 1].
+        past: tokens in the cache.
+        tokens: T.
+    """
+    query_start = torch.zeros_like(first_keys) + past
+    return torch.cat([first_keys, query_start + tokens, query_start], -1)
+
+
 def _padding_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """First and one past the last visible key of each row of a 2-D mask; holes are refused."""
     present = attention_mask.bool()
     start = (present.cumsum(-1) == 0).sum(-1)
     end = present.shape[-1] - (present.flip(-1).cumsum(-1) == 0).sum(-1)
-    if not torch.compiler.is_compiling():  # a graph cannot look at values
+    if _can_look(attention_mask):
         holes = (present.sum(-1) != (end - start).clamp(min=0)) & present.any(-1)
         if bool(holes.any()):
             raise ValueError(
@@ -98,7 +111,14 @@ def koff_mask(
 
 
 def _all_seen(attention_mask: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return _can_look(attention_mask) and bool(attention_mask.all())
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether values can be read on the host: a graph, traced or captured, has none yet."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _sdpa_mask_of(mask: Tensor | None, query: Tensor, key: Tensor, masks: dict) -> Tensor | None:

@@ -96,14 +96,19 @@ def check_names(memory: object, names: list[str], where: str) -> None:
         )
 
 
+def _on_host(ids: Tensor) -> bool:
+    """Whether ids can be looked at. Reading those of a GPU would wait for everything that it still
+    has to do, in every step of a decode."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _resolve_tensor(memory: Tensor, rows: int, count: int, where: str) -> list[int] | Tensor:
     if memory.dtype != torch.int64 or tuple(memory.shape) != (rows,):
         raise ValueError(
             f"{where}: memory ids must be an int64 tensor of shape ({rows},), "
             f"got {memory.dtype} {tuple(memory.shape)}; pass one id per row"
         )
-    # Reading ids of a GPU would wait for everything it still has to do, in every step of a decode.
-    if memory.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _on_host(memory):
         return memory
     ids = memory.tolist()
     bad = [i for i in ids if not -1 <= i < count]

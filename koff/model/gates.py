@@ -76,6 +76,11 @@ class Gates(nn.Module):
         """Return how many leading neurons of a reordered layer are kept."""
         return self._widths[index]
 
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """``width`` of each layer; None where it was not reordered."""
+        return tuple(self._widths)
+
     def set_order_(self, index: int, order: Tensor, width: int) -> None:
         """Record, in place, how a layer was reordered."""
         setattr(self, f"order_{index}", order)

@@ -155,6 +155,15 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def _edits(tensors: list[Tensor]) -> list[int]:
+    """How often each tensor was edited in place, by torch's count."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        # Inference tensors have no count; they cannot be edited outside of inference mode.
+        return [-1 if t.is_inference() else t._version for t in tensors]
+
+
 class Stacks:
     """What layers have stacked, without autograd, of the memories of one forward: made when a layer
     first asks, and valid until a tensor of these memories changes.
@@ -174,23 +183,24 @@ class Stacks:
         self._holders = [
             holder for m in modules for holder in (m._parameters, m._buffers) if len(holder)
         ]
+        self._tensors = [t for holder in self._holders for t in holder.values()]
         self._made_from = self._versions()
 
     def _versions(self) -> tuple[int, list[int], list[int]]:
         """What changes when one of the tensors does. An in-place edit through ``.data`` leaves no
         trace at all: it is not seen until something else changes."""
         tensors = [t for holder in self._holders for t in holder.values()]
-        try:
-            versions = [t._version for t in tensors]
-        except RuntimeError:
-            # Inference tensors have no version; they cannot be changed in place outside of
-            # inference mode.
-            versions = [-1 if t.is_inference() else t._version for t in tensors]
-        return _optimizer_steps, versions, [t.data_ptr() for t in tensors]
+        return _optimizer_steps, _edits(tensors), [t.data_ptr() for t in tensors]
 
     def valid(self) -> bool:
-        """Return whether every tensor is still the one that was, and unchanged."""
+        """Return whether every tensor is still the one that was, and unedited."""
         return self._versions() == self._made_from
+
+    def unedited(self) -> bool:
+        """Return whether the tensors that the stacks were made of are unedited, which is the
+        cheaper half of ``valid``: others may have taken their places."""
+        steps, edits, _ = self._made_from
+        return steps == _optimizer_steps and _edits(self._tensors) == edits
 
     def bytes(self) -> int:
         """Return what the stacks hold, views of single memories included."""
@@ -295,6 +305,18 @@ class MemoryBank(nn.Module):
             found = Stacks([self, *(m for memory in memories for m in memory.modules())])
         mixes[slots] = found
         return found
+
+    def are_stacked(self, slots: tuple[int, ...], stacks: Stacks | None) -> bool:
+        """Return whether ``stacks`` is what ``stacks(slots)`` would give, as far as can be said in
+        no time: a tensor that was exchanged and not edited is found by the next call of that.
+
+        Args:
+            slots: ids of the memories.
+            stacks: that were given for these; None if there are none.
+        """
+        if not slots:
+            return stacks is None
+        return self._stacks.mixes.get(slots) is stacks and stacks.unedited()
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor, made once: making one on a GPU waits for everything the GPU still has to

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
-from .attention import NAME
+from .attention import NAME, next_bounds
 from .forward_context import ACTIVE, MemoryArgument, resolve_ids
-from .state import KoffState
+from .state import KoffState, Prompt
 
 
 @dataclass
@@ -39,6 +40,18 @@ class Boundary:
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         context = self.state.context(memory, inputs.shape[0], inputs.device)
+        mask = kwargs.get("attention_mask")
+        generating = self.state.prompt is not None
+        if (
+            generating
+            and isinstance(mask, Tensor)
+            and mask.dtype == torch.int64
+            and mask.shape[1:] == (1, 1, 1)
+        ):
+            # From ``create_masks_for_generate``. Completed here and not there, so that a captured
+            # step does it: the cache's length is a tensor, and stays where it is.
+            past = kwargs["past_key_values"].get_seq_length()
+            kwargs["attention_mask"] = next_bounds(mask, past, inputs.shape[1])
         # A list: torch.compile cannot trace max over a generator.
         longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
         if longest:
@@ -155,10 +168,63 @@ class KoffModelMixin:
                     _refuse_second_forwards(args, kwargs, self.generation_config)
                     # A tensor, since generate repeats the rows of tensors for beams and samples.
                     ids = torch.tensor(ids, device=self.device)
-                    return super().generate(inputs, *args, memory=ids, **kwargs)
+                    return self._generate(inputs, *args, memory=ids, **kwargs)
                 memory = names[ids[0]] if ids and ids[0] >= 0 else None
             with self.koff.using(memory):  # the same for every row, however beams multiply them
-                return super().generate(inputs, *args, **kwargs)
+                return self._generate(inputs, *args, **kwargs)
+
+    def _generate(self, *args, **kwargs):
+        """transformers' generate, between the beginning and the end of what lasts one of it."""
+        state, returned = self.koff, None
+        before, state.prompt = state.prompt, Prompt()
+        try:
+            returned = super().generate(*args, **kwargs)
+            return returned
+        finally:
+            state.prompt = before
+            # Somebody's own loop may keep whatever it saw.
+            state.graphs.finish(None if "custom_generate" in kwargs else returned)
+
+    def get_compiled_call(self, compile_config):
+        """Return what ``generate`` calls in each step where transformers would compile: with a
+        static cache on a GPU. Without a ``compile_config`` that is a CUDA graph of one step.
+
+        Args:
+            compile_config: of torch.compile, for those who ask for it; then as transformers'.
+        """
+        if compile_config is not None:
+            return super().get_compiled_call(compile_config)
+        return self.koff.graphs.caller(self)
+
+    def _prepare_static_cache(self, *args, **kwargs):
+        """As transformers', or the cache of the last generate, whose decode step is captured."""
+        fresh = super()._prepare_static_cache(*args, **kwargs)
+        return self.koff.graphs.cache_for(self, fresh, kwargs.get("batch_size"))
+
+    def create_masks_for_generate(self, *args, **kwargs):
+        """The masks of a step of ``generate`` with a static cache.
+
+        What a mask says behind the prompt is known: generate appends ones. So a step of one token
+        takes over the first keys of its rows, instead of some twenty small kernels and a look at
+        their result.
+        """
+        prompt, cache = self.koff.prompt, kwargs.get("past_key_values")
+        tokens = kwargs["inputs_embeds"].shape[1]
+        if tokens == 1 and prompt is not None and prompt.cache is cache is not None:
+            if prompt.first_keys is not None:
+                return prompt.first_keys
+        masks = create_masks_for_generate(*args, **kwargs)
+        if isinstance(masks, dict) and len(masks) == 1:
+            # All layers are of one kind, and take the mask itself, too.
+            (only,) = masks.values()
+            masks = masks if only is None else only
+        if tokens > 1 and prompt is not None:
+            mask, prompt.cache, prompt.first_keys = kwargs.get("attention_mask"), cache, None
+            # A row that ends in padding has a hole in front of its next token, which must be found.
+            whole = mask is None or bool((mask[:, -1] != 0).all())
+            if whole and isinstance(masks, Tensor) and masks.dtype == torch.int64:
+                prompt.first_keys = masks[..., :1].contiguous()
+        return masks
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Refuse to leave memories or a mask out; write a model that has neither.

@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..errors import asker
 from . import arch
 from .config import MAX_SPARSITY, KoffConfig
+from .decode_graph import DecodeGraphs
 from .forward_context import (
     ACTIVE,
     ForwardContext,
@@ -45,6 +47,20 @@ class _Turn:
         return _Turn, ()
 
 
+@dataclass
+class Prompt:
+    """What ``generate`` knows of the prompt that it has read into a static cache.
+
+    Args:
+        cache: the cache.
+        first_keys: the first visible key of each row, int64 [B, 1, 1, 1]; every later one is
+            visible too. None: to be looked up in the mask.
+    """
+
+    cache: Cache | None = None
+    first_keys: Tensor | None = None
+
+
 class KoffState(nn.Module):
     """Gates, memories and settings of an attached model.
 
@@ -61,6 +77,8 @@ class KoffState(nn.Module):
         active: the memory set by ``use_memory``.
         turn: held while ``generate`` runs: a model does one forward at a time, since layers leave
             the context of theirs in its modules.
+        graphs: decode steps that ``generate`` captured.
+        prompt: what ``generate`` knows of its prompt while it runs; else None.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
         attention: the model's attention implementation before koff's took its place; None if it
@@ -85,6 +103,8 @@ class KoffState(nn.Module):
             self.gates = Gates(self.dense_widths, target, model.device, generator)
         self.active: MemoryArgument = None
         self.turn = _Turn()
+        self.graphs = DecodeGraphs()
+        self.prompt: Prompt | None = None
         self.bypassed = False
         self.kept: list[Tensor] | None = None
         self.attention: str | None = None
@@ -104,13 +124,20 @@ class KoffState(nn.Module):
         elif not isinstance(memory, Tensor):
             check_names(memory, self.memories.names, where)
 
+    def choose(
+        self, memory: MemoryArgument, rows: int, device: torch.device
+    ) -> tuple[tuple[int, ...], Tensor | None]:
+        """Return the memories that a forward of ``rows`` rows stacks and each row's place among
+        them, as in ``ForwardContext``; ``memory`` is not ``ACTIVE``."""
+        ids = resolve_ids(memory, rows, self.memories.names, "memory")
+        return choose_slots(ids, len(self.memories), device)
+
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
         """Return the context of one forward of ``rows`` rows."""
         if self.bypassed:
             return ForwardContext()
         memory = self.active if memory is ACTIVE else memory
-        ids = resolve_ids(memory, rows, self.memories.names, "memory")
-        slots, local = choose_slots(ids, len(self.memories), device)
+        slots, local = self.choose(memory, rows, device)
         stacks = self.memories.stacks(slots)
         gates = self.gates
         if gates is not None and gates.kept_first:
@@ -148,6 +175,7 @@ class KoffState(nn.Module):
                 return t.to(device=out.device)
             return out
 
+        self.graphs.clear()  # it holds addresses, and memory on the device that may be left
         return super()._apply(move, recurse)
 
 
