@@ -1,5 +1,5 @@
-"""``generate`` with a static cache on a CUDA GPU: one decode step, captured once as a CUDA graph and
-replayed for every token.
+"""``generate`` with a static cache on a CUDA GPU: one decode step, captured once as a CUDA graph
+and replayed for every token.
 
 A step launches hundreds of kernels that the GPU finishes sooner than Python can ask for them. A
 graph asks for all of them at once, without torch.compile and its minute of compiling.
