@@ -218,6 +218,17 @@ def test_gate_finds_a_kernel_without_a_case(monkeypatch):
         gate.plan(["sm_90"])
 
 
+def test_an_operand_with_a_field_that_is_none_is_refused():
+    """Triton 3.6 cannot compile a kernel that asks whether such an operand is there."""
+    from koffkernels._triton.lora.expand import expand_
+    from koffkernels._triton.shared.launch import Rows
+    from koffkernels._triton.shared.operands import Delta
+
+    y, s, b = (torch.empty(*shape, device="meta") for shape in ((4, 64), (4, 16), (1, 64, 16)))
+    with common.recording(), pytest.raises(AssertionError, match="first: a field of an operand"):
+        expand_(y, (Delta(s, b, None),), Rows(None, 1))
+
+
 def test_gate_command(tmp_path):
     """A subset in a process of its own, without a home that can be written to."""
     path = tmp_path / "rows.json"

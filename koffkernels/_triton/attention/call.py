@@ -77,12 +77,13 @@ class Call(NamedTuple):
             "PRECISION": precision(self.q.dtype),
         }
 
-    def prefix_operand(self) -> PrefixOperand | None:
-        """Return the learned keys and values, and which of them each row sees."""
+    def prefix_args(self) -> dict[str, Any]:
+        """Return the learned keys and values as an operand, and which of them each row sees."""
         if self.prefix is None:
-            return None
+            return {"prefix": None, "ids_ptr": None}
         k, v, lengths = self.prefix
-        return PrefixOperand(k, v, lengths, self.ids, k.shape[0], k.shape[2])
+        operand = PrefixOperand(k, v, lengths, k.shape[0], k.shape[2])
+        return {"prefix": operand, "ids_ptr": self.ids}
 
 
 @triton.jit
@@ -94,13 +95,13 @@ def memory_length(prefix, memory):
 
 
 @triton.jit
-def row_prefix(prefix, b):
+def row_prefix(prefix, ids_ptr, b):
     """(memory, its length) of row b; memory 0 of length 0 where it has none."""
     memory = tl.zeros((), tl.int64)
     length = tl.zeros((), tl.int32)
     if prefix is not None:
-        if prefix.ids is not None:
-            memory = tl.load(prefix.ids + b).to(tl.int64)
+        if ids_ptr is not None:
+            memory = tl.load(ids_ptr + b).to(tl.int64)
         length = memory_length(prefix, memory)
         memory = tl.where(length > 0, memory, 0)
     return memory, length

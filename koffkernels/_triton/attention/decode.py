@@ -63,15 +63,15 @@ def _members(ids_ptr, rows, memory, IDS: tl.constexpr):
 
 
 @triton.jit
-def _tile_memory(prefix, rows, tile, slots, IDS: tl.constexpr):
+def _tile_memory(ids_ptr, memories, rows, tile, slots, IDS: tl.constexpr):
     """(memory, index of the tile among this memory's), memory -1 for a tile past the last. Memories
     get as many consecutive tiles of ``slots`` rows as they need."""
-    if prefix.ids is not None:
+    if ids_ptr is not None:
         memory = tl.full((), -1, tl.int32)
         index = tl.zeros((), tl.int32)
         before = tl.zeros((), tl.int32)
-        for m in range(0, prefix.memories):
-            after = before + tl.cdiv(_members(prefix.ids, rows, m, IDS), slots)
+        for m in range(0, memories):
+            after = before + tl.cdiv(_members(ids_ptr, rows, m, IDS), slots)
             here = (tile >= before) & (tile < after)
             memory = tl.where(here, m, memory)
             index = tl.where(here, tile - before, index)
@@ -112,6 +112,7 @@ def _store_part(acc, total, peak, o_ptr, lse_ptr, split, out_rows, at, mask, D: 
 def _prefix_attention_group_kernel(
     q,
     prefix,
+    ids_ptr,
     o_ptr,
     lse_ptr,
     scale,
@@ -130,11 +131,11 @@ def _prefix_attention_group_kernel(
     kv = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     slots = BLOCK_M // (group * T)
-    memory, index = _tile_memory(prefix, rows, tl.program_id(0), slots, IDS)
+    memory, index = _tile_memory(ids_ptr, prefix.memories, rows, tl.program_id(0), slots, IDS)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D)[None, :]
     slot = offs_m // (group * T)
-    row, found = _slot_rows(prefix.ids, rows, memory, index * slots + slot, IDS)
+    row, found = _slot_rows(ids_ptr, rows, memory, index * slots + slot, IDS)
     mask = found & (slot < slots)
     row = row.to(tl.int64)
     head = kv * group + offs_m % (group * T) // T
@@ -226,6 +227,7 @@ def _prefix_attention_merge_kernel(
     o,
     lse_ptr,
     prefix,
+    ids_ptr,
     heads,
     T,
     rows,
@@ -238,7 +240,7 @@ def _prefix_attention_merge_kernel(
     out = tl.program_id(0).to(tl.int64)
     b = out // (heads * T)
     out_rows = rows.to(tl.int64) * heads * T
-    _, length = row_prefix(prefix, b)
+    _, length = row_prefix(prefix, ids_ptr, b)
     begin = tl.where(length > 0, 0, prefix_splits)
     offs = tl.arange(0, MERGED)
     offs_d = tl.arange(0, D)
@@ -312,14 +314,14 @@ def decode(
     part_lse = call.q.new_empty(splits, out_rows, dtype=torch.float32)
     common = {"q": per_head(call.q), "o_ptr": part, "lse_ptr": part_lse, "rows": rows}
     common |= call.sizes()
-    prefix = call.prefix_operand()
-    if prefix is not None:
+    prefix = call.prefix_args()
+    if call.prefix is not None:
         # One warp for each 16 rows of a tile, the height of a tensor core's; four at least.
         warps = min(group.warps, max(4, block_m // 16))
         launch(
             _prefix_attention_group_kernel,
             (tiles, kv_heads, prefix_splits),
-            prefix=prefix,
+            **prefix,
             splits=prefix_splits,
             IDS=_IDS,
             **common,
@@ -345,7 +347,7 @@ def decode(
         part_lse_ptr=part_lse,
         o=per_head(o),
         lse_ptr=lse,
-        prefix=prefix,
+        **prefix,
         heads=heads,
         T=queries,
         rows=rows,

@@ -115,6 +115,7 @@ def _prefix_attention_dq_kernel(
     k,
     v,
     prefix,
+    ids_ptr,
     bounds,
     do,
     lse_ptr,
@@ -155,7 +156,7 @@ def _prefix_attention_dq_kernel(
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
     if prefix is not None:
-        memory, length = row_prefix(prefix, b)
+        memory, length = row_prefix(prefix, ids_ptr, b)
         at = (memory * (heads // group) + kv) * prefix.P * D
         full = length // BLOCK_N * BLOCK_N
         acc = _query_grads(
@@ -241,7 +242,7 @@ def query_grad(
         q=per_head(call.q),
         k=per_head(call.k),
         v=per_head(call.v),
-        prefix=call.prefix_operand(),
+        **call.prefix_args(),
         bounds=call.bounds,
         dq=per_head(dq),
         S=call.k.shape[2],

@@ -39,6 +39,7 @@ def _prefix_attention_fwd_kernel(
     k,
     v,
     prefix,
+    ids_ptr,
     bounds,
     o,
     lse_ptr,
@@ -84,7 +85,7 @@ def _prefix_attention_fwd_kernel(
     scale_log2 = scale * LOG2E
 
     if prefix is not None:
-        memory, length = row_prefix(prefix, b)
+        memory, length = row_prefix(prefix, ids_ptr, b)
         at = (memory * (heads // group) + kv) * prefix.P * D
         full = length // BLOCK_N * BLOCK_N
         acc, total, peak = attend(
@@ -150,7 +151,7 @@ def _launch(call: Call, o: Tensor, lse: Tensor, resume: bool, config: Config | N
         q=per_head(call.q),
         k=per_head(call.k),
         v=per_head(call.v),
-        prefix=call.prefix_operand(),
+        **call.prefix_args(),
         bounds=call.bounds,
         o=per_head(o),
         lse_ptr=lse,

@@ -35,6 +35,7 @@ _TILES_PER_PROGRAM = 4  # of queries, at least: a pipeline has to fill first
 def _prefix_attention_prefix_grad_kernel(
     q,
     prefix,
+    ids_ptr,
     do,
     lse_ptr,
     delta_ptr,
@@ -80,9 +81,9 @@ def _prefix_attention_prefix_grad_kernel(
     tiles = tl.where(length > block * BLOCK_N, tl.maximum(tl.cdiv(end - begin, BLOCK_M), 0), 0)
     for i in range(0, count):
         b = first_row + i
-        if prefix.ids is not None:
+        if ids_ptr is not None:
             # A row of another memory has no tiles: its turn in this loop costs one load.
-            mine = tl.where(tl.load(prefix.ids + b).to(tl.int64) == memory, tiles, 0)
+            mine = tl.where(tl.load(ids_ptr + b).to(tl.int64) == memory, tiles, 0)
         else:
             mine = tiles
         dk, dv = key_tiles(
@@ -142,7 +143,7 @@ def prefix_grads(
         _prefix_attention_prefix_grad_kernel,
         (cdiv(length, config.block_n) * kv_heads * n, splits),
         q=per_head(call.q),
-        prefix=call.prefix_operand(),
+        **call.prefix_args(),
         dk_ptr=part[0],
         dv_ptr=part[1],
         rows=rows,

@@ -42,7 +42,7 @@ CONFIGS = {
 # The first launch reads little: short programs, but every program of the second adds up the splits
 # (8 where K is long enough, whatever the number of memories).
 _SHRINK = Config(None, 64, 64, stages=3)
-_SHRINK_SPLIT_COST = 2.0
+_SHRINK_SPLIT_COST = 4.0
 
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 

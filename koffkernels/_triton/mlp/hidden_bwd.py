@@ -66,9 +66,10 @@ def _expects(args: dict[str, Any]) -> str | None:
 
 EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 
-# On an H200 (M = 8192, I = 11904, r = 16, eight memories) stretches of 1024 tokens took 439 us and
-# 256 took 447, with more partial sums to add afterwards.
-_BLOCK_M, _STAGES, _LENGTH = 32, 3, 1024
+# Tiles of 16 tokens: with 32 the sums and tiles of r = 64 spill a few bytes, and r = 16 was 6 %
+# slower on an H200 (M = 8192, I = 11904, eight memories). Stretches of 1024 tokens: 256 took 2 %
+# longer, with more partial sums to add afterwards.
+_BLOCK_M, _STAGES, _LENGTH = 16, 3, 1024
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
 _SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
 
@@ -301,7 +302,6 @@ def mlp_hidden_bwd(
         STAGES=_STAGES,
         num_warps=4,
         num_stages=_STAGES,
-        most_registers=None,
     )
     if dz is not None:
         dz = sum_partials(dz, torch.float32)

@@ -102,9 +102,7 @@ def memory_delta(
     s_rows = delta.s + row0 * delta.stride_token + rows[:, None] * delta.stride_token
     b_cols = delta.b + (tl.zeros((), tl.int64) + m) * delta.stride_memory
     b_cols += offs_n[None, :] * delta.stride_wide
-    scaling = 1.0
-    if delta.scaling is not None:
-        scaling = tl.load(delta.scaling + m)
+    scaling = tl.load(delta.scaling + m)
     for r in tl.range(0, delta.rank, BLOCK_R, num_stages=1):
         mask_r = r + offs_r < delta.rank
         mask_b = mask_r[:, None] & mask_n[None, :]

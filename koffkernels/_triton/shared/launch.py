@@ -131,6 +131,10 @@ def launch(
     if most_registers is not None:
         options["maxnreg"] = min(most_registers, _REGISTERS // (32 * num_warps))
     if _recorded is not None:
+        # Looked at here, for the gate and the tests, since a real launch has no time for it.
+        for name, value in args.items():
+            absent = isinstance(value, tuple) and any(field is None for field in value)
+            assert not absent, f"{name}: a field of an operand must not be None (see operands.py)"
         _recorded.append(Launch(kernel, grid, args, options))
         return
     if not _several_gpus():

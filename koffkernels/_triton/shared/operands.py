@@ -1,11 +1,15 @@
 """What kernels take as arguments: tensors together with the steps between their elements.
 
 An operand is a NamedTuple, and one argument of a kernel. Triton treats its fields as it treats
-arguments: a tensor becomes the address of its first element, an int that is 1 a constant, an int
-or an address that 16 divides is known to be so, and None is known when the kernel is compiled, so
-that ``if bias is not None`` costs nothing there. Only ``do_not_specialize`` does not reach into a
-tuple: what changes from one step to the next (M, T, S, tokens, splits and the like) must not be
-compiled in, and so stays an argument of its own.
+arguments: a tensor becomes the address of its first element, an int that is 1 a constant, and an
+int or an address that 16 divides is known to be so. An operand that is not there is None, which is
+known when the kernel is compiled, so that ``if delta is not None`` costs nothing there. Two things
+stay arguments of their own:
+
+- what may be None by itself, as memory ids may: Triton 3.6 cannot compare an operand with None if
+  one of its fields is None ("'NoneType' object has no attribute 'type'"); ``recording`` refuses it;
+- what changes from one step to the next (M, T, S, tokens, splits and the like) and must not be
+  compiled in: ``do_not_specialize`` does not reach into a tuple.
 
 A matrix [rows, columns] whose columns lie side by side is no operand but two arguments, ``x_ptr``
 and ``stride_x``: at launch, Triton spends about a microsecond on a tuple and a third of one on an
@@ -45,7 +49,7 @@ class LowRank(NamedTuple):
 
 
 class DeltaOperand(NamedTuple):
-    """A ``Delta`` as kernels take it: s [M, r], b [n, N, r], scaling [n] or None.
+    """A ``Delta`` as kernels take it: s [M, r], b [n, N, r], scaling [n].
 
     It has the strides of both tensors: ``stride_token`` is that of s, whose ranks lie side by side,
     the other three are those of b.
@@ -53,7 +57,7 @@ class DeltaOperand(NamedTuple):
 
     s: Tensor
     b: Tensor
-    scaling: Tensor | None
+    scaling: Tensor
     rank: int
     stride_token: int
     stride_memory: int
@@ -77,15 +81,11 @@ def per_head(x: Tensor) -> Heads:
 
 
 class PrefixOperand(NamedTuple):
-    """Learned keys and values of n memories, and which row uses which.
-
-    k and v are [n, Hkv, P, D], contiguous, lengths [n], ids [B] or None.
-    """
+    """Learned keys and values of n memories: k and v [n, Hkv, P, D], contiguous, lengths [n]."""
 
     k: Tensor
     v: Tensor
     lengths: Tensor
-    ids: Tensor | None
     memories: int
     P: int
 
@@ -96,12 +96,12 @@ class Delta(NamedTuple):
     Args:
         s: [M, r] in the compute dtype, last stride 1.
         b: [n, N, r], any strides and floating dtype.
-        scaling: fp32 [n]; None (fused GEMMs only): 1.
+        scaling: fp32 [n].
     """
 
     s: Tensor
     b: Tensor
-    scaling: Tensor | None
+    scaling: Tensor
 
     def operand(self) -> DeltaOperand:
         """Return what a kernel takes."""
