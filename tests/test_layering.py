@@ -53,10 +53,6 @@ LEVELS = {room: i for rows in DIRECTION.values() for i, row in enumerate(rows) f
 # The only folders that import triton and koffkernels' kernels.
 TRITON = ("koffkernels/_triton/", "bench/gate/")
 
-# Not yet as it should be; nothing may be added.
-KNOWN_UPWARDS = {"koffkernels/_triton/shared/gemm.py": {"koffkernels._triton.lora"}}  # for Delta
-KNOWN_TRITON = {"bench/kernel_traffic.py"}
-
 
 def inside(path: Path) -> str:
     """The path of a file in the repository."""
@@ -92,8 +88,7 @@ def test_layering_direction(path):
         room = room_of(name)
         if room is None or room == own or top({room}) != top({own}):
             continue
-        if room not in KNOWN_UPWARDS.get(inside(path), ()):
-            assert LEVELS[room] < LEVELS[own], f"{own} must not import {name}"
+        assert LEVELS[room] < LEVELS[own], f"{own} must not import {name}"
 
 
 @every_file_in_a_room
@@ -109,7 +104,7 @@ def test_layering_imports(path):
     kernels = {name for name in names if f"{name}.".startswith("koffkernels._triton.")}
     if not inside(path).startswith(TRITON):
         assert "triton" not in top(names), f"triton only inside {TRITON}"
-        assert not kernels or inside(path) in KNOWN_TRITON, f"kernels only inside {TRITON}"
+        assert not kernels, f"kernels only inside {TRITON}"
     if package == "koffkernels":
         outside = top(names) - set(sys.stdlib_module_names)
         assert outside <= {"torch", "triton", "koffkernels"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.kernel_traffic import OPS, measure, share_of_least
+from bench.gate.kernel_traffic import OPS, measure, share_of_least
 
 
 @pytest.mark.parametrize("ops", OPS, ids=lambda f: f.__name__)

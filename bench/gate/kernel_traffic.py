@@ -5,7 +5,7 @@ each operation needs.
 that touches it: what has to come from memory, or go there, if caches answer every repeat. The least
 is every input element that the result depends on, once, and every element of the result, once.
 
-    python -m bench.kernel_traffic [--json FILE]
+    python -m bench.gate.kernel_traffic [--json FILE]
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _tensors(result: object) -> tuple[Tensor, ...]:
 
 def measure(op: Op) -> dict[str, object]:
     """Return one row: bytes issued and moved, the least, and how often weights are asked for."""
-    from .gate.traffic import count_traffic
+    from .traffic import count_traffic
 
     with count_traffic() as traffic:
         result = _tensors(op.call())
@@ -277,7 +277,7 @@ def table(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_traffic")
+    parser = argparse.ArgumentParser(prog="python -m bench.gate.kernel_traffic")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args(arguments)
     # The interpreter must be chosen before triton is imported.
