@@ -33,20 +33,6 @@ def refuse(
     raise error(f"{where}: {what} must {rule}, got {got}; {step}")
 
 
-def require(
-    condition: bool,
-    where: str,
-    what: str,
-    rule: str,
-    got: object,
-    step: str,
-    error: type[Exception] = ValueError,
-) -> None:
-    """Raise ``error`` with the library's one error wording unless ``condition`` holds."""
-    if not condition:
-        refuse(where, what, rule, got, step, error)
-
-
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """Return the tensor's shape as a plain tuple, for error messages."""
     return tuple(tensor.shape)
