@@ -210,15 +210,15 @@ class KoffModelMixin:
         """
         prompt, cache = self.koff.prompt, kwargs.get("past_key_values")
         tokens = kwargs["inputs_embeds"].shape[1]
-        if tokens == 1 and prompt is not None and prompt.cache is cache is not None:
-            if prompt.first_keys is not None:
-                return prompt.first_keys
+        read = prompt is not None and prompt.cache is cache is not None
+        if read and tokens == 1 and prompt.first_keys is not None:
+            return prompt.first_keys
         masks = create_masks_for_generate(*args, **kwargs)
         if isinstance(masks, dict) and len(masks) == 1:
             # All layers are of one kind, and take the mask itself, too.
             (only,) = masks.values()
             masks = masks if only is None else only
-        if tokens > 1 and prompt is not None:
+        if prompt is not None and (tokens > 1 or not read):
             mask, prompt.cache, prompt.first_keys = kwargs.get("attention_mask"), cache, None
             # A row that ends in padding has a hole in front of its next token, which must be found.
             whole = mask is None or bool((mask[:, -1] != 0).all())
