@@ -84,7 +84,9 @@ def in_memory(tmp_path):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect, and so count in the last line, what needs a GPU where there is none."""
+    """Deselect, and so count in the last line, what needs a GPU where there is none; begin with
+    the interpreter, which takes minutes in one process while the others do the rest."""
+    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
     if torch.cuda.is_available():
         return
     without = [item for item in items if "gpu" in item.keywords]

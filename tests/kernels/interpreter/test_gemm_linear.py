@@ -75,13 +75,6 @@ def test_gemm_linear_onto(dtype):
     compare("y", y, wide(*args, onto=before[:, 6:]), dtype, FORWARD)
 
 
-def test_gemm_linear_without_scaling():
-    x, weight, bias, deltas, rows = inputs(SHAPES["sequences across tiles"], torch.float32)
-    deltas = tuple(delta._replace(scaling=None) for delta in deltas)
-    y = gemm_linear(x, weight, bias, deltas, rows, SMALL)
-    compare("y", y, wide(x, weight, bias, deltas, rows), torch.float32, FORWARD)
-
-
 @pytest.mark.parametrize("shape", ((0, 5, 7), (5, 0, 7), (5, 7, 0)), ids=str)
 def test_gemm_linear_empty(shape):
     m, out, k = shape
