@@ -28,12 +28,11 @@ def random_delta(m: int, n: int, out: int, r: int, dtype: torch.dtype, turned=Fa
 def wide_delta(delta: Delta, rows: Rows) -> Tensor:
     """The update in fp64, [M, N]."""
     s, b = delta.s.double(), delta.b.double()
-    scaling = torch.ones(b.shape[0]) if delta.scaling is None else delta.scaling
     memory = torch.zeros(s.shape[0], dtype=torch.int64)
     if rows.ids is not None:
         memory = rows.ids.repeat_interleave(rows.tokens)[: s.shape[0]]
     out = torch.zeros(s.shape[0], b.shape[1], dtype=torch.float64)
     for m in range(b.shape[0]):
         mine = memory == m
-        out[mine] = scaling[m].double() * (s[mine] @ b[m].T)
+        out[mine] = delta.scaling[m].double() * (s[mine] @ b[m].T)
     return out
