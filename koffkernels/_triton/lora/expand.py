@@ -11,14 +11,7 @@ from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
-from ..shared.stretch import (
-    add_update,
-    narrow_tile,
-    rank_strip,
-    scaling_of,
-    stretch_of,
-    stretches,
-)
+from ..shared.stretch import add_update, memory_part, stretch_of, stretches
 
 EXPECTS = {"_expand_fwd_kernel": "dot16"}
 
@@ -58,11 +51,9 @@ def _expand_fwd_kernel(
     if memory < 0:
         return  # y is neither read nor written
     dtype = y_ptr.dtype.element_ty
-    b_first = rank_strip(first, memory, 0, offs_n, mask_n, BLOCK_R, dtype)
-    scale_first = scaling_of(first, memory)
+    b_first, scale_first = memory_part(first, memory, offs_n, mask_n, BLOCK_R, dtype)
     if second is not None:
-        b_second = rank_strip(second, memory, 0, offs_n, mask_n, BLOCK_R, dtype)
-        scale_second = scaling_of(second, memory)
+        b_second, scale_second = memory_part(second, memory, offs_n, mask_n, BLOCK_R, dtype)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < end)[:, None]
@@ -71,15 +62,13 @@ def _expand_fwd_kernel(
         y_ptrs = y_ptr + rows * stride_y + offs_n[None, :]
         mask = mask_m & mask_n[None, :]
         total = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-        s = narrow_tile(first, rows, mask_m, 0, BLOCK_R, dtype)
-        total = add_update(
-            total, first, scale_first, s, b_first, memory, rows, mask_m, offs_n, mask_n,
+        total, _ = add_update(
+            total, first, b_first, scale_first, memory, rows, mask_m, offs_n, mask_n,
             BLOCK_R, MORE, PRECISION,
         )  # fmt: skip
         if second is not None:
-            s = narrow_tile(second, rows, mask_m, 0, BLOCK_R, dtype)
-            total = add_update(
-                total, second, scale_second, s, b_second, memory, rows, mask_m, offs_n, mask_n,
+            total, _ = add_update(
+                total, second, b_second, scale_second, memory, rows, mask_m, offs_n, mask_n,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         tl.store(y_ptrs, total.to(dtype), mask=mask)
@@ -107,9 +96,7 @@ def expand_(y: Tensor, deltas: tuple[Delta, ...], rows: Rows) -> Tensor:
         second=operand(second),
         ids_ptr=rows.ids,
         memories=first.b.shape[0],
-        tokens=cut.tokens,
-        length=cut.length,
-        per_row=cut.per_row,
+        **cut.args(),
         N=n,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,

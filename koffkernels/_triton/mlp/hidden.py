@@ -15,14 +15,7 @@ from torch import Tensor
 
 from ..shared.launch import Rows, activate, cdiv, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
-from ..shared.stretch import (
-    add_update,
-    narrow_tile,
-    rank_strip,
-    scaling_of,
-    stretch_of,
-    stretches,
-)
+from ..shared.stretch import add_update, memory_part, stretch_of, stretches
 
 
 def _expects(args: dict[str, Any]) -> str | None:
@@ -73,11 +66,9 @@ def _mlp_hidden_fwd_kernel(
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     if delta_gate is not None:
-        b_gate = rank_strip(delta_gate, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
-        scale_gate = scaling_of(delta_gate, memory)
+        b_gate, scale_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
     if delta_up is not None:
-        b_up = rank_strip(delta_up, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
-        scale_up = scaling_of(delta_up, memory)
+        b_up, scale_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < end)[:, None]
@@ -88,15 +79,13 @@ def _mlp_hidden_fwd_kernel(
         g = tl.load(g0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(u0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
-            s = narrow_tile(delta_gate, rows, mask_m, 0, BLOCK_R, dtype)
-            g = add_update(
-                g, delta_gate, scale_gate, s, b_gate, memory, rows, mask_m, offs_i, mask_i,
+            g, _ = add_update(
+                g, delta_gate, b_gate, scale_gate, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_up is not None:
-            s = narrow_tile(delta_up, rows, mask_m, 0, BLOCK_R, dtype)
-            u = add_update(
-                u, delta_up, scale_up, s, b_up, memory, rows, mask_m, offs_i, mask_i,
+            u, _ = add_update(
+                u, delta_up, b_up, scale_up, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         h = activate(g, ACTIVATION) * u
@@ -143,9 +132,7 @@ def mlp_hidden(
         delta_up=operand(delta_up),
         ids_ptr=rows.ids,
         memories=0 if some is None else some.b.shape[0],
-        tokens=cut.tokens,
-        length=cut.length,
-        per_row=cut.per_row,
+        **cut.args(),
         I=i,
         ACTIVATION=activation,
         BLOCK_M=_BLOCK_M,

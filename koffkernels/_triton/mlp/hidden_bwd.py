@@ -21,14 +21,7 @@ from ..lora.grad import lora_grad
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import sum_by_memory, sum_partials
-from ..shared.stretch import (
-    add_update,
-    narrow_tile,
-    rank_strip,
-    scaling_of,
-    stretch_of,
-    stretches,
-)
+from ..shared.stretch import add_update, memory_part, stretch_of, stretches
 
 
 class HiddenDeltas(NamedTuple):
@@ -67,8 +60,9 @@ def _expects(args: dict[str, Any]) -> str | None:
 EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 
 # Tiles of 16 tokens: with 32 the sums and tiles of r = 64 spill a few bytes, and r = 16 was 6 %
-# slower on an H200 (M = 8192, I = 11904, eight memories). Stretches of 1024 tokens: 256 took 2 %
-# longer, with more partial sums to add afterwards.
+# slower on an H200 (M = 8192, I = 11904, eight memories; both with an approximate reciprocal in the
+# activation, which is not in here). Stretches of 1024 tokens: 256 took 2 % longer in a prototype,
+# with more partial sums to add afterwards.
 _BLOCK_M, _STAGES, _LENGTH = 16, 3, 1024
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
 _SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
@@ -149,16 +143,13 @@ def _mlp_hidden_bwd_kernel(
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     if delta_gate is not None:
-        b_gate = rank_strip(delta_gate, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
-        scale_gate = scaling_of(delta_gate, memory)
+        b_gate, scale_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_gate = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     if delta_up is not None:
-        b_up = rank_strip(delta_up, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
-        scale_up = scaling_of(delta_up, memory)
+        b_up, scale_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_up = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     if delta_down is not None:
-        b_down = rank_strip(delta_down, memory, 0, offs_i, mask_i, BLOCK_R, dtype)
-        scale_down = scaling_of(delta_down, memory)
+        b_down, scale_down = memory_part(delta_down, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_down = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     # Summed over the tile's tokens only at the end: across warps that takes barriers.
     dz = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
@@ -174,21 +165,18 @@ def _mlp_hidden_bwd_kernel(
         u = tl.load(u0_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
-            s_gate = narrow_tile(delta_gate, rows, mask_m, 0, BLOCK_R, dtype)
-            g = add_update(
-                g, delta_gate, scale_gate, s_gate, b_gate, memory, rows, mask_m, offs_i, mask_i,
+            g, s_gate = add_update(
+                g, delta_gate, b_gate, scale_gate, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_up is not None:
-            s_up = narrow_tile(delta_up, rows, mask_m, 0, BLOCK_R, dtype)
-            u = add_update(
-                u, delta_up, scale_up, s_up, b_up, memory, rows, mask_m, offs_i, mask_i,
+            u, s_up = add_update(
+                u, delta_up, b_up, scale_up, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_down is not None:
-            t_down = narrow_tile(delta_down, rows, mask_m, 0, BLOCK_R, dtype)
-            dh = add_update(
-                dh, delta_down, scale_down, t_down, b_down, memory, rows, mask_m, offs_i,
+            dh, t_down = add_update(
+                dh, delta_down, b_down, scale_down, memory, rows, mask_m, offs_i,
                 mask_i, BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         dg, du, h, dz_tile = _hidden_grads(dh, g, u, z, gates_ptr is not None, ACTIVATION)
@@ -288,9 +276,7 @@ def mlp_hidden_bwd(
         delta_down=operand(deltas.down),
         ids_ptr=rows.ids,
         memories=memories,
-        tokens=cut.tokens,
-        length=cut.length,
-        per_row=cut.per_row,
+        **cut.args(),
         I=i,
         RANKS=0 if sums is None else sums.shape[1],
         ACTIVATION=activation,

@@ -69,11 +69,12 @@ def rank_step(r: int, block_m: int) -> int:
 def split_blocks(x: Tensor, tiles: int, config: Config, split_cost: float = 0.2) -> tuple[int, int]:
     """Return (splits, blocks of K in each): K is cut so that every multiprocessor is busy.
 
-    The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. On an H200 this
-    chose, of 2, 4 and 6 splits of 11904 -> 4096, four: 33.7 us instead of 39.0 with two, a program
-    for each multiprocessor; and for 4096 -> 1024 eight, since sixteen took 17.9 instead of 13.5 us
-    for 64 tokens. The number of tokens does not count, so a token's sums are added in the same
-    order in every batch.
+    The cost of s splits is ``waves * programs / (tiles * s) + split_cost * s``. It gives four for
+    11904 -> 4096 and for 4096 -> 4096, and eight for 4096 -> 1024. On an H200, microseconds for one
+    token and, of eight memories, for 64: the first 39.0 and 53.2 with two splits, 33.7 and 47.8
+    with four, 32.2 and 47.4 with six; the second 16.7 and 24.5, 15.0 and 23.8, 14.9 and 25.8; the
+    third 8.1 and 13.5 with eight, 8.4 and 17.9 with sixteen. The number of tokens does not count,
+    so a token's sums are added in the same order in every batch.
 
     Args:
         x: [M, K].

@@ -32,6 +32,10 @@ class Stretches(NamedTuple):
     per_row: int
     count: int
 
+    def args(self) -> dict[str, int]:
+        """Return what ``stretch_of`` needs in a kernel."""
+        return {"tokens": self.tokens, "length": self.length, "per_row": self.per_row}
+
 
 def stretches(rows: Rows, m: int, length: int) -> Stretches:
     """Cut m tokens into stretches of at most ``length``."""
@@ -56,7 +60,7 @@ def stretch_of(index, ids_ptr, memories, tokens, length, per_row):
 
 
 @triton.jit
-def rank_strip(delta, memory, start, offs_i, mask_i, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+def _strip(delta, memory, start, offs_i, mask_i, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
     """b^T [BLOCK_R, BLOCK_I] of one memory, ranks from ``start`` on; zeros for no memory."""
     offs_r = start + tl.arange(0, BLOCK_R)
     offs = memory.to(tl.int64) * delta.stride_memory + offs_r[:, None] * delta.stride_rank
@@ -66,13 +70,7 @@ def rank_strip(delta, memory, start, offs_i, mask_i, BLOCK_R: tl.constexpr, dtyp
 
 
 @triton.jit
-def scaling_of(delta, memory):
-    """scaling of one memory; 0 for no memory."""
-    return tl.load(delta.scaling + memory, mask=memory >= 0, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def narrow_tile(delta, rows, mask_m, start, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+def _narrow(delta, rows, mask_m, start, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
     """s [BLOCK_M, BLOCK_R] of some tokens, ranks from ``start`` on."""
     offs_r = start + tl.arange(0, BLOCK_R)
     s_ptrs = delta.s + rows * delta.stride_token + offs_r[None, :]
@@ -80,12 +78,19 @@ def narrow_tile(delta, rows, mask_m, start, BLOCK_R: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def memory_part(delta, memory, offs_i, mask_i, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
+    """(b^T [BLOCK_R, BLOCK_I] of the first BLOCK_R ranks, scaling) of one memory, which a program
+    keeps for its whole stretch; zeros for no memory."""
+    scaling = tl.load(delta.scaling + memory, mask=memory >= 0, other=0.0).to(tl.float32)
+    return _strip(delta, memory, 0, offs_i, mask_i, BLOCK_R, dtype), scaling
+
+
+@triton.jit
 def add_update(
     base,
     delta,
-    scaling,
-    s,
     b,
+    scaling,
     memory,
     rows,
     mask_m,
@@ -95,14 +100,16 @@ def add_update(
     MORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """base + scaling s b^T, [BLOCK_M, BLOCK_I] in fp32.
+    """(base + scaling s b^T [BLOCK_M, BLOCK_I] in fp32, s [BLOCK_M, BLOCK_R]) of some tokens.
 
-    ``s`` and ``b`` hold the first BLOCK_R ranks; with MORE the others are read here, tile by tile.
+    ``b`` and ``scaling`` are those of ``memory_part``; with MORE the ranks behind the first BLOCK_R
+    are read here, tile by tile.
     """
+    s = _narrow(delta, rows, mask_m, 0, BLOCK_R, b.dtype)
     product = dot(s, b, tl.zeros(base.shape, tl.float32), PRECISION)
     if MORE:
         for start in tl.range(BLOCK_R, delta.rank, BLOCK_R, num_stages=1):
-            s_more = narrow_tile(delta, rows, mask_m, start, BLOCK_R, s.dtype)
-            b_more = rank_strip(delta, memory, start, offs_i, mask_i, BLOCK_R, b.dtype)
+            s_more = _narrow(delta, rows, mask_m, start, BLOCK_R, b.dtype)
+            b_more = _strip(delta, memory, start, offs_i, mask_i, BLOCK_R, b.dtype)
             product = dot(s_more, b_more, product, PRECISION)
-    return base + scaling * product
+    return base + scaling * product, s
