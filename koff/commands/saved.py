@@ -132,6 +132,7 @@ def evaluate_run(
     *,
     split: str = "test",
     base: bool = False,
+    max_tokens: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
 ) -> list[EvalRow]:
@@ -141,6 +142,8 @@ def evaluate_run(
         directory: output folder of `koff train`.
         split: "train", "validation" or "test".
         base: measure the dense base model too.
+        max_tokens: of each domain, only its first documents, up to the one with which they reach
+            so many tokens: the same text for every variant; None: all of them.
         batch_size: blocks per forward.
         device: where to run; None: as ``pick_device`` finds it.
 
@@ -165,7 +168,12 @@ def evaluate_run(
     tokenizer = open_saved(directory).load_tokenizer()
     # Packed here and not by evaluate: once for both models, and errors name the split.
     packed = {
-        name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
+        name: pack(
+            _first(texts, tokenizer, max_tokens),
+            tokenizer,
+            size,
+            name=f"the {split} split of {name!r}",
+        )
         for name, texts in documents.items()
     }
     rows = []
@@ -173,6 +181,19 @@ def evaluate_run(
     if base:  # without a name of its own: it is gone before the other model needs its memory
         rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
     return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
+
+
+def _first(texts: list[str], tokenizer: Any, tokens: int | None) -> list[str]:
+    """Return the first texts, whole, that hold ``tokens`` tokens together; None: all of them."""
+    if tokens is None:
+        return texts
+    chosen: list[str] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        chosen.append(text)
+        tokens -= len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return chosen
 
 
 def analyse_run(

@@ -19,7 +19,7 @@ Index = tuple[int, int, int]
 
 # What a random stream is for: the first part of its key after the seed. Two purposes never share a
 # stream, whatever the numbers that follow.
-_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER = 1, 2, 3
+_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER, _NO_MEMORY = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Mixture:
         general_every: every n-th step is general; 0: none is.
         mixed: rows of a batch cycle over the domains; otherwise each batch is of one domain.
         seed: of everything random here.
+        no_memory: probability that a row (without ``mixed``: a batch) goes without the memory it
+            would have.
     """
 
     domains: list[Source]
@@ -58,6 +60,7 @@ class Mixture:
     general_every: int
     mixed: bool
     seed: int
+    no_memory: float = 0.0
 
     @property
     def sources(self) -> list[Source]:
@@ -130,16 +133,25 @@ class MixtureSampler(Sampler):
         steps: optimiser steps.
         accumulation: micro-batches per step and rank.
         ranks: processes.
+        gate_steps: the steps, from the first, in which some rows go without a memory. After them
+            nothing but memories is trained: a row without one would train nothing.
     """
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, steps: int, accumulation: int, ranks: int
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        steps: int,
+        accumulation: int,
+        ranks: int,
+        gate_steps: int = 0,
     ):
         self.mixture = mixture
         self.batch_size = batch_size
         self.steps = steps
         self.accumulation = accumulation
         self.ranks = ranks
+        self.gate_steps = gate_steps
 
     def __len__(self) -> int:
         return self.steps * self.accumulation * self.ranks
@@ -157,17 +169,26 @@ class MixtureSampler(Sampler):
                 # of the rank before it.
                 shared = _generator(mix.seed, _GENERAL_ROWS, step, micro)
                 one = int(torch.randint(max(mix.memories, 1), (), generator=shared))
+                # A stream of its own: runs with and without such rows see the same text.
+                without = _generator(mix.seed, _NO_MEMORY, step, micro)
+                whole = bool(torch.rand((), generator=without) < mix.no_memory)
                 for _ in range(self.ranks):
-                    if is_general:
-                        yield self._general(cursors, shared, one)
-                        continue
                     # Mixed rows go round the domains, on from where the last batch ended; those of
                     # a single-domain batch stay with its domain.
-                    if mix.mixed:
-                        yield self._rows(cursors, first=domain_rows, stride=1)
+                    if is_general:
+                        rows = self._general(cursors, shared, one)
+                    elif mix.mixed:
+                        rows = self._rows(cursors, first=domain_rows, stride=1)
                     else:
-                        yield self._rows(cursors, first=self._domain(domain_batches), stride=0)
-                    domain_rows += self.batch_size
+                        rows = self._rows(cursors, first=self._domain(domain_batches), stride=0)
+                    domain_rows += 0 if is_general else self.batch_size
+                    if step < self.gate_steps:
+                        drawn = torch.rand(len(rows), generator=without) < mix.no_memory
+                        bare = drawn.tolist() if mix.mixed else [whole] * len(rows)
+                        rows = [
+                            (s, r, -1 if b else m) for (s, r, m), b in zip(rows, bare, strict=True)
+                        ]
+                    yield rows
                 domain_batches += not is_general
 
     def _domain(self, batch: int) -> int:

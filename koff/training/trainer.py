@@ -8,6 +8,7 @@ end. How checkpoints are written is in ``checkpointing``.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -32,13 +33,14 @@ from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
 from .optim import clip_groups, hold_constant_groups, parameter_groups
 from .resume_checks import check_resume
+from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 from .settings import Settings
 
 logger = logging.getLogger("koff")
 
-# What the recipes of the large models give their gates. A rule of thumb: with fewer steps more
-# gates are undecided when the mask is fixed, and rounding them costs more.
+# A rule of thumb for gates that start all alike: with fewer steps more of them are undecided when
+# the mask is fixed, and rounding them costs more.
 FEW_GATE_STEPS = 1000
 
 
@@ -92,8 +94,9 @@ class KoffTrainer(CheckpointingTrainer):
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
-        open_gates = state.gates is not None and not state.gates.fixed
-        if not open_gates and not len(state.memories):
+        # As the run begins; one that resumes may find its mask fixed.
+        self._open_gates = state.gates is not None and not state.gates.fixed
+        if not self._open_gates and not len(state.memories):
             raise ValueError(
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
@@ -137,9 +140,11 @@ class KoffTrainer(CheckpointingTrainer):
         self._group_names: list[str] = []  # of the optimizer's groups
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
-        if open_gates and self._gate_steps() < FEW_GATE_STEPS:
+        alike = self._open_gates and not self.settings.saliency_batches
+        if alike and self._gate_steps() < FEW_GATE_STEPS:
             logger.warning(
-                "koff: %d steps are few for the gates; about %d decide better",
+                "koff: %d steps are few for gates that start all alike; start them by "
+                "saliency_batches, or give them about %d",
                 self._gate_steps(),
                 FEW_GATE_STEPS,
             )
@@ -162,6 +167,7 @@ class KoffTrainer(CheckpointingTrainer):
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
         else:
             self._fill_caches()
+            self._start_gates()
         self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
         model = self.accelerator.unwrap_model(self.model)
         vars(model).update(self._bound)
@@ -189,20 +195,36 @@ class KoffTrainer(CheckpointingTrainer):
             if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
                 fill_from_tokens(self.model, source.name, source.blocks.flatten())
 
+    def _start_gates(self) -> None:
+        """Start the gates by how much each neuron matters on the run's first batches."""
+        gates, ranks = self.koff.gates, self.accelerator.num_processes
+        if gates is None or gates.fixed or not self.settings.saliency_batches:
+            return
+        first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
+        picks = itertools.islice(self._sampler(), first, last, ranks)
+        batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
+        with self.accelerator.autocast():
+            saliency = neuron_saliency(self.model, batches)
+        self._check_finite(float(sum(s.sum() for s in saliency)))
+        gates.start_([self.accelerator.reduce(s, reduction="mean") for s in saliency])
+
+    def _sampler(self) -> MixtureSampler:
+        return MixtureSampler(
+            self.mixture,
+            self._train_batch_size,
+            self.args.max_steps,
+            self.args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            gate_steps=self._gate_steps() if self._open_gates else 0,
+        )
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the whole run's batches, in an order that depends on the seed and the step
         alone."""
         args = self.args
-        sampler = MixtureSampler(
-            self.mixture,
-            self._train_batch_size,
-            args.max_steps,
-            args.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -282,7 +304,10 @@ class KoffTrainer(CheckpointingTrainer):
         return gates.multiplier * gap + self.settings.sparsity_penalty * gap**2
 
     def target_now(self) -> float:
-        """Return the target t of this step: it rises linearly, from above 0, while it warms up."""
+        """Return the target t of this step: it rises linearly, from above 0, while it warms up;
+        gates that start by saliency start at the target."""
+        if self.settings.saliency_batches:
+            return self.koff.gates.target
         warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
         return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
 
@@ -307,7 +332,10 @@ class KoffTrainer(CheckpointingTrainer):
         soft = float(self.compute_loss(model, inputs))
         self._check_finite(soft)
         report = binarize(
-            self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
+            self.accelerator.unwrap_model(model),
+            multiple_of=self.settings.width_multiple_of,
+            # A sharded model has no whole matrices to look at.
+            token_ids=None if self.is_fsdp_enabled else inputs["input_ids"],
         )
         hard = float(self.compute_loss(model, inputs))
         self._check_finite(hard)
