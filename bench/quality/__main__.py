@@ -1,6 +1,6 @@
 """Trains and measures what the table of memories against pruning needs, and writes it.
 
-    python -m bench.quality --recipe koff/recipes/docs-llama.yaml --output DIR [--jobs 2] [--dry-run]
+    python -m bench.quality --recipe koff/recipes/docs-llama.yaml --output DIR [--dry-run]
 
 Per sparsity and seed: koff, and gates alone (the same recipe without memories); per seed: memories
 trained alike on the dense model. Every run is one `koff train` and one `koff eval` of its own
