@@ -213,7 +213,8 @@ def activation(model: PreTrainedModel) -> str:
 
 
 def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """Return the RoPE inverse frequencies [D / 2] as the model uses them."""
+    """Return the RoPE inverse frequencies [R / 2] as the model uses them: those of the R dimensions
+    of a head that it rotates, all D of them or, with partial RoPE, the first."""
     return getattr(decoder(model), architecture(model.config.model_type).rotary).inv_freq
 
 
@@ -328,10 +329,4 @@ def check_prefix(model: PreTrainedModel) -> None:
             f"{asker()}: the attention layers (for KV memories) must all be full attention, "
             f"got {sorted(kinds)}; use kv=None: stock caches truncate a prefix in sliding and "
             "chunked layers"
-        )
-    rotated, (_, head_dim) = 2 * inverse_frequencies(model).numel(), kv_shape(model)
-    if rotated != head_dim:
-        raise ValueError(
-            f"{asker()}: RoPE (for KV memories) must rotate the whole head, "
-            f"got {rotated} of {head_dim} dimensions; use kv=None"
         )

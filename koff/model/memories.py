@@ -423,7 +423,8 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Args:
         keys: [..., P, D], fp32.
         shift: positions to add; may be negative.
-        inverse_frequencies: [D / 2].
+        inverse_frequencies: [R / 2], of the first R of the D dimensions. Partial RoPE leaves the
+            others alone, wherever a key stands.
 
     Returns:
         Keys at their old position + shift, same shape and dtype. Angles are taken in fp64.
@@ -434,5 +435,6 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    low, high = keys.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    half = len(angle)
+    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
