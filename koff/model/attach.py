@@ -9,6 +9,7 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -160,6 +161,8 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         )
     with asked_by("attach"):
         arch.check_supported(model, config.kv is not None and bool(config.memories))
+        if config.lora is not None:  # under the names of this model, which is what is saved
+            config = dataclasses.replace(config, lora=config.lora.on(model))
     generator = torch.Generator().manual_seed(config.seed)
     state = KoffState(model, config, generator)
     for name in config.memories:
@@ -188,6 +191,7 @@ def new_memory(
     """
     shapes = {}
     if lora is not None:
+        lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
                 width_out, width_in = module.weight.shape
@@ -246,6 +250,8 @@ def use_koff_attention(model: PreTrainedModel) -> None:
 def share_gate_up(module: nn.Module) -> None:
     """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values
     and names stay."""
+    if arch.GATE_UP in arch.mlp_linears(module):
+        return  # they are one already
     gate, up, _ = arch.mlp_weights(module)
     if gate.device.type == "meta":
         return

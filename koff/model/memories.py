@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
-from .arch import Site, site_key, site_of
+from .arch import HALVES, Site, site_key, site_of
 from .config import KVConfig, LoRAConfig
 
 
@@ -127,6 +127,20 @@ class Memory(nn.Module):
         key = site_key(site)  # not str(site): torch.compile traces this
         return self.lora[key] if key in self.lora else None
 
+    def matrices(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Return A [r, K] and B [N, r] on one linear layer; None if this memory has none there.
+
+        Gate and up of a model that has both in one linear layer get its A and their half of its B.
+        """
+        weights = self.lora_at(site)
+        if weights is not None:
+            return weights.a, weights.b
+        if site.linear not in HALVES:
+            return None
+        whole, half = HALVES[site.linear]
+        weights = self.lora_at(Site(site.layer, whole))
+        return None if weights is None else (weights.a, weights.b.chunk(2)[half])
+
     def sites(self) -> Iterator[tuple[Site, LoRAWeights]]:
         """Yield every site that has a LoRA, and the LoRA."""
         for key, weights in self.lora.items():
@@ -224,10 +238,16 @@ class _StackCache:
 
 
 class MemoryBank(nn.Module):
-    """All memories of a model, in order; a memory's position is its id."""
+    """All memories of a model, in order; a memory's position is its id.
 
-    def __init__(self, inverse_frequencies: Tensor):
+    Args:
+        inverse_frequencies: [R / 2], of the model's RoPE.
+        without_rope: numbers of the layers whose keys know no positions.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, without_rope: frozenset[int] = frozenset()):
         super().__init__()
+        self._without_rope = without_rope
         self.names: list[str] = []
         self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
@@ -350,15 +370,18 @@ class MemoryBank(nn.Module):
         return stacks.lora[site]
 
     def _make_lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
-        weights = [self[slot].lora_at(site) for slot in slots]
-        present = [w for w in weights if w is not None]
-        if not present:
+        found = [self[slot].matrices(site) for slot in slots]
+        like = next((pair for pair in found if pair is not None), None)
+        if like is None:
             return None
-        rank = max(w.a.shape[0] for w in present)
-        a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
-        b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
+        rank = max(pair[0].shape[0] for pair in found if pair is not None)
+        a, b = (
+            [_padded(pair and pair[part], part, rank, like[part]) for pair in found]
+            for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
+        )
         scaling = tuple(
-            0.0 if w is None else self[slot].scaling for w, slot in zip(weights, slots, strict=True)
+            0.0 if pair is None else self[slot].scaling
+            for pair, slot in zip(found, slots, strict=True)
         )
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
@@ -394,7 +417,8 @@ class MemoryBank(nn.Module):
         k, v = [], []
         for w, p in zip(weights, lengths, strict=True):
             key, value = (None, None) if w is None else w.full()
-            key = None if key is None else rotate(key, -p, self.inverse_frequencies)
+            if key is not None and layer not in self._without_rope:
+                key = rotate(key, -p, self.inverse_frequencies)
             k.append(_padded(key, 1, longest, like))
             v.append(_padded(value, 1, longest, like))
         return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))

@@ -33,9 +33,11 @@ def _can_reorder(module: nn.Module) -> bool:
 
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
-    for weight, dim in zip(arch.mlp_weights(module), arch.NEURON_DIM.values(), strict=True):
+    for name, linear in arch.mlp_linears(module).items():
         # Into the same memory: gate and up share a buffer, and parameters stay what others hold.
-        weight.copy_(weight.index_select(dim, order.to(weight.device)))
+        weight = linear.weight
+        rows = arch.along_neurons(name, order, len(order)).to(weight.device)
+        weight.copy_(weight.index_select(arch.NEURON_DIM[name], rows))
 
 
 @torch.no_grad()
@@ -80,9 +82,10 @@ def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix
         return
     for index in range(len(gates.masks)):
         back = gates.order(index).argsort()
-        for name, dim in arch.NEURON_DIM.items():
+        for name in arch.architecture(model.config.model_type).mlp_linears:
             key = f"{prefix}{arch.site_path(arch.Site(index, name), model)}.weight"
-            tensors[key] = tensors[key].index_select(dim, back.to(tensors[key].device))
+            rows = arch.along_neurons(name, back, len(back)).to(tensors[key].device)
+            tensors[key] = tensors[key].index_select(arch.NEURON_DIM[name], rows)
 
 
 def before_load(model: PreTrainedModel, *_) -> None:
