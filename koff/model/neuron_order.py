@@ -34,7 +34,7 @@ def _can_reorder(module: nn.Module) -> bool:
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
     for weight, dim in zip(arch.mlp_weights(module), arch.NEURON_DIM.values(), strict=True):
-        # Into the same memory: gate and up share a buffer, and parameters stay what others hold.
+        # Into the same memory: a parameter stays the one that others hold.
         weight.copy_(weight.index_select(dim, order.to(weight.device)))
 
 

@@ -32,9 +32,9 @@ def _narrow_layer(
     """The narrowed parameters of one layer's MLP, and of each memory's LoRA on it."""
     gate, up, down = arch.mlp_weights(module)
     rows = positions(model, index, kept)
-    # Gate and up in one buffer again, as ``share_gate_up`` laid them out.
-    both = torch.cat([gate[rows], up[rows]])
-    narrow = both[: len(kept)], both[len(kept) :], down[:, rows]
+    # Each in memory of its own: whoever saves a model takes views of one buffer for tied weights,
+    # and writes one of them.
+    narrow = gate[rows], up[rows], down[:, rows]
     for linear, data in zip(arch.mlp_linears(module), narrow, strict=True):
         yield linear, "weight", _parameter(data, linear.weight)
     for memory in model.koff.memories:
