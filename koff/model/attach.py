@@ -216,10 +216,8 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         scope = LayerScope(index)
         for name, linear in arch.linears(layer, model):
             _swap(linear, _LinearMixin, Link(state.memories, scope, site=Site(index, name)))
-        module = arch.mlp(layer, model)
-        share_gate_up(module)
         link = Link(state.memories, scope, activation=arch.activation(model))
-        _swap(module, _MLPMixin, link)
+        _swap(arch.mlp(layer, model), _MLPMixin, link)
         _swap(arch.attention(layer, model), _AttentionMixin, Link(state.memories, scope))
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
@@ -244,19 +242,6 @@ def use_koff_attention(model: PreTrainedModel) -> None:
         attention.register()
         state.attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
-
-
-@torch.no_grad()
-def share_gate_up(module: nn.Module) -> None:
-    """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values
-    and names stay."""
-    if arch.GATE_UP in arch.mlp_linears(module):
-        return  # they are one already
-    gate, up, _ = arch.mlp_weights(module)
-    if gate.device.type == "meta":
-        return
-    both = torch.cat([gate, up])
-    gate.data, up.data = both[: gate.shape[0]], both[gate.shape[0] :]
 
 
 @asked_by("detach")

@@ -53,8 +53,11 @@ class KVWeights(nn.Module):
         shape = (kv_heads, tokens - frozen, head_dim)
         self.k = nn.Parameter(torch.zeros(shape, device=device))
         self.v = nn.Parameter(torch.zeros(shape, device=device))
-        self.register_buffer("k_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
-        self.register_buffer("v_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
+        # Without frozen tokens they are empty, and not saved: all empty tensors have the address 0,
+        # by which accelerate takes them for one tied tensor and leaves all but one out of a file.
+        for name in ("k_frozen", "v_frozen"):
+            zeros = torch.zeros(kv_heads, frozen, head_dim, device=device)
+            self.register_buffer(name, zeros, persistent=frozen > 0)
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""

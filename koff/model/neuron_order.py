@@ -34,9 +34,9 @@ def _can_reorder(module: nn.Module) -> bool:
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
     for name, linear in arch.mlp_linears(module).items():
-        # Into the same memory: gate and up share a buffer, and parameters stay what others hold.
         weight = linear.weight
         rows = arch.along_neurons(name, order, len(order)).to(weight.device)
+        # Into the same memory: a parameter stays the one that others hold.
         weight.copy_(weight.index_select(arch.NEURON_DIM[name], rows))
 
 
