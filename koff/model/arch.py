@@ -173,7 +173,7 @@ def mlps(model: PreTrainedModel) -> list[nn.Module]:
 def mlp_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of an MLP by name: gate, up and down, or gate_up and down."""
     names = (GATE_UP, "down_proj") if GATE_UP in module._modules else MLP_LINEARS
-    return {name: getattr(module, name) for name in names}
+    return {name: module._modules[name] for name in names}
 
 
 def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,25 +350,40 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    # A forward that is bound to an instance, as Liger does it, comes before the class's: it would
-    # bypass the gates without a word. accelerate's hooks for a device_map are bound like this too.
     modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
-    patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
-    if patched:
-        step = "load the model without kernel patches"
-        if any(hasattr(m, "_hf_hook") for m in modules):
-            step = "load the model onto one device: a device_map that spreads or offloads it moves "
-            step += "data inside forward"
-        raise ValueError(
-            f"{asker()}: the modules of layer {index} must use their classes' own forward, "
-            f"got {patched}; {step}"
-        )
+    refuse_patched(modules, f"{asker()}: the modules of layer {index}")
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
             raise TypeError(
                 f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
                 f"got {type(linear).__name__}; detach other adapters and quantisation first"
             )
+
+
+def refuse_patched(modules: list[nn.Module], whose: str) -> None:
+    """Refuse modules with a forward of their own.
+
+    One that is bound to an instance, as Liger does it, comes before the class's: it would bypass
+    the gates without a word. accelerate's hooks for a device_map are bound like this too.
+
+    Args:
+        modules: of decoder layers.
+        whose: the first words of the error.
+
+    Raises:
+        ValueError: the classes of those that have one.
+    """
+    patched = [m for m in modules if "forward" in m.__dict__]
+    if not patched:
+        return
+    step = "load the model without kernel patches, and patch nothing after attach"
+    if any(hasattr(m, "_hf_hook") for m in patched):
+        step = "load the model onto one device: a device_map that spreads or offloads it moves "
+        step += "data inside forward"
+    raise ValueError(
+        f"{whose} must use their classes' own forward, got another in "
+        f"{sorted({type(m).__name__ for m in patched})}; {step}"
+    )
 
 
 def check_prefix(model: PreTrainedModel) -> None:

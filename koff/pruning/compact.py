@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import asked_by
 from ..model import arch
 from ..model.arch import Site
-from ..model.attach import set_base_class
+from ..model.attach import require_own, set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
 from ..model.state import require_attached
@@ -64,7 +64,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         one width per layer.
 
     Raises:
-        ValueError: koff is not attached, or there are no gates.
+        TypeError, ValueError: koff is not attached, there are no gates, or an adapter lies around a
+            layer of an MLP.
 
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
@@ -74,6 +75,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
             "compact: the model must have gates, got none; it is compact already, or was attached "
             "with target_sparsity=0"
         )
+    for module in arch.mlps(model):
+        require_own(arch.mlp_linears(module).values())
     if not state.gates.fixed:
         binarize(model)
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]

@@ -98,6 +98,20 @@ def test_equal_widths_give_a_stock_model(architecture, tmp_path):
     assert (stock(tokens()).logits - wanted).abs().max() < FP32
 
 
+@torch.no_grad()
+def test_an_adapter_of_somebody_else_on_the_mlp_counts(architecture):
+    model, ids, memory = spread(attached(architecture, target_sparsity=0.4)), tokens(), MEMORIES[-1]
+    koff.binarize(model, multiple_of=1)
+    bare = model(ids, memory=memory).logits
+    names = list(arch.ARCHITECTURES[architecture].mlp_linears)
+    config = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    under = wrapped(ids, memory=memory).logits  # its layers are called one by one
+    merged = wrapped.merge_and_unload()(ids, memory=memory).logits
+    assert (merged - under).abs().max() < FP32
+    assert (under - bare).abs().max() > 1e-3
+
+
 def loss_of(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits.square().mean()
 
