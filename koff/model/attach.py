@@ -9,9 +9,10 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
+from koffkernels.reference import ACTIVATIONS
 
-from ..errors import asked_by
+from ..errors import asked_by, asker
 from . import arch, attention
 from .arch import Site
 from .config import KoffConfig, KVConfig, LoRAConfig
 from .forward_context import ForwardContext, LayerScope, MemoryArgument
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
-from .neuron_order import after_load, before_load, in_original_order, kept_part, restore_order
+from .neuron_order import (
+    after_load,
+    before_load,
+    in_original_order,
+    kept_part,
+    restore_layer,
+    restore_order,
+)
 from .prefill import fill_from_random_tokens
 from .state import KoffState, is_attached, require_attached
 
@@ -41,12 +50,14 @@ class Link:
         scope: the layer's current context.
         site: of a linear layer: where its LoRA is.
         activation: of an MLP: the kernels' name of it.
+        state: of an MLP: the model's, whose gates say how its neurons are ordered.
     """
 
     bank: MemoryBank
     scope: LayerScope
     site: Site | None = None
     activation: str | None = None
+    state: KoffState | None = None
 
 
 class _LinearMixin:
@@ -64,10 +75,23 @@ class _LinearMixin:
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
+    for its call."""
+    return type(linear) is _subclass(_LinearMixin, nn.Linear) and not (
+        linear._forward_pre_hooks
+        or linear._forward_hooks
+        or linear._backward_pre_hooks
+        or linear._backward_hooks
+        or "forward" in linear.__dict__
+    )
+
+
 class _MLPMixin:
     """The gated MLP with gates and memories; the last user of its layer's context.
 
-    Its three linear layers are not called: one operation takes their weights.
+    Its linear layers are not called: one operation takes their weights. Where somebody put an
+    adapter around one, or hooks on it, they are called as in transformers.
     """
 
     _koff: Link
@@ -75,29 +99,50 @@ class _MLPMixin:
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
         context, index = link.scope.context, link.scope.index
-        weights, lora = arch.mlp_weights(self), None
-        if context.slots:
-            lora = GatedMLPLoRA(
-                *(
-                    link.bank.lora(Site(index, name), context.slots, context.stacks)
-                    for name in arch.MLP_LINEARS
+        kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
+        *first, down = arch.mlp_linears(self).values()
+        if _is_plain(down) and all(map(_is_plain, first)):
+            weights, lora = arch.mlp_weights(self), None
+            if context.slots:
+                lora = GatedMLPLoRA(
+                    *(
+                        link.bank.lora(Site(index, name), context.slots, context.stacks)
+                        for name in arch.MLP_LINEARS
+                    )
                 )
+            if kept is not None:
+                if kept.width(index) is None:
+                    gates = kept.factor(index)
+                else:
+                    weights, lora = kept_part(kept, index, weights, lora)
+            y = gated_mlp(
+                x,
+                *weights,
+                gates=gates,
+                lora=lora,
+                memory_ids=context.ids,
+                activation=link.activation,
             )
-        gates = None if context.gates is None else context.gates[index]
-        if context.kept_first is not None:
-            weights, lora = kept_part(context.kept_first, index, weights, lora)
-        y = gated_mlp(
-            x,
-            *weights,
-            gates=gates,
-            lora=lora,
-            memory_ids=context.ids,
-            activation=link.activation,
-        )
+        else:
+            if kept is not None:
+                restore_layer(self, kept, index)  # hooks see the neurons by their own numbers
+                gates = kept.factor(index)
+            outputs = [linear(x) for linear in first]
+            gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+            h = ACTIVATIONS[link.activation](gate) * up
+            y = down(h if gates is None else (h * gates).to(h.dtype))
         # Not left for the next call: a layer that somebody calls on its own has no memory, and
         # nothing keeps this forward's tensors alive.
         link.scope.context = link.scope.idle
         return y
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Put the neurons back into their order before an adapter is put around a linear layer: it
+        may hold weights of the original order, or be merged before any forward."""
+        link = self.__dict__.get("_koff")
+        if link is not None and isinstance(value, nn.Module) and link.state.gates is not None:
+            restore_layer(self, link.state.gates, link.scope.index)
+        super().__setattr__(name, value)
 
 
 class _AttentionMixin:
@@ -109,6 +154,23 @@ class _AttentionMixin:
     def forward(self, *args, koff_context=None, **kwargs):
         self._koff.scope.context = koff_context or ForwardContext()
         return super().forward(*args, **kwargs)
+
+
+@dataclass
+class PatchCheck:
+    """Forward pre-hook of the decoder: refuses a forward that was bound to a module after attach.
+
+    It would run in the place of koff's, and leave the mask or the memories out without a word.
+
+    Args:
+        modules: MLP and attention of every layer.
+    """
+
+    modules: list[nn.Module]
+
+    def __call__(self, decoder: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            arch.refuse_patched(self.modules, "forward: MLPs and attention")
 
 
 @functools.cache
@@ -160,6 +222,8 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         )
     with asked_by("attach"):
         arch.check_supported(model, config.kv is not None and bool(config.memories))
+        if config.lora is not None:  # under the names of this model, which is what is saved
+            config = dataclasses.replace(config, lora=config.lora.on(model))
     generator = torch.Generator().manual_seed(config.seed)
     state = KoffState(model, config, generator)
     for name in config.memories:
@@ -188,6 +252,7 @@ def new_memory(
     """
     shapes = {}
     if lora is not None:
+        lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
                 width_out, width_in = module.weight.shape
@@ -208,19 +273,20 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     # giving none would train nothing without a word.
     model.requires_grad_(False)
     model.koff = state
+    computed = []  # modules whose forward is koff's alone
     for index, layer in enumerate(arch.layers(model)):
         scope = LayerScope(index)
         for name, linear in arch.linears(layer, model):
             _swap(linear, _LinearMixin, Link(state.memories, scope, site=Site(index, name)))
-        module = arch.mlp(layer, model)
-        share_gate_up(module)
-        link = Link(state.memories, scope, activation=arch.activation(model))
-        _swap(module, _MLPMixin, link)
+        link = Link(state.memories, scope, activation=arch.activation(model), state=state)
+        _swap(arch.mlp(layer, model), _MLPMixin, link)
         _swap(arch.attention(layer, model), _AttentionMixin, Link(state.memories, scope))
+        computed += [arch.mlp(layer, model), arch.attention(layer, model)]
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
     state.hooks = [
+        inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
@@ -232,6 +298,22 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     use_koff_attention(model)
 
 
+def require_own(linears: Iterable[nn.Module]) -> None:
+    """Refuse linear layers that are no longer those koff was attached to.
+
+    Raises:
+        TypeError: the first one that is not: an adapter's, for instance.
+    """
+    own = _subclass(_LinearMixin, nn.Linear)
+    for linear in linears:
+        if type(linear) is not own:
+            raise TypeError(
+                f"{asker()}: the linear layers must be those that koff was attached to, got a "
+                f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "
+                "(PEFT: merge_and_unload() or unload())"
+            )
+
+
 def use_koff_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation "koff" if some memory has a KV part."""
     state = model.koff
@@ -240,17 +322,6 @@ def use_koff_attention(model: PreTrainedModel) -> None:
         attention.register()
         state.attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
-
-
-@torch.no_grad()
-def share_gate_up(module: nn.Module) -> None:
-    """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values
-    and names stay."""
-    gate, up, _ = arch.mlp_weights(module)
-    if gate.device.type == "meta":
-        return
-    both = torch.cat([gate, up])
-    gate.data, up.data = both[: gate.shape[0]], both[gate.shape[0] :]
 
 
 @asked_by("detach")
@@ -265,9 +336,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         The same object.
 
     Raises:
-        ValueError: koff is not attached.
+        TypeError, ValueError: koff is not attached, or an adapter lies around a layer.
     """
     state = require_attached(model)
+    require_own(linear for _, linear in arch.sites(model))
     restore_order(model)  # while there is still somebody who knows it
     for layer in arch.layers(model):
         for _, linear in arch.linears(layer, model):

@@ -45,7 +45,7 @@ class ForwardContext:
         slots: ids of the memories in use, in stacking order; () for none.
         ids: int64 [B], each row's index into ``slots`` or -1; None if every row uses ``slots[0]``.
         gates: z [I] of each layer, or None for all open.
-        kept_first: gates that are fixed and whose kept neurons stand first: only these are
+        kept_first: gates that are fixed, where layers' kept neurons stand first: only these are
             computed. ``gates`` is None then.
         stacks: where layers find what earlier forwards stacked; None: they stack for themselves.
         masks: attention masks built on demand, shared by the layers.

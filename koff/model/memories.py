@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
-from .arch import Site, site_key, site_of
+from .arch import HALVES, Site, site_key, site_of
 from .config import KVConfig, LoRAConfig
 
 
@@ -53,8 +53,11 @@ class KVWeights(nn.Module):
         shape = (kv_heads, tokens - frozen, head_dim)
         self.k = nn.Parameter(torch.zeros(shape, device=device))
         self.v = nn.Parameter(torch.zeros(shape, device=device))
-        self.register_buffer("k_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
-        self.register_buffer("v_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
+        # Without frozen tokens they are empty, and not saved: all empty tensors have the address 0,
+        # by which accelerate takes them for one tied tensor and leaves all but one out of a file.
+        for name in ("k_frozen", "v_frozen"):
+            zeros = torch.zeros(kv_heads, frozen, head_dim, device=device)
+            self.register_buffer(name, zeros, persistent=frozen > 0)
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
@@ -126,6 +129,20 @@ class Memory(nn.Module):
         """Return the LoRA of one linear layer; None if this memory has none there."""
         key = site_key(site)  # not str(site): torch.compile traces this
         return self.lora[key] if key in self.lora else None
+
+    def matrices(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Return A [r, K] and B [N, r] on one linear layer; None if this memory has none there.
+
+        Gate and up of a model that has both in one linear layer get its A and their half of its B.
+        """
+        weights = self.lora_at(site)
+        if weights is not None:
+            return weights.a, weights.b
+        if site.linear not in HALVES:
+            return None
+        whole, half = HALVES[site.linear]
+        weights = self.lora_at(Site(site.layer, whole))
+        return None if weights is None else (weights.a, weights.b.chunk(2)[half])
 
     def sites(self) -> Iterator[tuple[Site, LoRAWeights]]:
         """Yield every site that has a LoRA, and the LoRA."""
@@ -224,10 +241,16 @@ class _StackCache:
 
 
 class MemoryBank(nn.Module):
-    """All memories of a model, in order; a memory's position is its id."""
+    """All memories of a model, in order; a memory's position is its id.
 
-    def __init__(self, inverse_frequencies: Tensor):
+    Args:
+        inverse_frequencies: [R / 2], of the model's RoPE.
+        without_rope: numbers of the layers whose keys know no positions.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, without_rope: frozenset[int] = frozenset()):
         super().__init__()
+        self._without_rope = without_rope
         self.names: list[str] = []
         self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
@@ -350,15 +373,18 @@ class MemoryBank(nn.Module):
         return stacks.lora[site]
 
     def _make_lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
-        weights = [self[slot].lora_at(site) for slot in slots]
-        present = [w for w in weights if w is not None]
-        if not present:
+        found = [self[slot].matrices(site) for slot in slots]
+        like = next((pair for pair in found if pair is not None), None)
+        if like is None:
             return None
-        rank = max(w.a.shape[0] for w in present)
-        a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
-        b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
+        rank = max(pair[0].shape[0] for pair in found if pair is not None)
+        a, b = (
+            [_padded(pair and pair[part], part, rank, like[part]) for pair in found]
+            for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
+        )
         scaling = tuple(
-            0.0 if w is None else self[slot].scaling for w, slot in zip(weights, slots, strict=True)
+            0.0 if pair is None else self[slot].scaling
+            for pair, slot in zip(found, slots, strict=True)
         )
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
@@ -394,7 +420,8 @@ class MemoryBank(nn.Module):
         k, v = [], []
         for w, p in zip(weights, lengths, strict=True):
             key, value = (None, None) if w is None else w.full()
-            key = None if key is None else rotate(key, -p, self.inverse_frequencies)
+            if key is not None and layer not in self._without_rope:
+                key = rotate(key, -p, self.inverse_frequencies)
             k.append(_padded(key, 1, longest, like))
             v.append(_padded(value, 1, longest, like))
         return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
@@ -423,7 +450,8 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Args:
         keys: [..., P, D], fp32.
         shift: positions to add; may be negative.
-        inverse_frequencies: [D / 2].
+        inverse_frequencies: [R / 2], of the first R of the D dimensions. Partial RoPE leaves the
+            others alone, wherever a key stands.
 
     Returns:
         Keys at their old position + shift, same shape and dtype. Angles are taken in fp64.
@@ -434,5 +462,6 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    low, high = keys.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    half = len(angle)
+    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

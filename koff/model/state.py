@@ -96,7 +96,7 @@ class KoffState(nn.Module):
         self.config = config
         self.dense_widths = arch.widths(model)
         self.max_positions = model.config.max_position_embeddings
-        self.memories = MemoryBank(arch.inverse_frequencies(model))
+        self.memories = MemoryBank(arch.inverse_frequencies(model), arch.layers_without_rope(model))
         self.gates: Gates | None = None
         if config.target_sparsity > 0 and with_gates:
             target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)

@@ -21,7 +21,7 @@ from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
 from .adapters import check_memory, read_memory, write_memory
-from .backbone import build_backbone, check_backbone
+from .backbone import build_backbone, check_backbone, check_writable
 from .card import model_card
 from .files import digests, is_plain
 from .hub import resolve
@@ -60,8 +60,9 @@ def save(
         The directory.
 
     Raises:
-        ValueError: gates that are not compacted, a KV memory that was never filled, a taken
-            directory, or metadata that JSON cannot hold; nothing is written then.
+        ValueError: gates that are not compacted, an adapter around a layer, a KV memory that was
+            never filled, a taken directory, or metadata that JSON cannot hold; nothing is written
+            then.
     """
     directory = Path(directory)
     state = require_attached(model)
@@ -70,6 +71,7 @@ def save(
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
+    check_writable(model)
     for memory in state.memories:
         check_memory(memory)
     # A dead link neither exists nor is free.

@@ -230,6 +230,16 @@ def test_rotation_moves_keys_exactly():
     assert torch.allclose(there.norm(dim=-1), keys.norm(dim=-1))
 
 
+def test_rotation_touches_the_rotated_dimensions_alone():
+    """Partial RoPE: the first dimensions of a head are a head of their own."""
+    frequencies = 1.0 / 1e4 ** (torch.arange(0, 10, 2) / 10)
+    keys = torch.randn(2, 5, 16, dtype=torch.float64)
+    there = rotate(keys, -40, frequencies)
+    assert torch.equal(there[..., :10], rotate(keys[..., :10], -40, frequencies))
+    assert torch.equal(there[..., 10:], keys[..., 10:])
+    assert not torch.equal(there[..., :10], keys[..., :10])
+
+
 @pytest.mark.parametrize(
     ("memory", "error", "message"),
     [
