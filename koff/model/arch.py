@@ -290,7 +290,8 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
         )
     # A forward that is bound to an instance, as Liger does it, comes before the class's: it would
     # bypass the gates without a word. accelerate's hooks for a device_map are bound like this too.
-    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
+    modules = [layer, module, attention(layer, model)]
+    modules += [linear for _, linear in linears(layer, model)]
     patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
     if patched:
         step = "load the model without kernel patches"

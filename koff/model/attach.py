@@ -1,6 +1,6 @@
 """Attach gates and memories to a transformers model in place, and take them off again.
 
-Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model
+Classes are swapped for subclasses of the same name (linear layers, MLPs, decoder layers, the model
 itself), parameters keep their names, and everything learned lives in one submodule, ``model.koff``.
 Base weights are frozen and never changed, but for the order of the MLP's neurons once the mask is
 fixed (``neuron_order``), which ``detach`` undoes.
@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..errors import asked_by
 from . import arch, attention
 from .arch import Site
 from .config import KoffConfig, KVConfig, LoRAConfig
-from .forward_context import ForwardContext, LayerScope, MemoryArgument
+from .forward_context import ForwardContext, MemoryArgument, Running
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
 from .neuron_order import after_load, before_load, in_original_order, kept_part, restore_order
@@ -34,19 +34,42 @@ from .state import KoffState, is_attached, require_attached
 
 @dataclass
 class Link:
-    """How a swapped module of a layer reaches what a forward needs.
+    """How a module of a layer reaches what a forward needs.
 
     Args:
         bank: the model's memories.
-        scope: the layer's current context.
+        running: where it finds the context of the call that its layer is in.
+        layer: number of the layer.
         site: of a linear layer: where its LoRA is.
         activation: of an MLP: the kernels' name of it.
     """
 
     bank: MemoryBank
-    scope: LayerScope
+    running: Running
+    layer: int
     site: Site | None = None
     activation: str | None = None
+
+
+class _LayerMixin:
+    """A decoder layer, whose modules find the context of its call while it runs.
+
+    The layer and not the model sets it, since a checkpointed layer is recomputed in backward: later
+    than other calls, and on a GPU in a thread of autograd's. transformers passes the decoder's
+    keyword arguments on to its layers, and keeps them with what is to be recomputed.
+    """
+
+    _koff: Link
+
+    def forward(self, *args, koff_context: ForwardContext | None = None, **kwargs):
+        running = self._koff.running
+        before, running.context = running.context, koff_context
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            # Nothing is left for the next call: a layer that somebody calls on its own has no
+            # memory, and nothing keeps this forward's tensors alive.
+            running.context = before
 
 
 class _LinearMixin:
@@ -56,16 +79,16 @@ class _LinearMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, lora = link.scope.context, None
-        if context.slots:
-            lora = link.bank.lora(link.site, context.slots, context.stacks)
+        context, lora = link.running.context, None
+        if context is not None and context.memories:
+            lora = link.bank.lora(link.site, context.memories, context.stacks)
         if lora is None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
 
 
 class _MLPMixin:
-    """The gated MLP with gates and memories; the last user of its layer's context.
+    """The gated MLP with gates and memories.
 
     Its three linear layers are not called: one operation takes their weights.
     """
@@ -74,19 +97,19 @@ class _MLPMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, index = link.scope.context, link.scope.index
+        context, index = link.running.context or ForwardContext(), link.layer
         weights, lora = arch.mlp_weights(self), None
-        if context.slots:
+        if context.memories:
             lora = GatedMLPLoRA(
                 *(
-                    link.bank.lora(Site(index, name), context.slots, context.stacks)
+                    link.bank.lora(Site(index, name), context.memories, context.stacks)
                     for name in arch.MLP_LINEARS
                 )
             )
         gates = None if context.gates is None else context.gates[index]
         if context.kept_first is not None:
             weights, lora = kept_part(context.kept_first, index, weights, lora)
-        y = gated_mlp(
+        return gated_mlp(
             x,
             *weights,
             gates=gates,
@@ -94,21 +117,6 @@ class _MLPMixin:
             memory_ids=context.ids,
             activation=link.activation,
         )
-        # Not left for the next call: a layer that somebody calls on its own has no memory, and
-        # nothing keeps this forward's tensors alive.
-        link.scope.context = link.scope.idle
-        return y
-
-
-class _AttentionMixin:
-    """Attention that takes the forward's context and makes it the layer's: it is the first of its
-    layer to run, also when a checkpointed layer is recomputed in backward."""
-
-    _koff: Link
-
-    def forward(self, *args, koff_context=None, **kwargs):
-        self._koff.scope.context = koff_context or ForwardContext()
-        return super().forward(*args, **kwargs)
 
 
 @functools.cache
@@ -209,14 +217,14 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     model.requires_grad_(False)
     model.koff = state
     for index, layer in enumerate(arch.layers(model)):
-        scope = LayerScope(index)
+        link = Link(state.memories, state.running, index)
+        _swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            _swap(linear, _LinearMixin, Link(state.memories, scope, site=Site(index, name)))
+            _swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
         module = arch.mlp(layer, model)
         share_gate_up(module)
-        link = Link(state.memories, scope, activation=arch.activation(model))
-        _swap(module, _MLPMixin, link)
-        _swap(arch.attention(layer, model), _AttentionMixin, Link(state.memories, scope))
+        _swap(module, _MLPMixin, replace(link, activation=arch.activation(model)))
+        arch.attention(layer, model)._koff = link  # for ``koff_attention``
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
@@ -273,7 +281,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for _, linear in arch.linears(layer, model):
             _unswap(linear)
         _unswap(arch.mlp(layer, model))
-        _unswap(arch.attention(layer, model))
+        vars(arch.attention(layer, model)).pop("_koff")
+        _unswap(layer)
     for hook in state.hooks:
         hook.remove()
     _unswap(model)
@@ -290,6 +299,10 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     """Make a memory the default of every forward inside the ``with`` block, for code that cannot
     pass it.
 
+    It holds for the thread or asyncio task that enters the block, as ``torch.no_grad`` does for a
+    thread. A thread that is started inside sees nothing of it: pass ``memory=`` there, or start it
+    with ``asyncio.to_thread`` or ``contextvars.copy_context().run``.
+
     Args:
         model: an attached model.
         memory: a name, None, or a list with one entry per row.
@@ -300,8 +313,13 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     with asked_by("use_memory"):
         state = require_attached(model)
     state.check(memory, "use_memory")
-    with state.using(memory):
-        yield model
+    # Inside of a generate (in a callback), what is said here comes before what that was asked for.
+    generation, state.running.generation = state.running.generation, None
+    try:
+        with state.active.set(memory):
+            yield model
+    finally:
+        state.running.generation = generation
 
 
 def set_base_class(model: PreTrainedModel, cls: type) -> None:
