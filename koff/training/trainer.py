@@ -23,6 +23,7 @@ from ..data.losses import token_losses
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
+from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
@@ -270,8 +271,8 @@ class KoffTrainer(CheckpointingTrainer):
         training step distils from it."""
         if not model.training or self.distillation_weight == 0:
             return None
-        with torch.no_grad(), self.koff.bypass():
-            return model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            return model(input_ids=ids, memory=BASE, use_cache=False).logits
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
