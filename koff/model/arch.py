@@ -393,10 +393,10 @@ def check_dropout(model: PreTrainedModel) -> None:
         ValueError: the layers' dropout.
     """
     # The layers took it over when they were made: changing the config would do nothing.
-    found = {getattr(attention(layer, model), "attention_dropout", 0.0) for layer in layers(model)}
-    if any(found):
+    dropout = max(getattr(module, "attention_dropout", 0.0) for module in decoder(model).modules())
+    if dropout > 0:
         raise ValueError(
-            f"{asker()}: attention dropout must be 0 with KV memories, got {max(found)}; load the "
+            f"{asker()}: attention dropout must be 0 with KV memories, got {dropout}; load the "
             "model with attention_dropout=0.0"
         )
 
