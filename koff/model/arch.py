@@ -387,6 +387,21 @@ def refuse_patched(modules: list[nn.Module], whose: str) -> None:
     )
 
 
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train a KV memory under attention dropout, which attention over one does not have.
+
+    Raises:
+        ValueError: the layers' dropout.
+    """
+    # The layers took it over when they were made: changing the config would do nothing.
+    dropout = max(getattr(module, "attention_dropout", 0.0) for module in decoder(model).modules())
+    if dropout > 0:
+        raise ValueError(
+            f"{asker()}: attention dropout must be 0 with KV memories, got {dropout}; load the "
+            "model with attention_dropout=0.0"
+        )
+
+
 def check_prefix(model: PreTrainedModel) -> None:
     """Refuse a model under which a KV memory could not be exact.
 

@@ -233,7 +233,10 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
             f"attach: config must be a koff.KoffConfig, got {type(config).__name__}; pass one"
         )
     with asked_by("attach"):
-        arch.check_supported(model, config.kv is not None and bool(config.memories))
+        with_kv = config.kv is not None and bool(config.memories)
+        arch.check_supported(model, with_kv)
+        if with_kv:
+            arch.check_dropout(model)
         if config.lora is not None:  # under the names of this model, which is what is saved
             config = replace(config, lora=config.lora.on(model))
     generator = torch.Generator().manual_seed(config.seed)

@@ -179,8 +179,8 @@ def koff_attention(
         )
     if dropout != 0.0:
         raise ValueError(
-            f"koff attention: attention dropout must be 0 with KV memories, got {dropout}; set "
-            "config.attention_dropout = 0"
+            f"koff attention: attention dropout must be 0 with KV memories, got {dropout}; load "
+            "the model with attention_dropout=0.0"
         )
     if "bounds" not in context.masks:
         context.masks["bounds"] = mask_to_bounds(attention_mask)  # the same in every layer

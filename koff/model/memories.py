@@ -487,5 +487,5 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     half = len(angle)
-    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
