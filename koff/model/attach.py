@@ -268,6 +268,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: koff is not attached.
     """
     state = require_attached(model)
+    if type(model).__mro__[1] is not KoffModelMixin:
+        raise ValueError(
+            f"detach: the model must be as attach left it, got a {type(model).__name__}, which "
+            "FSDP shards; detach what koff.compact or koff.load returns"
+        )
     restore_order(model)  # while there is still somebody who knows it
     for layer in arch.layers(model):
         for _, linear in arch.linears(layer, model):
