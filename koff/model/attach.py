@@ -355,6 +355,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         TypeError, ValueError: koff is not attached, or an adapter lies around a layer.
     """
     state = require_attached(model)
+    if type(model).__mro__[1] is not KoffModelMixin:
+        raise ValueError(
+            f"detach: the model must be as attach left it, got a {type(model).__name__}, which "
+            "FSDP shards; detach what koff.compact or koff.load returns"
+        )
     require_own(linear for _, linear in arch.sites(model))
     restore_order(model)  # while there is still somebody who knows it
     for layer in arch.layers(model):
