@@ -264,12 +264,13 @@ def _is_start(item: Path) -> bool:
 
 
 def check_model(recipe: Recipe) -> PreTrainedConfig:
-    """Load the model's configuration and refuse architectures that koff does not know.
+    """Load the model's configuration, of a multimodal one that of its language model, and refuse
+    architectures that koff does not know.
 
     Raises:
         FileNotFoundError, OSError: no such folder or hub id. ValueError: an unsupported model.
     """
-    config = _load(recipe, AutoConfig)
+    config = _load(recipe, AutoConfig).get_text_config()
     with asked_by("koff train"):
         arch.architecture(config.model_type)
     return config

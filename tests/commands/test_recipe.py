@@ -282,5 +282,5 @@ def test_shipped_recipes_parse(path):
 
 def test_shipped_recipes_are_there():
     names = {path.stem for path in RECIPES}
-    large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"}
+    large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "qwen3.5-4b"}
     assert large | {"docs-llama"} <= names

@@ -12,6 +12,7 @@ VOCAB = 97
 NAMES = ("en", "keys", "es")
 # Those that most tests go through; tests/model/test_architectures.py goes through all.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+HYBRID = "qwen3_5_text"  # has recurrent layers among those with attention
 
 _COMMON = dict(
     vocab_size=VOCAB,
@@ -31,6 +32,16 @@ _OWN = {
     "llama": dict(hidden_size=64, intermediate_size=96, tie_word_embeddings=True),
     "qwen2": dict(num_key_value_heads=4),  # one kv head per query head; biases
     "qwen3": dict(head_dim=16),  # which is not hidden / heads
+    # Recurrent layers with two value heads for each key head; RoPE on a quarter of a head.
+    "qwen3_5_text": dict(
+        full_attention_interval=2,  # a layer with attention between two recurrent ones
+        head_dim=16,
+        tie_word_embeddings=True,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+    ),
     "mistral": dict(sliding_window=None),
     "granite": dict(
         attention_multiplier=0.4,  # not D ** -0.5, which would be 0.29
