@@ -186,4 +186,6 @@ def has_begun(module: nn.Module, cache: Cache | None) -> bool:
 def kept_in(module: nn.Module, cache: Cache) -> Start:
     """Return what a cache holds of a recurrent layer."""
     layer = cache.layers[module.layer_idx]
-    return Start(layer.recurrent_states[0], layer.conv_states[0][..., 1:])
+    return Start(
+        layer.recurrent_states[0], layer.conv_states[0][..., 1 - module.conv_kernel_size :]
+    )

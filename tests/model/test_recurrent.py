@@ -36,7 +36,8 @@ def with_texts(length=9, **changes):
 def padded(ids, starts):
     """The rows with as many tokens of padding in front as ``starts`` says, and the mask."""
     width = ids.shape[1] + max(starts)
-    rows, mask = torch.zeros(len(ids), width, dtype=torch.long), torch.zeros(len(ids), width)
+    # Not the pad token, whose embedding is zero in a new model: padding must not be seen at all.
+    rows, mask = torch.full((len(ids), width), 5), torch.zeros(len(ids), width)
     for row, start in enumerate(starts):
         rows[row, start : start + ids.shape[1]] = ids[row]
         mask[row, start:] = 1
@@ -94,8 +95,7 @@ def test_generating_under_a_memory_of_a_text_is_generating_behind_the_text():
     got = model.generate(ids, memory=MIX, **options)
     assert torch.equal(got[:, 11:], torch.stack(behind))
     assert not torch.equal(got, model.generate(ids, **options))
-    rows = torch.zeros(3, 15, dtype=torch.long)
-    mask = torch.zeros_like(rows)
+    rows, mask = torch.full((3, 15), 5), torch.zeros(3, 15, dtype=torch.long)
     for row, start in enumerate(starts):  # texts of different lengths, padded on the left
         rows[row, start:] = torch.cat([tokens(1, 4 - start, seed=9)[0], ids[row]])
         mask[row, start:] = 1
@@ -122,7 +122,7 @@ def test_mixed_and_padded_rows_equal_rows_alone():
     assert (alone[0] - base[0]).abs().max() > 0.01 and (alone[2] - base[2]).abs().max() > 0.01
     for starts in ((4, 0, 2), (0, 6, 9), (0, 0, 0)):  # the last: padding on the right alone
         rows, mask = padded(ids, starts)
-        rows, mask = F.pad(rows, (0, 2)), F.pad(mask, (0, 2))
+        rows, mask = F.pad(rows, (0, 2), value=5), F.pad(mask, (0, 2))
         got = model(rows, attention_mask=mask, memory=MIX).logits
         assert (unpadded(got, starts, 11) - alone).abs().max() < FP32
 
