@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from koff.commands.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
-from koff.commands.train import check_output, last_checkpoint
+from koff.commands.train import check_model, check_output, last_checkpoint
 from koff.data.sources import Completion
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
 
@@ -262,6 +262,15 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
         check_output(out, recipe)
     with pytest.raises(ValueError, match="must be a folder, got a file"):
         check_output(out / "notes.txt", recipe)
+
+
+def test_of_a_multimodal_model_the_language_model_is_looked_at(tmp_path):
+    from transformers import Qwen3_5Config
+
+    text = {"max_position_embeddings": 77, "num_hidden_layers": 4}
+    Qwen3_5Config(text_config=text).save_pretrained(tmp_path)
+    config = check_model(minimal(model=str(tmp_path)))
+    assert config.model_type == "qwen3_5_text" and config.max_position_embeddings == 77
 
 
 def test_last_checkpoint_of_nothing_is_none(tmp_path):
