@@ -33,7 +33,7 @@ from ..training.checkpoint import last_complete
 from ..training.settings import OWN_FIELDS
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
-from .recipe import RECIPE_FILE, Recipe, first_difference, stored_recipe
+from .recipe import RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .tables import write_json
 
 logger = logging.getLogger("koff")
@@ -235,8 +235,9 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
             )
         return None
     with asked_by("koff train"):
-        stored, _ = stored_recipe(output)
-    difference = first_difference(stored, recipe.to_dict())
+        stored, root = stored_recipe(output)
+    # As a recipe: then one of an earlier koff has the defaults of settings that it did not know.
+    difference = first_difference(parse(stored, Path(root)).to_dict(), recipe.to_dict())
     if difference is not None:
         raise ValueError(
             f"koff train: output {output} must hold a run of the same recipe to resume, got one "

@@ -245,6 +245,10 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
         check_output(out, recipe)
     (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": recipe.to_dict()}), "utf-8")
     assert check_output(out, recipe) is None
+    earlier = recipe.to_dict()  # of a koff that did not know a setting yet
+    del earlier["koff"]["kv"]["recurrent_state"]
+    (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": earlier}), "utf-8")
+    assert check_output(out, recipe) is None
     for step, complete in ((5, True), (10, True), (15, False)):
         folder = out / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
