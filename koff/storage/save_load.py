@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import install
@@ -70,6 +71,7 @@ def save(
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
+    check_tokenizer(tokenizer)
     for memory in state.memories:
         check_memory(memory)
     # A dead link neither exists nor is free.

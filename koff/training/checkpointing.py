@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model.neuron_order import move_kept_first, restore_order
+from ..model.plain_trainer import PlainTrainerGuard
 from ..model.state import KoffState
 from . import checkpoint
 
@@ -28,6 +29,10 @@ class CheckpointingTrainer(Trainer):
     """
 
     _staging = False  # whether a checkpoint is being written
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PlainTrainerGuard)  # these checkpoints leave nothing out
 
     @property
     def koff(self) -> KoffState:
