@@ -163,16 +163,16 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         # The next layer sees what it always sees: the output is that of koff's own attention.
         out = koff_attention(module, query, key, value, mask, **kwargs)
         link = module._koff
-        context = link.scope.context
+        context = link.running.context
         bounds = mask_to_bounds(mask)
-        prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
+        prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
         # [B, Hq, T, P + S], the learned keys first: query [B, Hq, T, D] and key [B, Hkv, S, D] are
         # rotated already, and the prefix is moved to the positions before them.
         weights, _ = attention_weights(
             query, key, value, prefix, context.ids, bounds, kwargs.get("scaling")
         )
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
-        sums[link.scope.index] = sums[link.scope.index] + given.double().sum((0, 2))
+        sums[link.layer] = sums[link.layer] + given.double().sum((0, 2))
         return out
 
     before = model.config._attn_implementation

@@ -162,6 +162,18 @@ def _check_transformers_settings(args: TrainingArguments) -> None:
             "KoffTrainer: lr_scheduler_type must be a function of the step, got "
             f"{args.lr_scheduler_type!s}; choose linear, cosine, constant, ..."
         )
+    if args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "KoffTrainer: ddp_find_unused_parameters must be True or left out (a memory that no "
+            "row used has no gradient, nor has a gate once the mask is fixed), got False; leave it "
+            "out"
+        )
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.gradient_checkpointing and reentrant and args.world_size > 1:
+        raise ValueError(
+            "KoffTrainer: use_reentrant of gradient_checkpointing_kwargs must be False on several "
+            "processes (DDP does not see what a reentrant layer uses), got True; leave it out"
+        )
     minimum = (args.lr_scheduler_kwargs or {}).get("min_lr")
     if minimum is not None:
         raise ValueError(

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import synchronize_rng_states
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
@@ -24,6 +26,7 @@ from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
+from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
@@ -31,7 +34,7 @@ from ..storage.save_load import save
 from .checkpoint import last_complete
 from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
-from .optim import clip_groups, hold_constant_groups, parameter_groups
+from .optim import average_gradients, clip_groups, hold_constant_groups, parameter_groups
 from .resume_checks import check_resume
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 from .settings import Settings
@@ -127,8 +130,14 @@ class KoffTrainer(CheckpointingTrainer):
             eval_dataset=rows if eval_datasets else None,
             processing_class=processing_class,
             data_collator=collate,
-            callbacks=[_ClampGates(state), *(callbacks or [])],
+            callbacks=[_GateSteps(state), *(callbacks or [])],
         )
+        if state.gates is not None:
+            # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
+            # gradient s - t needs no reduction: it is the same on every rank.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, ["koff.gates.multiplier"]
+            )
         # transformers is to count the labels of a step's micro-batches, on all ranks, for
         # ``compute_loss``, and not to divide what that returns.
         self.model_accepts_loss_kwargs = True
@@ -145,6 +154,39 @@ class KoffTrainer(CheckpointingTrainer):
                 self._gate_steps(),
                 FEW_GATE_STEPS,
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers', and let FSDP shard the frozen base alone.
+
+        What is learned is small. Whole on every rank it is the same as under DDP and in a single
+        process: its kernels, its optimiser, its checkpoints. And a memory whose domain only some
+        ranks had in their rows would make FSDP wait for the others for ever.
+
+        Raises:
+            ValueError: a way to spread a model over processes that koff cannot honour.
+        """
+        super().create_accelerator_and_postprocess()
+        spread = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("tp", "cp", "sp"):
+            if getattr(spread, f"{name}_enabled", False):
+                raise ValueError(
+                    f"KoffTrainer: {name}_size of parallelism_config must be 1, got a larger one; "
+                    "use DDP or FSDP"
+                )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"KoffTrainer: FSDP must be of version 2, got {plugin.fsdp_version}; set version "
+                "to 2 in fsdp_config (accelerate launch: --fsdp_version 2)"
+            )
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "KoffTrainer: cpu_ram_efficient_loading of FSDP must be False (what is learned is "
+                "not sharded, and must be there on every rank), got True; leave it out"
+            )
+        plugin.ignored_modules = "koff"  # by its name: the accelerator comes before the model
 
     # ---- the run starts, or goes on from a checkpoint ----
 
@@ -181,7 +223,7 @@ class KoffTrainer(CheckpointingTrainer):
                 "without resume_from_checkpoint"
             )
         groups = list(self._parameter_groups().values())
-        check_resume(path, self.koff, groups, sharded=self.is_fsdp_enabled)
+        check_resume(path, self.koff, groups)
         return str(path)
 
     def _fill_caches(self) -> None:
@@ -235,12 +277,15 @@ class KoffTrainer(CheckpointingTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss
         if self.accelerator.sync_gradients:  # the optimiser steps after this micro-batch
+            if self.is_fsdp_enabled:  # it shards the base alone, and knows nothing of the rest
+                average_gradients(self.koff.parameters())
             # The one value that a step of koff's reads back. The host waits here until the device
             # has finished the backward pass, and then the device waits until the host has queued
             # the optimiser's first kernel: a moment, once per optimiser step. Not later, since one
             # step on such a loss makes all memories NaN, in the model and then in the checkpoints.
-            # Not for each micro-batch, since a sum is finite only if all of its parts are.
-            total = float(self._step_loss)
+            # Not for each micro-batch, since a sum is finite only if all of its parts are; and of
+            # all ranks, since all of them step by one gradient.
+            total = self._mean_over_ranks(self._step_loss)
             self._step_loss = 0.0
             self._check_finite(total)
         return loss
@@ -288,8 +333,8 @@ class KoffTrainer(CheckpointingTrainer):
         training step distils from it."""
         if not model.training or self.distillation_weight == 0:
             return None
-        with torch.no_grad(), self.koff.bypass():
-            return model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            return model(input_ids=ids, memory=BASE, use_cache=False).logits
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
@@ -303,6 +348,9 @@ class KoffTrainer(CheckpointingTrainer):
         """Return the target t of this step: it rises linearly, from above 0, while it warms up."""
         warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
         return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
+
+    def _mean_over_ranks(self, loss: Tensor) -> float:
+        return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -322,12 +370,12 @@ class KoffTrainer(CheckpointingTrainer):
         """Binarise, and log what it did to the loss of the current batch."""
         inputs = self._prepare_inputs(dict(inputs))
         model.eval()
-        soft = float(self.compute_loss(model, inputs))
+        soft = self._mean_over_ranks(self.compute_loss(model, inputs))
         self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
         )
-        hard = float(self.compute_loss(model, inputs))
+        hard = self._mean_over_ranks(self.compute_loss(model, inputs))
         self._check_finite(hard)
         model.train()
         self.log(
@@ -492,7 +540,7 @@ class KoffTrainer(CheckpointingTrainer):
             ValueError: gates that are not compacted, or a taken folder; nothing is written.
         """
         if _internal_call:  # by transformers, for a checkpoint
-            return super().save_model(output_dir, _internal_call)
+            return self._save(output_dir)
         if self.koff.gates is not None:
             raise ValueError(
                 "save_model: the model must be without gates, got gates that are not compacted; "
@@ -503,14 +551,29 @@ class KoffTrainer(CheckpointingTrainer):
             save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
 
 
-class _ClampGates(TrainerCallback):
-    """Keeps log_alpha in range after every optimiser step."""
+class _GateSteps(TrainerCallback):
+    """What open gates need around an optimiser step."""
 
     def __init__(self, state: KoffState):
         self.koff = state
 
+    @property
+    def open(self) -> bool:
+        return self.koff.gates is not None and not self.koff.gates.fixed
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Let every rank draw the same gates, as the one process does that several ranks equal.
+
+        They start alike, but nothing else would bring them together again after a rank has drawn
+        alone, or when more ranks resume than had written the checkpoint.
+        """
+        if self.open and args.world_size > 1:
+            kind = args.device.type
+            synchronize_rng_states(["torch" if kind == "cpu" else kind])
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.koff.gates is not None and not self.koff.gates.fixed:
+        """Keep log_alpha in range."""
+        if self.open:
             self.koff.gates.clamp_()
 
 

@@ -92,3 +92,11 @@ def test_rows_and_batches():
     assert batch["input_ids"].tolist() == [[1] * 4, [11] * 4]
     assert batch["labels"].tolist() == [[-100, 1, 1, 1], [-100, 11, 11, 11]]
     assert batch["memory"] == ["fr", None] and batch["source"] == [1, 4]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_rows_of_all_ranks_are_those_of_one_larger_batch(ranks, mixed):
+    dealt = batches(mixture(mixed=mixed), size=6 // ranks, accumulation=2, ranks=ranks)
+    together = [sum(dealt[i : i + ranks], []) for i in range(0, len(dealt), ranks)]
+    assert together == batches(mixture(mixed=mixed), size=6, accumulation=2)
