@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import install
@@ -71,6 +72,7 @@ def save(
     """
     directory = Path(directory)
     require_attached(model)
+    check_tokenizer(tokenizer)
     model = whole_model(model)
     with one_writes(f"koff.save {os.path.abspath(directory)}") as writes:
         if writes:

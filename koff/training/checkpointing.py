@@ -16,6 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model.neuron_order import move_kept_first, restore_order
+from ..model.plain_trainer import PlainTrainerGuard
 from ..model.state import KoffState
 from . import checkpoint
 
@@ -29,6 +30,10 @@ class CheckpointingTrainer(Trainer):
     """
 
     _staging = False  # whether a checkpoint is being written
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PlainTrainerGuard)  # these checkpoints leave nothing out
 
     @property
     def koff(self) -> KoffState:
