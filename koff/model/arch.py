@@ -350,7 +350,8 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
+    modules = [layer, module, attention(layer, model)]
+    modules += [linear for _, linear in linears(layer, model)]
     refuse_patched(modules, f"{asker()}: the modules of layer {index}")
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
