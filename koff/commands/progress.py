@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-# Steps before the time is estimated. The first one is left out: it compiles, allocates and warms up.
+# Steps before the time is estimated. The first is left out: it compiles, allocates, warms up.
 _TIMED_AFTER = 3
 
 _SHOWN = {"loss": "loss {:.3f}", "sparsity_mlp": "sparsity {:.1%}", "undecided": "undecided {:.0%}"}

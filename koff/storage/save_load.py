@@ -22,7 +22,7 @@ from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
 from .adapters import check_memory, read_memory, write_memory
-from .backbone import build_backbone, check_backbone
+from .backbone import build_backbone, check_backbone, check_writable
 from .card import model_card
 from .files import digests, is_plain
 from .hub import resolve
@@ -66,9 +66,9 @@ def save(
         The directory.
 
     Raises:
-        ValueError: gates that are not compacted, a KV memory that was never filled, a taken
-            directory, one that another process is changing, or metadata that JSON cannot hold;
-            nothing is written then.
+        ValueError: gates that are not compacted, an adapter around a layer, a KV memory that was
+            never filled, a taken directory, one that another process is changing, or metadata that
+            JSON cannot hold; nothing is written then.
         OSError: there is no room for it on the disk; what was there before is as it was.
     """
     directory = Path(directory)
@@ -95,6 +95,7 @@ def _check_model(model: PreTrainedModel) -> None:
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
+    check_writable(model)
     for memory in model.koff.memories:
         check_memory(memory)
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from ..data.blocks import PackedBlocks
 
 # One training row: (source, row of the source, memory id or -1).
 Index = tuple[int, int, int]
@@ -28,12 +29,12 @@ class Source:
 
     Args:
         name: for logs.
-        blocks: int64 [N, T].
+        blocks: its rows.
         memory: memory id of a domain's rows; -1 for none. General rows draw theirs at random.
     """
 
     name: str
-    blocks: Tensor
+    blocks: PackedBlocks
     memory: int = -1
 
 
@@ -79,14 +80,21 @@ class MixtureDataset(Dataset):
     def __getitem__(self, index: Index) -> dict:
         source, row, memory = index
         name = None if memory < 0 else self.names[memory]
-        return {"input_ids": self.sources[source].blocks[row], "memory": name, "source": source}
+        data = self.sources[source].blocks
+        return {
+            "input_ids": data.blocks[row],
+            "labels": data.labels(row),
+            "memory": name,
+            "source": source,
+        }
 
 
 def collate(rows: list[dict]) -> dict:
-    """Return a batch: input_ids int64 [B, T], memory (list of names or None), source (list of
-    ints)."""
+    """Return a batch: input_ids and labels int64 [B, T], memory (list of names or None), source
+    (list of ints)."""
     return {
         "input_ids": torch.stack([row["input_ids"] for row in rows]),
+        "labels": torch.stack([row["labels"] for row in rows]),
         "memory": [row["memory"] for row in rows],
         "source": [row["source"] for row in rows],
     }

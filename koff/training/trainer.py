@@ -23,9 +23,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data.losses import token_losses
+from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
+from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
@@ -51,16 +53,17 @@ FEW_GATE_STEPS = 1000
 class KoffTrainer(CheckpointingTrainer):
     """Trains the gates and memories of an attached model; the base stays frozen.
 
-    Loss: (1 - w) mean-token cross-entropy + w KL to the frozen model (``distillation_weight``)
-    + lambda1 (s - t) + c (s - t)^2, where s is the expected share of closed gates and t the target,
-    warmed up; lambda1 is ascended.
+    Loss: (1 - w) cross-entropy + w KL to the frozen model (``distillation_weight``), both the mean
+    over the tokens that count, + lambda1 (s - t) + c (s - t)^2, where s is the expected share of
+    closed gates and t the target, warmed up; lambda1 is ascended.
 
     Args:
         model: an attached model.
         args: ``TrainingArguments`` or ``KoffTrainingArguments``; a copy is used. Without
             ``max_steps``, ``num_train_epochs`` counts passes over all domains together; general
             steps come on top.
-        train_datasets: domain -> documents (texts, records with "text" or "input_ids", a
+        train_datasets: domain -> documents as ``koff.data.blocks.pack`` takes them (texts, records
+            with "text", "messages", "prompt" and "completion", or "input_ids" and "labels", a
             ``datasets.Dataset``, or ``PackedBlocks``). Each memory needs the domain of its name;
             with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
@@ -139,11 +142,11 @@ class KoffTrainer(CheckpointingTrainer):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model, ["koff.gates.multiplier"]
             )
-        # The loss is a mean over the micro-batch's tokens, and all micro-batches are of one size:
-        # transformers is to divide it by their number.
-        self.model_accepts_loss_kwargs = False
-        # Loss summed up, and number of rows, of each source since the last log: [sources, 2]. On
-        # the device, where adding to it waits for nothing.
+        # transformers is to count the labels of a step's micro-batches, on all ranks, for
+        # ``compute_loss``, and not to divide what that returns.
+        self.model_accepts_loss_kwargs = True
+        # Loss summed up, and number of tokens that count, of each source since the last log:
+        # [sources, 2]. On the device, where adding to it waits for nothing.
         self._source_sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._step_loss: Tensor | float = 0.0  # of the optimizer step's micro-batches so far
         self._group_names: list[str] = []  # of the optimizer's groups
@@ -249,7 +252,8 @@ class KoffTrainer(CheckpointingTrainer):
         tokens."""
         for source in self.mixture.domains:
             if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
-                fill_from_tokens(self.model, source.name, source.blocks.flatten())
+                need = self.koff.memories[source.memory].length
+                fill_from_tokens(self.model, source.name, source.blocks.opening(need))
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the whole run's batches, in an order that depends on the seed and the step
@@ -308,26 +312,41 @@ class KoffTrainer(CheckpointingTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean-token cross-entropy, mixed with the divergence from the frozen model
-        where a run distils, plus the sparsity constraint while the mask is open; of a model in
-        evaluation mode, the cross-entropy alone.
+        """Return the mean cross-entropy of the tokens that count, mixed with the divergence from
+        the frozen model where a run distils, plus the sparsity constraint while the mask is open;
+        of a model in evaluation mode, the cross-entropy alone.
+
+        Args:
+            model, inputs, return_outputs: as transformers'.
+            num_items_in_batch: tokens that count in all micro-batches of the optimiser step, on all
+                ranks; None: the mean is over ``inputs`` alone.
 
         Nothing is read back from the device.
         """
-        ids, sources = inputs["input_ids"], inputs["source"]
+        ids, labels, sources = inputs["input_ids"], inputs["labels"], inputs["source"]
         logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        losses, divergences = token_losses(logits, ids, self._teacher(model, ids))
-        per_row = losses.mean(1)  # [B]; rows have equally many tokens
-        loss = per_row.mean()
+        losses, divergences = token_losses(logits, labels, self._teacher(model, ids))
+        counted = (labels[:, 1:] != IGNORED).sum(1)  # [B]
+        per_row = losses.sum(1)  # [B]
+        parts = 1  # of which the step's loss is made
+        if num_items_in_batch is None:
+            tokens = counted.sum()
+        else:
+            # Micro-batches need not have equally many such tokens, so that each adds its sum over
+            # the number of all, and not its mean. Ranks are averaged, which is undone here.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            tokens = num_items_in_batch / ranks
+            parts = self.args.gradient_accumulation_steps
+        loss = per_row.sum() / tokens
         if model.training:
             # A blocking copy to the device would wait for all that is queued there.
             index = torch.tensor(sources).to(per_row.device, non_blocking=True)
-            values = torch.stack([per_row.detach(), torch.ones_like(per_row)], 1)  # [B, 2]
+            values = torch.stack([per_row.detach(), counted.to(per_row.dtype)], 1)  # [B, 2]
             self._source_sums.index_add_(0, index, values)
             if divergences is not None:
                 weight = self.distillation_weight
-                loss = (1 - weight) * loss + weight * divergences.mean()
-            loss = loss + self.constraint()
+                loss = (1 - weight) * loss + weight * divergences.sum() / tokens
+            loss = loss + self.constraint() / parts
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _teacher(self, model, ids: Tensor) -> Tensor | None:
@@ -335,8 +354,8 @@ class KoffTrainer(CheckpointingTrainer):
         training step distils from it."""
         if not model.training or self.distillation_weight == 0:
             return None
-        with torch.no_grad(), self.koff.bypass():
-            return model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            return model(input_ids=ids, memory=BASE, use_cache=False).logits
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
@@ -443,15 +462,15 @@ class KoffTrainer(CheckpointingTrainer):
         super().log(logs, *args, **kwargs)
 
     def _source_losses(self) -> dict[str, float]:
-        """Return the mean loss of each source since the last log, over all ranks; of those that had
-        a row."""
+        """Return the mean loss of each source's tokens since the last log, over all ranks; of those
+        that had a row."""
         sums = self.accelerator.reduce(self._source_sums.clone(), reduction="sum").tolist()
         self._source_sums.zero_()
         names = [source.name for source in self.mixture.sources]
         return {
-            f"loss_{name}": total / rows
-            for name, (total, rows) in zip(names, sums, strict=True)
-            if rows
+            f"loss_{name}": total / tokens
+            for name, (total, tokens) in zip(names, sums, strict=True)
+            if tokens
         }
 
     def _sparsity_logs(self) -> dict[str, float]:
