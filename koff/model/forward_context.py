@@ -29,8 +29,8 @@ class _Active:
     def __repr__(self) -> str:
         return "<active memory>"
 
-    def __deepcopy__(self, memo) -> _Active:
-        return self  # it is recognised by ``is``
+    def __reduce__(self) -> str:
+        return "ACTIVE"  # by its name, also when copied: it is recognised by ``is``
 
 
 ACTIVE = _Active()
