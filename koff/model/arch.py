@@ -351,7 +351,8 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
+    modules = [layer, module, attention(layer, model)]
+    modules += [linear for _, linear in linears(layer, model)]
     refuse_patched(modules, f"{asker()}: the modules of layer {index}")
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
@@ -385,6 +386,21 @@ def refuse_patched(modules: list[nn.Module], whose: str) -> None:
         f"{whose} must use their classes' own forward, got another in "
         f"{sorted({type(m).__name__ for m in patched})}; {step}"
     )
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train a KV memory under attention dropout, which attention over one does not have.
+
+    Raises:
+        ValueError: the layers' dropout.
+    """
+    # The layers took it over when they were made: changing the config would do nothing.
+    dropout = max(getattr(module, "attention_dropout", 0.0) for module in decoder(model).modules())
+    if dropout > 0:
+        raise ValueError(
+            f"{asker()}: attention dropout must be 0 with KV memories, got {dropout}; load the "
+            "model with attention_dropout=0.0"
+        )
 
 
 def check_prefix(model: PreTrainedModel) -> None:

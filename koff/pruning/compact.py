@@ -15,6 +15,7 @@ from ..model.arch import Site
 from ..model.attach import require_own, set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
+from ..model.sharding import is_sharded, whole_model
 from ..model.state import require_attached
 from .binarize import binarize
 
@@ -56,7 +57,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
             run.
         inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
             a new model is returned, the given one keeps all its weights, and two models are never
-            held (only the new, narrow one beside it).
+            held (only the new, narrow one beside it). A model that FSDP shards is gathered on
+            every process, all of which call this, and the new one is on the CPU in any case.
 
     Returns:
         A model with narrow MLPs, the same memories and no gates. With equal widths in all layers it
@@ -79,6 +81,9 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         require_own(arch.mlp_linears(module).values())
     if not state.gates.fixed:
         binarize(model)
+    if is_sharded(model):
+        model, inplace = whole_model(model), True
+        state = model.koff
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
     # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
     # then narrow from the beginning, and the wide weights are never copied.

@@ -142,6 +142,19 @@ def test_positions_where_a_prefix_cannot_be_exact_are_refused():
     koff.attach(model, _config(kv=None))
 
 
+def test_attention_dropout_is_refused_where_a_cache_is_learned():
+    def published():
+        return tiny("granite", attention_dropout=0.1)
+
+    with pytest.raises(ValueError, match="attach: attention dropout must be 0 .* got 0.1; load"):
+        koff.attach(published(), _config())
+    model = koff.attach(published(), _config(kv=None))
+    koff.binarize(model, multiple_of=1)
+    with pytest.raises(ValueError, match="add_memory: attention dropout must be 0"):
+        koff.add_memory(model, "b", [{"input_ids": list(range(3, 40))}] * 4, kv=koff.KVConfig(2))
+    assert model.koff.memory_names == ("a",)
+
+
 def test_a_second_attach_and_a_missing_one_are_refused():
     model = attached("llama")
     with pytest.raises(ValueError, match="must not have koff attached"):
