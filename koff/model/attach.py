@@ -171,14 +171,29 @@ class PatchCheck:
     It would run in the place of koff's, and leave the mask or the memories out without a word.
 
     Args:
-        modules: MLP and attention of every layer.
+        modules: every layer, with its MLP and attention.
     """
 
     modules: list[nn.Module]
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
-            arch.refuse_patched(self.modules, "forward: MLPs and attention")
+            arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    """How a module is pickled and copied: its class is found under no name, but made of two that
+    are."""
+    _, mixin, cls = type(module).__mro__[:3]
+    _, _, *state = object.__reduce_ex__(module, protocol)
+    return _blank, (mixin, cls), *state
+
+
+def _blank(mixin: type, cls: type) -> nn.Module:
+    """A module of a swapped class that waits for its state."""
+    if mixin is KoffModelMixin:
+        attention.register()  # by whoever attached it; this may be another process
+    return nn.Module.__new__(_subclass(mixin, cls))
 
 
 @functools.cache
@@ -186,6 +201,7 @@ def _subclass(mixin: type, cls: type) -> type:
     """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
     string. Cached, so that modules of one class are of one class afterwards, too."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body["__reduce_ex__"] = _reduce
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
     return type(cls.__name__, (mixin, cls), body)
@@ -329,9 +345,8 @@ def require_own(linears: Iterable[nn.Module]) -> None:
     Raises:
         TypeError: the first one that is not: an adapter's, for instance.
     """
-    own = _subclass(_LinearMixin, nn.Linear)
     for linear in linears:
-        if type(linear) is not own:
+        if type(linear) is not _PLAIN_LINEAR:
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "

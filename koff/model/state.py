@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,11 +77,56 @@ class KoffState(nn.Module):
         self.attention: str | None = None
         self.trainable: list[str] = []
         self.hooks: list = []
+        self.register_load_state_dict_pre_hook(_before_load)
 
     @property
     def memory_names(self) -> tuple[str, ...]:
         """Names of the memories, in order."""
         return tuple(self.memories.names)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything learned, by name: ``state_dict`` without what it says about it."""
+        return {n: t for n, t in self.state_dict().items() if not n.endswith("_extra_state")}
+
+    def get_extra_state(self) -> Tensor:
+        """Return which of the dense model's neurons are there, layer after layer: bool
+        [sum of ``dense_widths``]."""
+        there = [torch.ones(width, dtype=torch.bool) for width in self.dense_widths]
+        for flags, kept in zip(there, self.kept or (), strict=False):
+            flags.zero_()[kept] = True
+        return torch.cat(there)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over which neurons a compacted model's weights are: tensors of one shape may be of
+        others."""
+        if self.kept is not None:
+            self.kept = [there.nonzero()[:, 0] for there in state.cpu().split(self.dense_widths)]
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse tensors that do not say what they mean, before any is loaded.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of koff's among them.
+
+        Raises:
+            ValueError: they do not say, or are of neurons that this model never had.
+        """
+        for memory in self.memories:
+            memory.check_loadable(tensors, f"{prefix}memories.memory_{memory.name}.")
+        if self.gates is not None:
+            self.gates.check_loadable(tensors, f"{prefix}gates.")
+        there = tensors.get(f"{prefix}_extra_state")
+        if self.kept is None or there is None:
+            return
+        widths = [len(kept) for kept in self.kept]
+        fits = there.shape == (sum(self.dense_widths),)
+        if not fits or [int(flags.sum()) for flags in there.split(self.dense_widths)] != widths:
+            raise ValueError(
+                "load_state_dict: the state must be of a model that was pruned from the widths "
+                f"{self.dense_widths} to {widths}, got another; load it into a copy of the model "
+                "it came from"
+            )
 
     def check(self, memory: MemoryArgument, where: str) -> None:
         """Refuse unknown memories; the number of rows is checked when they are known."""
@@ -158,6 +205,11 @@ class KoffState(nn.Module):
 
         self.graphs.clear()  # it holds addresses, and memory on the device that may be left
         return super()._apply(move, recurse)
+
+
+def _before_load(state: KoffState, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    state.check_loadable(tensors, prefix)
 
 
 def count_weights(model: PreTrainedModel) -> dict[str, int]:

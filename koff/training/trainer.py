@@ -107,6 +107,19 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
             )
+        own = {id(p) for p in state.parameters()}
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+        if others:  # they would get gradients, and no optimiser that steps by them
+            raise ValueError(
+                "KoffTrainer: all but gates and memories must be frozen, got requires_grad on "
+                f"{others[:3]}{' and more' if len(others) > 3 else ''}; call requires_grad_(False) "
+                "on them, or train them by a loop of your own"
+            )
+        if not any(p.requires_grad for p in state.parameters()):
+            raise ValueError(
+                "KoffTrainer: gates or memories must require gradients, got all of them frozen; "
+                "call model.koff.requires_grad_(True) (PEFT freezes whatever is not its own)"
+            )
         self.mixture = build_mixture(
             model,
             self.settings,
@@ -126,6 +139,7 @@ class KoffTrainer(CheckpointingTrainer):
         # never anything to leave out.
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -136,6 +150,9 @@ class KoffTrainer(CheckpointingTrainer):
             data_collator=collate,
             callbacks=[_GateSteps(state), *(callbacks or [])],
         )
+        # transformers switches it off for the training, and in every config that is saved after it.
+        # Nothing here needs that: our forwards say what they want.
+        model.config.use_cache = use_cache
         if state.gates is not None:
             # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
             # gradient s - t needs no reduction: it is the same on every rank.
