@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.models import HYBRID, multimodal
 
+import koff
 from koff.commands.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
-from koff.commands.train import check_model, check_output, last_checkpoint
+from koff.commands.train import check_model, check_output, last_checkpoint, load_base
 from koff.data.sources import Completion
+from koff.model import arch
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -269,12 +272,13 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
 
 
 def test_of_a_multimodal_model_the_language_model_is_looked_at(tmp_path):
-    from transformers import Qwen3_5Config
-
-    text = {"max_position_embeddings": 77, "num_hidden_layers": 4}
-    Qwen3_5Config(text_config=text).save_pretrained(tmp_path)
-    config = check_model(minimal(model=str(tmp_path)))
-    assert config.model_type == "qwen3_5_text" and config.max_position_embeddings == 77
+    multimodal().save_pretrained(tmp_path)
+    recipe = minimal(model=str(tmp_path))
+    config = check_model(recipe)
+    assert config.model_type == HYBRID and config.max_position_embeddings == 256
+    model = load_base(recipe)
+    assert type(model) is arch.stock_classes(HYBRID)[1]
+    koff.attach(model, recipe.koff)
 
 
 def test_last_checkpoint_of_nothing_is_none(tmp_path):

@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
-from support.models import HYBRID, attached, perturb, tiny, tokens
+from support.models import HYBRID, attached, multimodal, perturb, tiny, tokens
 from torch.nn import functional as F
-from transformers import DynamicCache, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache
 
 import koff
 from koff.evaluation.attention_mass import mean_mass
@@ -328,10 +328,7 @@ def test_packed_documents_are_refused_under_a_memory():
 def test_the_language_model_of_a_multimodal_checkpoint_is_attached_to(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    text = tiny(HYBRID).config.to_dict()
-    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48)
-    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
-    whole = Qwen3_5ForConditionalGeneration(config).eval()
+    whole = multimodal()
     own = koff.KoffConfig(("a",), target_sparsity=0, kv=koff.KVConfig(5, "tokens"))
     with pytest.raises(ValueError, match="got the multimodal Qwen3_5ForConditionalGeneration; lo"):
         koff.attach(whole, own)

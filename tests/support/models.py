@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import koff
 from koff.model import arch
@@ -67,6 +67,15 @@ def tiny(architecture: str, **changes) -> PreTrainedModel:
             if name.endswith("bias"):
                 p.normal_(std=0.5)
     return model.eval()
+
+
+def multimodal() -> PreTrainedModel:
+    """A Qwen3.5 as it is published: the language model of ``tiny`` and a vision part."""
+    text = tiny(HYBRID).config.to_dict()
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48)
+    tied = dict(tie_word_embeddings=True)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **tied)
+    return Qwen3_5ForConditionalGeneration(config).eval()
 
 
 def perturb(model: PreTrainedModel, std: float = 0.2) -> PreTrainedModel:
