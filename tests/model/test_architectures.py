@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from support import bare
 from support.character_tokenizer import make_tokenizer
 from support.models import NAMES, attached, tiny, tokens
-from support.trainings import LORA, learned, trainer
+from support.trainings import LORA, trainer
 from support.widths import compacted, spread
 from transformers import AutoModelForCausalLM
 
@@ -117,7 +117,7 @@ def test_it_trains_is_pruned_on_the_way_and_learns(architecture, tmp_path):
     base = tiny(architecture, initializer_range=0.3)
     config = koff.KoffConfig(NAMES, target_sparsity=0.3, lora=LORA, kv=koff.KVConfig(3))
     model = koff.attach(base, config)
-    before = learned(model)
+    before = {name: p.detach().clone() for name, p in model.koff.named_parameters()}
     run = trainer(tmp_path, model, max_steps=4, fix_mask_at=0.5, gradient_checkpointing=True)
     run.train()
     assert model.koff.gates.fixed and model.koff.gates.kept_first
