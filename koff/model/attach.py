@@ -248,6 +248,7 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         raise TypeError(
             f"attach: config must be a koff.KoffConfig, got {type(config).__name__}; pass one"
         )
+    generator = torch.Generator().manual_seed(config.seed)
     with asked_by("attach"):
         with_kv = config.kv is not None and bool(config.memories)
         arch.check_supported(model, with_kv)
@@ -255,10 +256,9 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
             arch.check_dropout(model)
         if config.lora is not None:  # under the names of this model, which is what is saved
             config = replace(config, lora=config.lora.on(model))
-    generator = torch.Generator().manual_seed(config.seed)
-    state = KoffState(model, config, generator)
-    for name in config.memories:
-        state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
+        state = KoffState(model, config, generator)
+        for name in config.memories:
+            state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
     install(model, state)
     if config.kv is not None and config.kv.init == "tokens":
         for name in config.memories:
@@ -280,7 +280,16 @@ def new_memory(
         name: of the memory.
         lora, kv: its parts; not both None.
         generator: of the initial values.
+
+    Raises:
+        ValueError: its learned tokens leave no position for a token.
     """
+    limit = model.config.max_position_embeddings
+    if kv is not None and kv.num_tokens >= limit:
+        raise ValueError(
+            f"{asker()}: num_tokens of the KV part must be less than max_position_embeddings "
+            f"({limit}), got {kv.num_tokens}; shorten the memory"
+        )
     shapes = {}
     if lora is not None:
         lora = lora.on(model)
@@ -320,7 +329,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     state.hooks = [
         inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
-        inner.register_forward_hook(tag_cache),
+        inner.register_forward_hook(tag_cache, with_kwargs=True),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
         model.register_state_dict_post_hook(in_original_order),
         model.register_load_state_dict_pre_hook(before_load),

@@ -153,6 +153,18 @@ class Memory(nn.Module):
         for key, weights in self.lora.items():
             yield site_of(key), weights
 
+    def check_filled(self, where: str) -> None:
+        """Refuse to use this memory while its KV part waits for text: it is noise until then.
+
+        Raises:
+            ValueError: it does; ``where`` says who asked.
+        """
+        if not self.kv_filled:
+            raise ValueError(
+                f"{where}: the KV part of memory {self.name!r} must be filled, got one that waits "
+                "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
+            )
+
     # What ``state_dict`` says of the tensors beside their values, and ``load_state_dict`` takes
     # over. A tensor, since formats like safetensors hold nothing else.
 

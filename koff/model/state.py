@@ -20,9 +20,11 @@ from .forward_context import (
     ForwardContext,
     MemoryArgument,
     Running,
+    Said,
     check_names,
     choose_slots,
     resolve_ids,
+    said_by,
 )
 from .gates import Gates
 from .memories import Memory, MemoryBank
@@ -156,15 +158,40 @@ class KoffState(nn.Module):
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
         """Return the context of one forward of ``rows`` rows; ``memory`` is one of ``named``."""
         if memory is BASE:
-            return ForwardContext()
+            return ForwardContext(said=BASE)
         memories, local = self.choose(memory, rows, device)
-        stacks = self.memories.stacks(memories)
-        gates = self.gates
-        if gates is not None and gates.kept_first:
-            return ForwardContext(memories, local, kept_first=gates, stacks=stacks)
-        # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
-        values = None if gates is None else gates.values()
-        return ForwardContext(memories, local, values, stacks=stacks)
+        self._check_filled(memory, memories, local)
+        context = ForwardContext(memories, local, stacks=self.memories.stacks(memories))
+        if not torch.compiler.is_compiling():  # caches are not followed there
+            context.said = self.said(memory)
+        if self.gates is not None and self.gates.kept_first:
+            context.kept_first = self.gates
+        elif self.gates is not None:
+            # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
+            context.gates = self.gates.values()
+        return context
+
+    def said(self, memory: MemoryArgument) -> Said:
+        """Return what a call said; ``memory`` is one of ``named``."""
+        generation = self.running.generation
+        if generation is None:
+            return said_by(memory, self.memories.roster)
+        if isinstance(memory, Tensor):  # of the ids that generate passes to itself, it knows more
+            memory = generation.memory
+        return said_by(memory, generation.roster)
+
+    def _check_filled(
+        self, memory: MemoryArgument, memories: tuple[Memory, ...], local: Tensor | None
+    ) -> None:
+        """Refuse memories that wait for text, if a row uses them."""
+        waiting = [i for i, m in enumerate(memories) if not m.kv_filled]
+        if not waiting or (self.running.generation is not None and isinstance(memory, Tensor)):
+            return  # generate has looked at the ids that it passes to itself
+        if isinstance(memory, Tensor) and not torch.compiler.is_compiling():
+            used = local.tolist()  # all memories are stacked for ids on a GPU
+            waiting = [i for i in waiting if i in used]
+        if waiting:
+            memories[waiting[0]].check_filled("forward")
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a

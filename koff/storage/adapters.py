@@ -57,11 +57,7 @@ def check_memory(memory: Memory) -> None:
     Raises:
         ValueError: one of these.
     """
-    if not memory.kv_filled:
-        raise ValueError(
-            f"{asker()}: the KV part of memory {memory.name!r} must be filled, got one that waits "
-            "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
-        )
+    memory.check_filled(asker())
     if not all(bool(t.isfinite().all()) for t in memory.state_dict().values()):
         raise ValueError(
             f"{asker()}: memory {memory.name!r} must be finite, got NaN or infinity; lower the "
