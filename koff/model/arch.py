@@ -146,19 +146,36 @@ def site_of(key: str) -> Site:
     return Site(int(layer), linear)
 
 
-def architecture(model_type: str) -> Architecture:
+def architecture(model_type: str, model: nn.Module | None = None) -> Architecture:
     """Return the entry of a model type ("llama", or "koff_llama" for layers of unequal width).
 
+    Args:
+        model_type: as in transformers, or of a narrow backbone.
+        model: of that type, for the message.
+
     Raises:
-        ValueError: not supported; the message names what is.
+        ValueError: not supported; the message names what is, and what the model has instead.
     """
     found = ARCHITECTURES.get(model_type.removeprefix(NARROW_PREFIX))
     if found is None:
+        reason = "use a model of one of these" if model is None else _what_is_missing(model)
         raise ValueError(
             f"{asker()}: the model type must be one of {', '.join(ARCHITECTURES)}, "
-            f"got {model_type!r}; add an entry to koff/model/arch.py if its MLP is gate/up/down"
+            f"got {model_type!r}; {reason}"
         )
     return found
+
+
+def _what_is_missing(model: nn.Module) -> str:
+    """Why a model of another type cannot have koff attached, by the names of its modules."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if names & {"experts", "block_sparse_moe", "router"}:
+        return "its MLPs are mixtures of experts, and gates are for one MLP in a layer"
+    if not (names.issuperset(MLP_LINEARS) or names.issuperset({GATE_UP, "down_proj"})):
+        return "its MLPs are not gated by a gate_proj beside up_proj and down_proj"
+    if not names.issuperset(ATTENTION_LINEARS):
+        return f"its attention has no {', '.join(sorted({*ATTENTION_LINEARS} - names))}"
+    return "its layers look alike, but nobody has checked it: see docs/models.md for a new entry"
 
 
 def stock_classes(model_type: str) -> tuple[type, type]:
@@ -377,7 +394,7 @@ def check_supported(model: object, with_kv: bool) -> None:
             f"{type(model).__name__}; load it with AutoModelForCausalLM, which leaves the other "
             "parts out"
         )
-    arch = architecture(config.model_type)
+    arch = architecture(config.model_type, model)
     if not hasattr(model, arch.decoder) or model.get_output_embeddings() is None:
         raise TypeError(
             f"{asker()}: the model must be a causal language model like {arch.causal_lm}, "
@@ -404,14 +421,25 @@ def check_supported(model: object, with_kv: bool) -> None:
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     from torch import nn
 
-    module = mlp(layer, model)
-    names = architecture(model.config.model_type).mlp_linears
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+    entry = architecture(model.config.model_type)
+    inside = {path for path, _ in layer.named_modules()}
+    missing = [name for name in entry.linears if linear_path(name, model) not in inside]
+    if missing:
         raise TypeError(
-            f"{asker()}: the MLP of layer {index} must have the linear layers "
-            f"{', '.join(names)}, got {type(module).__name__}; mixtures of experts are not "
-            "supported"
+            f"{asker()}: layer {index} must have the linear layers {', '.join(entry.linears)}, got "
+            f"a {type(layer).__name__} without {', '.join(missing)}; load the model without "
+            "patches that replace them"
         )
+    for name, linear in linears(layer, model):
+        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
+            step = "load the model without quantisation and without replaced layers"
+            if type(linear).__module__.startswith("peft."):
+                step = "take the adapter off first (merge_and_unload() or unload())"
+            raise TypeError(
+                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
+                f"{type(linear).__module__}.{type(linear).__name__}; {step}"
+            )
+    module = mlp(layer, model)
     if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
@@ -420,12 +448,6 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     modules = [layer, module, mixer(layer, model)]
     modules += [linear for _, linear in linears(layer, model)]
     refuse_patched(modules, f"{asker()}: the modules of layer {index}")
-    for name, linear in linears(layer, model):
-        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
-            raise TypeError(
-                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
-                f"got {type(linear).__name__}; detach other adapters and quantisation first"
-            )
 
 
 def refuse_patched(modules: list[nn.Module], whose: str) -> None:
