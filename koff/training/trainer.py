@@ -369,13 +369,14 @@ class KoffTrainer(CheckpointingTrainer):
     def _fix_mask(self, model, inputs) -> None:
         """Binarise, and log what it did to the loss of the current batch."""
         inputs = self._prepare_inputs(dict(inputs))
+        count = self._get_num_items_in_batch([inputs], self.args.device)
         model.eval()
-        soft = self._mean_over_ranks(self.compute_loss(model, inputs))
+        soft = self._mean_over_ranks(self.compute_loss(model, inputs, num_items_in_batch=count))
         self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
         )
-        hard = self._mean_over_ranks(self.compute_loss(model, inputs))
+        hard = self._mean_over_ranks(self.compute_loss(model, inputs, num_items_in_batch=count))
         self._check_finite(hard)
         model.train()
         self.log(
