@@ -9,6 +9,7 @@ Nothing in the usual path knows about it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from ..model.state import require_attached
 from .perplexity import check_sizes, evaluating
 
 _WATCHED = "koff_watched"  # the second implementation's name in transformers' registry
+# The registry is of the process, so one thread measures at a time, of whatever model.
+_one_measures = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
@@ -162,9 +165,13 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
     """Let every attention layer add, inside, what its queries give to the prefix to its entry of
     ``sums``, summed over rows and queries: [Hq, P]."""
 
+    measuring = threading.get_ident()
+
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
         # The next layer sees what it always sees: the output is that of koff's own attention.
         out = koff_attention(module, query, key, value, mask, **kwargs)
+        if threading.get_ident() != measuring:  # calls of other threads pass through here meanwhile
+            return out
         link = module._koff
         context = link.running.context
         bounds = mask_to_bounds(mask)
@@ -178,16 +185,18 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         sums[link.layer] = sums[link.layer] + given.double().sum((0, 2))
         return out
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_WATCHED, watched)
-    AttentionMaskInterface.register(_WATCHED, koff_mask)
-    model.set_attn_implementation(_WATCHED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        # The name stays in the registry, but ``watched`` must go from it: it holds on to the sums.
-        AttentionInterface.register(_WATCHED, koff_attention)
+    with _one_measures:
+        before = model.config._attn_implementation
+        AttentionInterface.register(_WATCHED, watched)
+        AttentionMaskInterface.register(_WATCHED, koff_mask)
+        model.set_attn_implementation(_WATCHED)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+            # The name stays in the registry, but ``watched`` must go from it: it holds on to the
+            # sums.
+            AttentionInterface.register(_WATCHED, koff_attention)
 
 
 def _is_token(query: Tensor, bounds: RowBounds | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from ..errors import asked_by, asker
 
 # math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
 _MOST_NATS = 700
+# The models that are being measured: the modes of their modules before, and how many threads do.
+_measured: dict[torch.nn.Module, tuple[list[tuple[torch.nn.Module, bool]], int]] = {}
+_switching = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -220,12 +224,24 @@ def check_vocabulary(model: Any, blocks: torch.Tensor, what: str) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode inside, and give every module its own mode back after."""
-    # Not model.train(): a user may have left single modules in evaluation mode on purpose.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Switch to evaluation mode inside, and give every module its own mode back after.
+
+    Where several threads measure one model, the first to begin switches it, and the last to end
+    switches it back.
+    """
+    with _switching:
+        # Not model.train() in the end: a user may have left single modules in evaluation mode on
+        # purpose.
+        modes, threads = _measured.get(model, ([(m, m.training) for m in model.modules()], 0))
+        _measured[model] = modes, threads + 1
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _switching:
+            modes, threads = _measured.pop(model)
+            if threads > 1:
+                _measured[model] = modes, threads - 1
+            else:
+                for module, training in modes:
+                    module.training = training

@@ -392,8 +392,9 @@ def use_koff_attention(model: PreTrainedModel) -> None:
     # Only then, and once: without a prefix the user's own choice does, and ``detach`` restores it.
     if state.attention is None and any(memory.length for memory in state.memories):
         attention.register()
-        state.attention = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
+        with state.running.changing(asker()):
+            state.attention = model.config._attn_implementation
+            model.set_attn_implementation(attention.NAME)
 
 
 @asked_by("detach")
@@ -417,25 +418,26 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             "FSDP shards; detach what koff.compact or koff.load returns"
         )
     require_own(linear for _, linear in arch.sites(model))
-    restore_order(model)  # while there is still somebody who knows it
-    for layer in arch.layers(model):
-        for _, linear in arch.linears(layer, model):
-            _unswap(linear)
-        _unswap(arch.mlp(layer, model))
-        mixer = arch.mixer(layer, model)
-        if arch.is_recurrent(layer, model):
-            _unswap(mixer)
-        else:
-            vars(mixer).pop("_koff")
-        _unswap(layer)
-    for hook in state.hooks:
-        hook.remove()
-    _unswap(model)
-    if state.attention is not None:
-        model.set_attn_implementation(state.attention)
-    del model.koff
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in state.trainable)
+    with state.running.changing("detach"):
+        restore_order(model)  # while there is still somebody who knows it
+        for layer in arch.layers(model):
+            for _, linear in arch.linears(layer, model):
+                _unswap(linear)
+            _unswap(arch.mlp(layer, model))
+            mixer = arch.mixer(layer, model)
+            if arch.is_recurrent(layer, model):
+                _unswap(mixer)
+            else:
+                vars(mixer).pop("_koff")
+            _unswap(layer)
+        for hook in state.hooks:
+            hook.remove()
+        _unswap(model)
+        if state.attention is not None:
+            model.set_attn_implementation(state.attention)
+        del model.koff
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in state.trainable)
     return model
 
 

@@ -40,7 +40,7 @@ from transformers.utils import ModelOutput
 from koffkernels import dispatch, routes
 
 from .forward_context import ACTIVE, Generation
-from .memories import Memory, MemoryBank, Stacks
+from .memories import Memory, MemoryBank, Stacks, stream_of
 
 if TYPE_CHECKING:
     from .state import KoffState
@@ -85,8 +85,9 @@ ALONE = _Alone()
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all captures: cuBLAS keeps a workspace for every stream that it was ever called on.
+def _side_stream(device: torch.device, replayed_on: int | None) -> torch.cuda.Stream:
+    # cuBLAS keeps a workspace for every stream that it was ever called on. So one does for all
+    # captures that are replayed on one stream, but no two streams may write to one workspace.
     return torch.cuda.Stream(device)
 
 
@@ -109,7 +110,7 @@ def capture(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
             out = what()
         return graph, out
 
-    stream = _side_stream(device)
+    stream = _side_stream(device, stream_of(device))
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
             graph, out = record(step)
@@ -271,6 +272,8 @@ class Decoding:
                 return _replay(step, inputs)
             self._drop(cache)
         stacks = state.memories.stacks(memories)
+        if memories and stacks is None:  # another stream has them, and a graph would hold none
+            return model(**inputs)
         if self._warm is None or self._warm[0] != key or self._warm[1] is not stacks:
             out = model(**inputs)
             self._warm = (key, stacks)
@@ -401,7 +404,13 @@ def _key_of(
     if not (memory is None or isinstance(memory, (str, Tensor))):
         return None
     memories, _ = state.choose(memory, ids.shape[0], ids.device)
-    key = [memories, torch.is_inference_mode_enabled(), keys.shape, keys.dtype]
+    key = [
+        memories,
+        stream_of(keys.device),
+        torch.is_inference_mode_enabled(),
+        keys.shape,
+        keys.dtype,
+    ]
     for name, value in inputs.items():
         if name == "past_key_values":
             continue

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -103,6 +104,32 @@ class Generation:
     first_keys: Tensor | None = None
 
 
+class Calls:
+    """The calls of one model that run, in all threads, so that it is not changed beneath them.
+
+    Calls take no lock for it. Each thread counts its own and then looks whether a change is under
+    way; whoever changes the model says so and then looks at the counts. One of them sees the other.
+
+    Attributes:
+        lock: held while a thread is added, and while one changes the model.
+        threads: the counts.
+        change: what is being done to the model, or None.
+    """
+
+    class OfThread:
+        """The count of one thread; ``Running`` holds it, so it dies with the thread."""
+
+        running = 0
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.threads: WeakSet[Calls.OfThread] = WeakSet()
+        self.change: str | None = None
+
+    def __reduce__(self) -> tuple:
+        return Calls, ()  # none runs of a copy
+
+
 class Running(threading.local):
     """What the current thread runs at this moment, of one model.
 
@@ -113,16 +140,59 @@ class Running(threading.local):
         context: of the decoder layer that runs; None outside of layers, and in one that somebody
             calls on its own.
         generation: the ``generate`` that runs, or None.
+        calls: those of all threads.
     """
 
     # In __init__, which every thread runs at its first look: torch.compile would take a default of
     # the class for the value.
-    def __init__(self):
+    def __init__(self, calls: Calls):
         self.context: ForwardContext | None = None
         self.generation: Generation | None = None
+        self.calls = calls
+        self._own = Calls.OfThread()
+        with calls.lock:
+            calls.threads.add(self._own)
 
     def __reduce__(self) -> tuple:
-        return Running, ()  # a copy of a model runs nothing
+        return Running, (self.calls,)  # a copy of a model runs nothing
+
+    def begin(self) -> None:
+        """Count a call of this thread, which must ``end`` once for it; wait for a change of the
+        model to end first."""
+        while True:
+            self._own.running += 1
+            if self.calls.change is None:
+                return
+            self._own.running -= 1
+            with self.calls.lock:
+                pass
+
+    def end(self) -> None:
+        """Count a call of this thread that has ended."""
+        self._own.running -= 1
+
+    @contextlib.contextmanager
+    def changing(self, what: str) -> Iterator[None]:
+        """Change the model inside the ``with`` block; calls that would begin in it wait.
+
+        Args:
+            what: who asks.
+
+        Raises:
+            RuntimeError: a call runs, in another thread or (as in a hook) in this one.
+        """
+        with self.calls.lock:
+            self.calls.change = what
+            try:
+                running = sum(thread.running for thread in self.calls.threads)
+                if running:
+                    raise RuntimeError(
+                        f"{what}: no call of the model must run meanwhile, got {running} that do; "
+                        "wait for them"
+                    )
+                yield
+            finally:
+                self.calls.change = None
 
 
 class ActiveMemory:

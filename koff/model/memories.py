@@ -272,6 +272,14 @@ def _edits(tensors: list[Tensor]) -> list[int]:
         return [-1 if t.is_inference() else t._version for t in tensors]
 
 
+def stream_of(device: torch.device) -> int | None:
+    """Return the number of the current thread's current stream on a GPU; None without a GPU, and
+    during a capture, which has a stream of its own for what is known of another."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 class Stacks:
     """What layers have stacked, without autograd, of the memories of one forward: made when a layer
     first asks, and valid until a tensor of these memories changes.
@@ -279,13 +287,16 @@ class Stacks:
     Args:
         modules: everything whose tensors the stacks are made of.
 
+        stream: of the device, on which they are made; see ``stream_of``.
+
     Attributes:
         lora: the LoRA of each site that was asked for; None where no memory has one.
         prefix: the learned cache of each layer that was asked for; None likewise.
         start: the learned start of each recurrent layer that was asked for; None likewise.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]):
+    def __init__(self, modules: Iterable[nn.Module], stream: int | None = None):
+        self.stream = stream
         self.lora: dict[Site, LoRA | None] = {}
         self.prefix: dict[int, Prefix | None] = {}
         self.start: dict[int, Start | None] = {}
@@ -424,12 +435,13 @@ class MemoryBank(nn.Module):
             memories: those of the forward.
 
         Returns:
-            None with autograd, where a stack belongs to one backward, and while compiling, where it
-            is part of a graph: then every layer makes its own.
+            None with autograd, where a stack belongs to one backward, while compiling, where it is
+            part of a graph, and on another stream of a GPU than the one it is made on, which would
+            read it without waiting: then every layer makes its own.
         """
         if not memories or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        mixes = self._stacks.mixes
+        mixes, stream = self._stacks.mixes, stream_of(self.inverse_frequencies.device)
         with self._stacks.lock:
             found = mixes.pop(memories, None)
             if found is None or not found.valid():
@@ -439,9 +451,10 @@ class MemoryBank(nn.Module):
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
-                found = Stacks([self, *(m for memory in memories for m in memory.modules())])
+                modules = [self, *(m for memory in memories for m in memory.modules())]
+                found = Stacks(modules, stream)
             mixes[memories] = found
-        return found
+        return found if stream is None or stream == found.stream else None
 
     def are_stacked(self, memories: tuple[Memory, ...], stacks: Stacks | None) -> bool:
         """Return whether ``stacks`` is what ``stacks(memories)`` would give, as far as can be said

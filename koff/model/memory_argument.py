@@ -157,7 +157,7 @@ def _in_words(said: Said) -> str:
     return repr(list(said) if isinstance(said, tuple) else said)
 
 
-def tag_cache(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+def tag_cache(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Forward hook of the decoder: remember under which memory the cache that it returns began."""
     cache = getattr(output, "past_key_values", None)
     if cache is not None and not torch.compiler.is_compiling():
@@ -179,7 +179,14 @@ class KoffModelMixin:
         def forward(self, *args, memory: MemoryArgument = ACTIVE, **kwargs):
             if memory is not ACTIVE:
                 kwargs["memory"] = memory
-            return base(self, *args, **kwargs)
+            if torch.compiler.is_compiling():  # what runs later is not this
+                return base(self, *args, **kwargs)
+            running = self.koff.running
+            running.begin()
+            try:
+                return base(self, *args, **kwargs)
+            finally:
+                running.end()
 
         signature = inspect.signature(base)
         parameters = list(signature.parameters.values())
@@ -231,12 +238,14 @@ class KoffModelMixin:
         prefixes = [0 if one is None else one.length for one in used]
         if any(prefixes):
             generation.rooms = self._rooms(prefixes, prompt, args, kwargs)
+        state.running.begin()
         before, state.running.generation = state.running.generation, generation
         try:
             returned = super().generate(inputs, *args, **kwargs)
             return returned
         finally:
             state.running.generation = before
+            state.running.end()
             # Somebody's own loop may keep whatever it saw.
             state.graphs.finish(generation, None if "custom_generate" in kwargs else returned)
 

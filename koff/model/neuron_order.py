@@ -111,7 +111,8 @@ def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix
 def before_load(model: PreTrainedModel, tensors: dict[str, Tensor], prefix: str, *_) -> None:
     """Hook of ``load_state_dict``: what comes is in the original order."""
     model.koff.check_loadable(tensors, f"{prefix}koff.")
-    restore_order(model)
+    with model.koff.running.changing("load_state_dict"):
+        restore_order(model)
 
 
 def after_load(model: PreTrainedModel, _) -> None:

@@ -17,6 +17,7 @@ from .forward_context import (
     ACTIVE,
     BASE,
     ActiveMemory,
+    Calls,
     ForwardContext,
     MemoryArgument,
     Running,
@@ -71,7 +72,7 @@ class KoffState(nn.Module):
             target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
             self.gates = Gates(self.dense_widths, target, model.device, generator)
         self.active = ActiveMemory()
-        self.running = Running()
+        self.running = Running(Calls())
         self.graphs = DecodeGraphs()
         self.kept: list[Tensor] | None = None
         self.attention: str | None = None

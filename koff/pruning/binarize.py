@@ -192,6 +192,7 @@ def binarize(
 
     Raises:
         ValueError: no gates, gates that are not finite, or illegal arguments.
+        RuntimeError: a call of the model runs, in this thread or another.
 
     Source: KOFF (arXiv 2605.29075), top-k over the learned gates; rounding is koff's own.
     """
@@ -218,7 +219,6 @@ def binarize(
             "train again"
         )
     undecided = gates.undecided()  # of the gates as they are; a fixed mask has none
-    restore_order(model)  # an earlier mask's
     scores = [p.detach() for p in gates.log_alpha]
     full = [len(s) for s in scores]
     keep = max(round((1.0 - target) * sum(full)), len(full))  # one neuron a layer at least
@@ -233,8 +233,10 @@ def binarize(
         chosen = [high if high - raw < raw - low else low] * len(full)
     else:
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
-    gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
-    move_kept_first(model)
+    with model.koff.running.changing("binarize"):
+        restore_order(model)  # an earlier mask's
+        gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
+        move_kept_first(model)
     report = BinarizeReport(target, sparsity(model), undecided)
     if abs(report.sparsity.mlp - target) > MISSED_WARNING:
         logger.warning(

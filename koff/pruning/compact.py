@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -85,22 +86,24 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         model, inplace = whole_model(model), True
         state = model.koff
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
-    # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
-    # then narrow from the beginning, and the wide weights are never copied.
-    memo: dict[int, object] = {}
-    for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
-        for owner, name, narrow in _narrow_layer(module, index, model, rows):
-            if inplace:
-                setattr(owner, name, narrow)
-            else:
-                memo[id(getattr(owner, name))] = narrow
-    if not inplace:
-        model = copy.deepcopy(model, memo)
-    for module, rows in zip(arch.mlps(model), kept, strict=True):
-        arch.set_width(module, len(rows))
-    model.koff.kept = [rows.cpu() for rows in kept]
-    model.koff.gates = None
-    _set_config(model, [len(rows) for rows in kept])
+    # A copy leaves the model alone, and its calls too.
+    with state.running.changing("compact") if inplace else contextlib.nullcontext():
+        # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
+        # then narrow from the beginning, and the wide weights are never copied.
+        memo: dict[int, object] = {}
+        for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
+            for owner, name, narrow in _narrow_layer(module, index, model, rows):
+                if inplace:
+                    setattr(owner, name, narrow)
+                else:
+                    memo[id(getattr(owner, name))] = narrow
+        if not inplace:
+            model = copy.deepcopy(model, memo)
+        for module, rows in zip(arch.mlps(model), kept, strict=True):
+            arch.set_width(module, len(rows))
+        model.koff.kept = [rows.cpu() for rows in kept]
+        model.koff.gates = None
+        _set_config(model, [len(rows) for rows in kept])
     return model
 
 

@@ -64,6 +64,11 @@ def share_between_threads(model):
     class Shared:
         context = generation = None
 
+        def begin(self):
+            pass
+
+        end = begin
+
     shared = Shared()
     model.koff.running = shared
     for module in model.modules():
@@ -196,7 +201,7 @@ def test_captured_steps_in_threads_replay_their_own_graphs(monkeypatch):
     replays = []
     recorded_graph.use(monkeypatch, on_replay=lambda: replays.append(1))
     model, ids = attached("llama"), tokens()
-    memories = [MIX, ["keys", "en", "es"], ["en", None, "es"]] * 2 + ["en", None]
+    memories = [MIX, ["keys", "en", "es"], ["en", None, "es"], ["es", "es", "en"]] * 2
     wanted = [texts(model, ids, memory) for memory in memories]
     for _ in range(2):  # the second of these waits with a captured step for one of the threads
         texts(model, ids, MIX, cache_implementation="static")
@@ -344,3 +349,180 @@ def test_a_block_inside_of_a_generate_comes_before_what_that_was_asked_for():
     texts(model, ids, "en", logits_processor=[Meanwhile(look)])
     want = [hidden(model, ids, name) for name in ("en", "es", "en")]
     assert all(map(torch.equal, found, want))
+
+
+# ---- measuring ----
+
+
+def documents():
+    return {"en": [{"input_ids": tokens(1, 60)[0].tolist()}]}
+
+
+def test_evaluations_in_threads_measure_their_own_memory():
+    """Of a model in training mode, too: its gates are sampled before and after, and not amid."""
+    model = attached("llama", target_sparsity=0.4).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+
+    def job(memory):
+        return lambda: [
+            koff.evaluate(model, None, documents(), memories=[memory], block_size=12)[0].perplexity
+            for _ in range(4)
+        ]
+
+    names = [*NAMES, None] * 2
+    wanted = [job(name)() for name in names]
+    assert side_by_side([job(name) for name in names]) == wanted
+    assert len({value for values in wanted for value in values}) == 4
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_attention_is_measured_beside_other_calls():
+    model, ids = attached("llama"), tokens()
+
+    def mass(name):
+        return koff.prefix_attention_mass(
+            model, None, documents()["en"], memory=name, block_size=12
+        ).mass
+
+    names = ["en", "es"] * 2
+    wanted = [mass(name) for name in names]
+    logits = hidden(model, ids, MIX)
+    jobs = [lambda name=name: mass(name) for name in names]
+    jobs += [lambda: [hidden(model, ids, MIX) for _ in range(8)]] * 4
+    found = side_by_side(jobs)
+    assert all(map(torch.equal, found[:4], wanted))
+    assert all(torch.equal(one, logits) for calls in found[4:] for one in calls)
+    assert model.config._attn_implementation == "koff"
+
+
+# ---- changes of a model that is in use ----
+
+CHANGES = {
+    "binarize": koff.binarize,
+    "compact": lambda model: koff.compact(model, inplace=True),
+    "detach": koff.detach,
+    "load_state_dict": lambda model: model.load_state_dict(model.state_dict()),
+}
+
+
+@pytest.mark.parametrize("asked", CHANGES)
+def test_a_model_in_use_is_not_changed(asked):
+    model, ids = attached("llama", target_sparsity=0.4), tokens()
+    koff.binarize(model, multiple_of=1)
+    wanted, text = hidden(model, ids, MIX), texts(model, ids, MIX)
+    refused = []
+
+    def change(*_):
+        with pytest.raises(RuntimeError, match=f"{asked}: no call of the model must run meanwhile"):
+            CHANGES[asked](model)
+        refused.append(1)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def elsewhere(*_):
+            pool.submit(change).result()
+
+        for meanwhile in (change, elsewhere):
+            hook = model.model.layers[1].register_forward_hook(meanwhile)
+            assert torch.equal(hidden(model, ids, MIX), wanted)
+            hook.remove()
+            got = texts(model, ids, MIX, logits_processor=[Meanwhile(meanwhile)])
+            assert torch.equal(got, text)
+    assert len(refused) == 4
+    CHANGES[asked](model)
+
+
+def test_a_call_amid_a_change_waits_for_its_end():
+    model, ids = attached("llama"), tokens()
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda _: hidden(model, ids, "en").isfinite().all(), range(4)))
+        with model.koff.running.changing("binarize"):
+            waiting = [pool.submit(call, model, ids, "en") for call in (hidden, texts)]
+            for call in waiting:
+                with pytest.raises(TimeoutError):
+                    call.result(timeout=0.05)
+        assert torch.equal(waiting[0].result(), hidden(model, ids, "en"))
+        assert torch.equal(waiting[1].result(), texts(model, ids, "en"))
+
+
+def test_interrupted_calls_do_not_count_for_ever():
+    model, ids = attached("llama", target_sparsity=0.4), tokens()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+    for call in (hidden, texts):
+        with pytest.raises(KeyboardInterrupt):
+            call(model, ids, "en")
+    hook.remove()
+    with pytest.raises(KeyError):
+        hidden(model, ids, "unknown")
+    koff.binarize(model)
+
+
+def test_memories_come_and_go_while_the_model_is_in_use():
+    model, ids = attached("llama", target_sparsity=0), tokens()
+    wanted, done = hidden(model, ids, "es"), threading.Event()
+
+    def calls():
+        wrong = 0
+        while not done.is_set():
+            wrong += not torch.equal(hidden(model, ids, "es"), wanted)
+        return wrong
+
+    def come_and_go():
+        try:
+            for _ in range(30):
+                for name in ("en", "keys"):  # the id of "es" changes each time
+                    model.koff.memories.add(model.koff.memories.remove(name))
+        finally:
+            done.set()
+
+    assert sum(side_by_side([calls, calls, calls, come_and_go])[:3]) == 0
+
+
+def test_another_stream_reads_no_stack_that_it_did_not_make(monkeypatch):
+    """Of threads with streams of their own, as on a GPU: the stream of the first has the stacks."""
+    from koff.model import memories
+
+    model, ids = attached("llama"), tokens()
+    wanted = hidden(model, ids, "en")
+    monkeypatch.setattr(memories, "stream_of", lambda device: threading.get_ident())
+    bank = model.koff.memories
+    bank._stacks.mixes.clear()
+    with torch.no_grad():
+        assert bank.stacks((bank["en"],)) is bank.stacks((bank["en"],)) is not None
+
+    def elsewhere():
+        with torch.no_grad():
+            assert bank.stacks((bank["en"],)) is None
+        return hidden(model, ids, "en")
+
+    assert all(torch.equal(got, wanted) for got in side_by_side([elsewhere] * 3))
+    assert torch.equal(hidden(model, ids, "en"), wanted)
+
+
+@pytest.mark.slow
+def test_compiled_calls_in_threads_use_their_own_memory():
+    model, ids = attached("llama"), tokens()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    @torch.no_grad()
+    def call(memory):
+        return compiled(ids, memory=memory, use_cache=False).logits
+
+    memories = ["en", None, MIX]
+    wanted = [call(memory) for memory in memories]
+    jobs = [lambda m=m: [call(m) for _ in range(5)] for m in memories * 2]
+    for got, want in zip(side_by_side(jobs), wanted * 2, strict=True):
+        assert all(torch.equal(one, want) for one in got)
+    with torch.no_grad():
+        assert torch.equal(compiled(ids, use_cache=False).logits, wanted[1])
+        with koff.use_memory(model, "en"):
+            assert torch.equal(call(MIX), wanted[2])
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="ContextVar"):
+                compiled(ids, use_cache=False)
+            loose = torch.compile(model, backend="aot_eager")
+            assert (loose(ids, use_cache=False).logits - wanted[0]).abs().max() < 1e-5
