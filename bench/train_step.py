@@ -1,9 +1,13 @@
-"""One training step of koff against what a user would write today (``bench.peers.peft_step``).
+"""One training step of koff against what a user would pick instead.
+
+Case "offloading": gates and memories, against the same written by hand with transformers and PEFT
+(``bench.peers.peft_step``). Case "peft": a plain PEFT LoRA model under ``koff.apply_kernels``,
+against the same model without it (``bench.peft_step``).
 
 Both sides train the same random Llama in fp32 with the optimiser included. Each runs in processes
 of its own, so that peak memory is its own; two at a time, which take their steps in turns.
 
-    python -m bench.train_step [--json FILE] [--runs 3] [--check]
+    python -m bench.train_step [--case offloading] [--json FILE] [--runs 3] [--check]
 """
 
 from __future__ import annotations
@@ -20,8 +24,20 @@ from dataclasses import replace
 from . import timing
 
 SIDES = ("koff", "peer")
-BOUNDS = {"time": 1.0, "peak_rss": 0.8, "saved_bytes": 0.8}
-SETTINGS = {"rank": 16, "prefix": 64, "target": 0.25}
+SETTINGS = {
+    "offloading": {"rank": 16, "prefix": 64, "target": 0.25},
+    "peft": {"rank": 16},
+}
+BOUNDS = {
+    "offloading": {"time": 1.0, "peak_rss": 0.8, "saved_bytes": 0.8},
+    "peft": {"time": 1.0, "peak_rss": 0.75, "saved_bytes": 0.75},
+}
+WHAT = {
+    "offloading": "one training step, fp32, no checkpointing, AdamW included: koff with three"
+    " memories in a mixed batch against PEFT LoRA + gate hooks + repeated KV, one memory",
+    "peft": "one training step, fp32, no checkpointing, AdamW included: PEFT LoRA on all linear"
+    " layers with koff.apply_kernels against the same without",
+}
 
 
 def _resident() -> int:
@@ -56,20 +72,29 @@ def saved_bytes(stepper, ids) -> int:
     return sum(found.values())
 
 
-def child(side: str, layers: int, threads: int) -> None:
+def _stepper(case: str, side: str, model):
+    """The model of one side, with its optimiser."""
+    if case == "peft":
+        from .peft_step import PeftLoraStep
+
+        return PeftLoraStep(model, **SETTINGS[case], kernels=side == "koff")
+    if side == "koff":
+        from .koff_step import KoffStep as Step
+    else:
+        from .peers.peft_step import PeftStep as Step
+    return Step(model, **SETTINGS[case])
+
+
+def child(case: str, side: str, layers: int, threads: int) -> None:
     """Answer requests on standard input, one a line: "step" takes one step, "end" reports."""
     import torch
 
     torch.set_num_threads(threads)
     from .models import Shape, batch, llama
 
-    if side == "koff":
-        from .koff_step import KoffStep as Step
-    else:
-        from .peers.peft_step import PeftStep as Step
     shape = replace(Shape(), layers=layers)
     imported = _resident()
-    stepper = Step(llama(shape, torch.float32), *SETTINGS.values())
+    stepper = _stepper(case, side, llama(shape, torch.float32))
     built, losses = _resident(), []
     print(json.dumps({"ready": side}), flush=True)
     for line in sys.stdin:
@@ -89,8 +114,8 @@ def child(side: str, layers: int, threads: int) -> None:
 class Child:
     """A measuring process."""
 
-    def __init__(self, side: str, layers: int, threads: int):
-        command = [sys.executable, "-m", "bench.train_step", "--child", side]
+    def __init__(self, case: str, side: str, layers: int, threads: int):
+        command = [sys.executable, "-m", "bench.train_step", "--case", case, "--child", side]
         command += ["--layers", str(layers), "--threads", str(threads)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -119,7 +144,7 @@ class Child:
 def run_pair(args: argparse.Namespace, run: int) -> dict[str, dict]:
     """One process per side, steps in turns; which side goes first alternates from run to run."""
     order = SIDES if run % 2 == 0 else SIDES[::-1]
-    children = {side: Child(side, args.layers, args.threads) for side in order}
+    children = {side: Child(args.case, side, args.layers, args.threads) for side in order}
     steps: dict[str, list[dict]] = {side: [] for side in order}
     for turn in range(args.warmup + args.steps):
         for side in order:
@@ -169,6 +194,7 @@ def _line(process: dict) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=__doc__)
+    parser.add_argument("--case", choices=SETTINGS, default="offloading", help="what is compared")
     parser.add_argument("--json", metavar="FILE", help="write the result here")
     parser.add_argument("--runs", type=int, default=3, help="processes per side")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per process")
@@ -184,7 +210,7 @@ def main() -> int:
     """Measure, print, write; 1 if ``--check`` finds a bound missed."""
     args = _arguments()
     if args.child:
-        child(args.child, args.layers, args.threads)
+        child(args.case, args.child, args.layers, args.threads)
         return 0
     runs = []
     for index in range(args.runs):
@@ -193,23 +219,24 @@ def main() -> int:
             r = runs[-1][side]
             print(f"run {index + 1} {side:5s} {_line(r)}", flush=True)
     summary = summarise(runs)
-    reached = {name: summary[name]["median"] for name in BOUNDS}
-    passed = all(reached[name] <= bound for name, bound in BOUNDS.items())
-    for name, bound in BOUNDS.items():
+    bounds = BOUNDS[args.case]
+    reached = {name: summary[name]["median"] for name in bounds}
+    passed = all(reached[name] <= bound for name, bound in bounds.items())
+    for name, bound in bounds.items():
         print(f"{name:12s} koff / peer {reached[name]:.3f}  (at most {bound})")
     from .models import Shape
 
-    command = f"python -m bench.train_step --runs {args.runs} --steps {args.steps}"
+    command = f"python -m bench.train_step --case {args.case} --runs {args.runs}"
+    command += f" --steps {args.steps} --warmup {args.warmup} --layers {args.layers}"
     timing.write(
         args.json,
         {
-            "what": "one training step, fp32, no checkpointing, AdamW included: koff with three"
-            " memories in a mixed batch against PEFT LoRA + gate hooks + repeated KV, one memory",
-            "command": f"{command} --warmup {args.warmup} --layers {args.layers}",
+            "what": WHAT[args.case],
+            "command": command,
             "environment": timing.environment(args.threads),
             "model": replace(Shape(), layers=args.layers).record(),
-            "settings": SETTINGS,
-            "bounds": BOUNDS,
+            "settings": SETTINGS[args.case],
+            "bounds": bounds,
             "passed": passed,
             "ratios": summary,
             "runs": runs,

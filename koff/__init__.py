@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which do not 
     from .evaluation.attention_mass import PrefixMass, prefix_attention_mass
     from .evaluation.perplexity import EvalRow, evaluate
     from .manage import add_memory, import_memory, remove_memory
+    from .model.apply_kernels import AppliedKernels, apply_kernels
     from .model.attach import attach, detach, use_memory
     from .model.config import KoffConfig, KVConfig, LoRAConfig
     from .pruning.binarize import BinarizeReport, SparsityReport, binarize, sparsity
@@ -32,6 +33,7 @@ _HOMES = {
     "evaluation.attention_mass": ("PrefixMass", "prefix_attention_mass"),
     "evaluation.perplexity": ("EvalRow", "evaluate"),
     "manage": ("add_memory", "import_memory", "remove_memory"),
+    "model.apply_kernels": ("AppliedKernels", "apply_kernels"),
     "model.attach": ("attach", "detach", "use_memory"),
     "model.config": ("KVConfig", "KoffConfig", "LoRAConfig"),
     "pruning.binarize": ("BinarizeReport", "SparsityReport", "binarize", "sparsity"),

@@ -131,6 +131,7 @@ def learn(
         )
     if kv is not None:
         arch.check_prefix(model)
+        arch.check_dropout(model)
     generator = torch.Generator().manual_seed(seed)
     memory = new_memory(model, name, lora, kv, generator)
     was_training = model.training  # the trainer leaves it in train mode

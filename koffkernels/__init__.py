@@ -1,6 +1,7 @@
 """koffkernels: masked gated MLPs, LoRA deltas and attention over a learned prefix, usable on their
 own."""
 
+from . import layers
 from .dispatch import backends, force_backend, preload_defaults, recompute_hidden
 from .gated_mlp import gated_mlp
 from .hard_concrete import hard_concrete, open_probability
@@ -25,6 +26,7 @@ __all__ = [
     "force_route",
     "gated_mlp",
     "hard_concrete",
+    "layers",
     "lora_linear",
     "open_probability",
     "prefix_attention",

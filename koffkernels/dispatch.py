@@ -24,29 +24,30 @@ from .checks import refuse
 
 BACKENDS = ("torch", "triton", "interpret", "reference")
 
-# op -> backend -> "module:function". A backend that an op lacks here is not available for it.
+# op -> backend -> "module:function", seen from this package: a copy loaded from a hub has another
+# name. A backend that an op lacks here is not available for it.
 IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "gated_mlp": {
-        "torch": "koffkernels._torch.gated_mlp:run",
-        "triton": "koffkernels._triton.mlp.op:run",
-        "interpret": "koffkernels._triton.mlp.op:run",
-        "reference": "koffkernels.reference:gated_mlp",
+        "torch": "._torch.gated_mlp:run",
+        "triton": "._triton.mlp.op:run",
+        "interpret": "._triton.mlp.op:run",
+        "reference": ".reference:gated_mlp",
     },
     "lora_linear": {
-        "torch": "koffkernels._torch.lora_linear:run",
-        "triton": "koffkernels._triton.lora.op:run",
-        "interpret": "koffkernels._triton.lora.op:run",
-        "reference": "koffkernels.reference:lora_linear",
+        "torch": "._torch.lora_linear:run",
+        "triton": "._triton.lora.op:run",
+        "interpret": "._triton.lora.op:run",
+        "reference": ".reference:lora_linear",
     },
     "prefix_attention": {
-        "torch": "koffkernels._torch.prefix_attention:run",
-        "triton": "koffkernels._triton.attention.op:run",
-        "interpret": "koffkernels._triton.attention.op:run",
-        "reference": "koffkernels.reference:prefix_attention",
+        "torch": "._torch.prefix_attention:run",
+        "triton": "._triton.attention.op:run",
+        "interpret": "._triton.attention.op:run",
+        "reference": ".reference:prefix_attention",
     },
     "hard_concrete": {
-        "torch": "koffkernels.reference:hard_concrete",
-        "reference": "koffkernels.reference:hard_concrete",
+        "torch": ".reference:hard_concrete",
+        "reference": ".reference:hard_concrete",
     },
 }
 
@@ -154,7 +155,7 @@ def choose(op: str, device: torch.device | None = None) -> BackendChoice:
 
 def _load(op: str, backend: str) -> Callable:
     module, name = IMPLEMENTATIONS[op][backend].split(":")
-    found = _LOADED[op, backend] = getattr(importlib.import_module(module), name)
+    found = _LOADED[op, backend] = getattr(importlib.import_module(module, __package__), name)
     return found
 
 

@@ -25,8 +25,7 @@ def gated_mlp(
 
     Args:
         x: [B, T, H] or [M, H], fp32, bf16, fp16 or fp64.
-        w_gate, w_up: [I, H], frozen, x's dtype (any under autocast). They may be views of one [2 I,
-            H] buffer.
+        w_gate, w_up: [I, H], frozen, x's dtype (any under autocast).
         w_down: [H, I], frozen.
         gates: z [I], fp32, or None for all ones.
         lora: LoRA of the three layers, or None.

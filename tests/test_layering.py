@@ -45,7 +45,7 @@ DIRECTION = {
             "koffkernels.prefix_attention",
             "koffkernels.hard_concrete",
         ),
-        ("koffkernels.modules", "koffkernels.warmup"),
+        ("koffkernels.layers", "koffkernels.modules", "koffkernels.warmup"),
         ("koffkernels",),
     ),
     "koff_vllm": (

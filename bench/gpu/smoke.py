@@ -99,13 +99,21 @@ def linear(bench: Bench, lead: tuple[int, int], k: int, out: int, n: int, r: int
 
 
 def mlp(
-    bench: Bench, lead: tuple[int, int], width: int, n: int, r: int, recompute: bool = False
+    bench: Bench,
+    lead: tuple[int, int],
+    width: int,
+    n: int,
+    r: int,
+    recompute: bool = False,
+    gates: bool = True,
 ) -> Problem:
-    """gated_mlp with gates, of which some are 0."""
+    """gated_mlp, with gates of which some are 0, or without."""
     hidden, ids = bench.shape.hidden, _ids(bench, lead[0], n)
     sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     z = (torch.rand(width, device=bench.device) * 2 - 0.5).clamp(0, 1)
-    tensors = {"x": bench.normal(*lead, hidden), "z": z}
+    tensors = {"x": bench.normal(*lead, hidden)}
+    if gates:
+        tensors["z"] = z
     for name, (out, k) in sizes.items():
         tensors[name] = bench.normal(out, k, scale=k**-0.5)
         tensors |= _lora(bench, f"{name}.lora", n, r, k, out)
@@ -114,11 +122,14 @@ def mlp(
         lora = GatedMLPLoRA(*(_of(t, f"{name}.lora") for name in sizes))
         weights = [t[name] for name in sizes]
         with koffkernels.recompute_hidden(recompute):
-            return koffkernels.gated_mlp(t["x"], *weights, gates=t["z"], lora=lora, memory_ids=ids)
+            return koffkernels.gated_mlp(
+                t["x"], *weights, gates=t.get("z"), lora=lora, memory_ids=ids
+            )
 
     def plain(t: dict[str, Tensor]) -> Tensor:
         g, u = (_plain_linear(t["x"], t[p], _of(t, f"{p}.lora"), ids) for p in ("gate", "up"))
-        return _plain_linear(F.silu(g) * u * t["z"], t["down"], _of(t, "down.lora"), ids)
+        h = F.silu(g) * u
+        return _plain_linear(h * t["z"] if gates else h, t["down"], _of(t, "down.lora"), ids)
 
     frozen = (*sizes, *(f"{name}.lora.s" for name in sizes))
     return Problem(tensors, ours, plain, frozen)

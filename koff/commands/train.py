@@ -282,7 +282,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 def load_base(recipe: Recipe) -> PreTrainedModel:
     """Load the dense base model of a recipe, on the CPU."""
-    return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype)
+    # Some are published with attention dropout, which attention over a learned cache has not.
+    dropout = {} if recipe.koff.kv is None else {"attention_dropout": 0.0}
+    return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype, **dropout)
 
 
 def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:

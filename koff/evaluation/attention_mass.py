@@ -90,13 +90,13 @@ def prefix_attention_mass(
     """Measure how much attention the tokens of a text give to a memory's learned keys.
 
     For a query i the mass on learned token p is softmax(scale q_i [K_prefix; K]^T + mask)_p, in
-    fp32; the mean is over all tokens of all blocks. Blocks are those of ``koff.evaluate``.
+    fp32; the mean is over all tokens of all blocks, whether they count in losses or not. Blocks are
+    those of ``koff.evaluate``.
 
     Args:
         model: an attached or loaded koff model.
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        documents: texts, records with "text" or "input_ids", a ``datasets.Dataset`` of these, or
-            ``PackedBlocks``.
+        documents: as ``koff.data.blocks.pack`` takes them.
         memory: name of a memory with a KV part.
         block_size: tokens per block; with the prefix at most what the model has positions for.
         batch_size: blocks per forward; probabilities of one layer take [B, Hq, T, P + T] fp32.
@@ -119,8 +119,12 @@ def prefix_attention_mass(
             "one trained with koff.kv"
         )
     check_sizes(model, block_size, batch_size)
-    blocks = pack(documents, tokenizer, block_size).blocks
-    mass, tokens = mean_mass(model, memory, ((ids, None) for ids in blocks.split(batch_size)))
+    data = pack(documents, tokenizer, block_size)
+    # What fills a block up behind the documents' own tokens is padding.
+    real = torch.arange(block_size) < data.lengths[:, None]  # [N, T]
+    masks = [None if rows.all() else rows.long() for rows in real.split(batch_size)]
+    batches = zip(data.blocks.split(batch_size), masks, strict=True)
+    mass, tokens = mean_mass(model, memory, batches)
     return PrefixMass(memory, mass, tokens, config.num_frozen_tokens)
 
 
@@ -159,16 +163,16 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         # The next layer sees what it always sees: the output is that of koff's own attention.
         out = koff_attention(module, query, key, value, mask, **kwargs)
         link = module._koff
-        context = link.scope.context
+        context = link.running.context
         bounds = mask_to_bounds(mask)
-        prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
+        prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
         # [B, Hq, T, P + S], the learned keys first: query [B, Hq, T, D] and key [B, Hkv, S, D] are
         # rotated already, and the prefix is moved to the positions before them.
         weights, _ = attention_weights(
             query, key, value, prefix, context.ids, bounds, kwargs.get("scaling")
         )
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
-        sums[link.scope.index] = sums[link.scope.index] + given.double().sum((0, 2))
+        sums[link.layer] = sums[link.layer] + given.double().sum((0, 2))
         return out
 
     before = model.config._attn_implementation

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..data.blocks import pack
+from ..data.blocks import PackedBlocks, pack
 from ..data.losses import token_losses
+from ..data.records import IGNORED
 from ..errors import asked_by, asker
 
 # math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
@@ -58,20 +59,23 @@ def evaluate(
 ) -> list[EvalRow]:
     """Measure perplexity and bits per byte on every dataset with every memory.
 
-    Protocol: the documents of a split are written as BOS text EOS, concatenated in order and cut
-    into blocks of ``block_size`` tokens, the last partial block dropped (``koff.data.blocks``).
-    Each block is one forward from an empty cache; its tokens 2..T are scored, each given the tokens
-    before it in the block. With the mean negative log-likelihood m over all scored tokens, in nats
-    and summed in float64,
+    Protocol: the documents of a split are packed in order into blocks of ``block_size`` tokens
+    (``koff.data.blocks.pack``; texts as BOS text EOS, the last partial block dropped). Each block
+    is one forward from an empty cache; those of its tokens 2..T that count are scored, each given
+    all tokens before it in the block. All tokens of a text count; of a prompt with its completion,
+    of a chat and of token ids with labels, the completion, the assistant's turns and the labelled
+    ones. With the mean negative log-likelihood m over all scored tokens, in nats and summed in
+    float64,
 
-        perplexity = exp(m),   bits per byte = m / ln 2 * tokens per byte of the whole split.
+        perplexity = exp(m),   bits per byte = m / ln 2 * tokens that count per byte of their text.
 
     Gates are deterministic, dropout is off; the model's mode is restored.
 
     Args:
         model: a koff model, or any causal LM of transformers (measured without memory, as "base").
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        datasets: domain -> documents: texts, records with "text" or "input_ids", a
+        datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
+            ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
             ``datasets.Dataset`` of these, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block, at most what the model has positions for.
@@ -107,7 +111,7 @@ def evaluate(
             for memory in chosen:
                 # A plain transformers model has no such argument.
                 argument = {} if state is None else {"memory": memory}
-                nats = _mean_nats(model, data.blocks, batch_size, argument)
+                nats, tokens = _mean_nats(model, data, batch_size, argument)
                 row = EvalRow(
                     variant="base" if state is None else "koff",
                     memory=memory,
@@ -115,7 +119,7 @@ def evaluate(
                     split=split,
                     perplexity=math.inf if nats > _MOST_NATS else math.exp(nats),
                     bits_per_byte=nats / math.log(2) * data.tokens_per_byte,
-                    tokens=_scored(data.blocks),
+                    tokens=tokens,
                 )
                 rows.append(row)
     return rows
@@ -143,23 +147,21 @@ def _choose_memories(
 
 
 def _mean_nats(
-    model: Any, blocks: torch.Tensor, batch_size: int, argument: dict[str, Any]
-) -> float:
-    """Return the mean negative log-likelihood of tokens 2..T of every block of int64 [N, T]."""
+    model: Any, data: PackedBlocks, batch_size: int, argument: dict[str, Any]
+) -> tuple[float, int]:
+    """Return the mean negative log-likelihood of the tokens that count, and how many those are."""
     device = next(model.parameters()).device
     # On the device, and read once at the end. In fp64, since in fp32 a sum over millions of tokens
     # would round away part of each further batch.
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in blocks.split(batch_size):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False, **argument).logits
-        total += token_losses(logits, batch)[0].double().sum()
-    return total.item() / _scored(blocks)
-
-
-def _scored(blocks: torch.Tensor) -> int:
-    """Return how many tokens of blocks [N, T] are scored: all but the first of each."""
-    return blocks.shape[0] * (blocks.shape[1] - 1)
+    tokens = 0
+    for first in range(0, len(data), batch_size):
+        rows = slice(first, first + batch_size)
+        labels = data.labels(rows)
+        tokens += int((labels != IGNORED).sum())
+        logits = model(input_ids=data.blocks[rows].to(device), use_cache=False, **argument).logits
+        total += token_losses(logits, labels.to(device))[0].double().sum()
+    return total.item() / tokens, tokens
 
 
 # ---- what other measurements and the trainer use too ----

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..errors import asker
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+# Phi-3 has gate and up in one weight [2 I, H]: the rows of gate, then those of up. This is where
+# either of them, and its LoRA, is then found: as which half of what.
+GATE_UP = "gate_up_proj"
+HALVES = {"gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1)}
 # The dimension of each MLP weight [out, in] that counts neurons: gate and up have a row for each,
 # down a column. A LoRA B A on them follows: it has that row in B [N, r], that column in A [r, K].
-NEURON_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
-MLP_LINEARS = tuple(NEURON_DIM)
-LINEARS = ATTENTION_LINEARS + MLP_LINEARS
+NEURON_DIM = {"gate_proj": 0, "up_proj": 0, GATE_UP: 0, "down_proj": 1}
 # transformers' hidden_act -> the kernels' name. The kernels have no other activation.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # RoPE whose frequencies never change: only then is a stored key at another position a rotation of
@@ -45,24 +47,49 @@ class Architecture:
         model_type: transformers' ``config.model_type``.
         causal_lm: class name of the causal language model in transformers.
         config: class name of its config.
+        attention_linears, mlp_linears: names of the linear layers of a decoder layer, which are
+            also PEFT's names for a LoRA on them.
         decoder, layers, attention, mlp, rotary: attribute names.
     """
 
     model_type: str
     causal_lm: str
     config: str
+    attention_linears: tuple[str, ...] = ATTENTION_LINEARS
+    mlp_linears: tuple[str, ...] = MLP_LINEARS
     decoder: str = "model"
     layers: str = "layers"
     attention: str = "self_attn"
     mlp: str = "mlp"
     rotary: str = "rotary_emb"
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear layers of a decoder layer."""
+        return self.attention_linears + self.mlp_linears
+
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", "LlamaConfig"),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
+    entry.model_type: entry
+    for entry in (
+        Architecture("llama", "LlamaForCausalLM", "LlamaConfig"),
+        Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
+        Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
+        Architecture("mistral", "MistralForCausalLM", "MistralConfig"),
+        Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
+        Architecture("granite", "GraniteForCausalLM", "GraniteConfig"),
+        Architecture("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config"),
+        Architecture(
+            "phi3",  # Phi-4 and Phi-4-mini, too
+            "Phi3ForCausalLM",
+            "Phi3Config",
+            attention_linears=("qkv_proj", "o_proj"),
+            mlp_linears=(GATE_UP, "down_proj"),
+        ),
+    )
 }
+# Every name that a LoRA's target may have, on one architecture or another.
+LINEARS = tuple(dict.fromkeys(n for entry in ARCHITECTURES.values() for n in entry.linears))
 
 
 class Site(NamedTuple):
@@ -70,7 +97,7 @@ class Site(NamedTuple):
 
     Args:
         layer: number of the decoder layer.
-        linear: which of its ``LINEARS``.
+        linear: which of its linear layers.
     """
 
     layer: int
@@ -143,19 +170,40 @@ def mlps(model: PreTrainedModel) -> list[nn.Module]:
     return [mlp(layer, model) for layer in layers(model)]
 
 
-def mlp_linears(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """Return the linear layers gate, up and down of an MLP."""
-    return module.gate_proj, module.up_proj, module.down_proj
+def mlp_linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers of an MLP by name: gate, up and down, or gate_up and down."""
+    names = (GATE_UP, "down_proj") if GATE_UP in module._modules else MLP_LINEARS
+    return {name: module._modules[name] for name in names}
 
 
-def mlp_weights(module: nn.Module) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """Return gate [I, H], up [I, H] and down [H, I] of an MLP."""
+def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate [I, H], up [I, H] and down [H, I] of an MLP: its parameters, or views of them
+    where gate and up are one."""
+    fused = module._modules.get(GATE_UP)  # in every forward, and a failing getattr is slow
+    if fused is not None:
+        return (*fused.weight.chunk(2), module.down_proj.weight)
     return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
 
 
+def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
+    """Return where neurons are found along the ``NEURON_DIM`` of a linear layer of an MLP.
+
+    Args:
+        linear: its name.
+        neurons: int64 [n], numbers of neurons.
+        width: I, of the MLP that they are numbered in.
+
+    Returns:
+        int64 [n]; [2 n] where gate and up are one, which has two rows for each neuron.
+    """
+    import torch
+
+    return torch.cat([neurons, neurons + width]) if linear == GATE_UP else neurons
+
+
 def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (name, module) of the seven linear layers of a decoder layer."""
-    for name in LINEARS:
+    """Yield (name, module) of the linear layers of a decoder layer."""
+    for name in architecture(model.config.model_type).linears:
         yield name, layer.get_submodule(linear_path(name, model))
 
 
@@ -178,7 +226,7 @@ def layers_path(model: PreTrainedModel) -> str:
 def linear_path(name: str, model: PreTrainedModel) -> str:
     """Return the path of a linear layer within its decoder layer: "self_attn.q_proj"."""
     arch = architecture(model.config.model_type)
-    return f"{arch.attention if name in ATTENTION_LINEARS else arch.mlp}.{name}"
+    return f"{arch.attention if name in arch.attention_linears else arch.mlp}.{name}"
 
 
 def site_path(site: Site, model: PreTrainedModel) -> str:
@@ -195,16 +243,22 @@ def count_layers(names: Iterable[str], model_type: str) -> int:
 # ---- facts about a model ----
 
 
+def width(module: nn.Module) -> int:
+    """Return the number of neurons of an MLP."""
+    return module.down_proj.weight.shape[1]
+
+
 def widths(model: PreTrainedModel) -> list[int]:
     """Return the number of MLP neurons of each layer."""
-    return [mlp_weights(module)[0].shape[0] for module in mlps(model)]
+    return [width(module) for module in mlps(model)]
 
 
 def set_width(module: nn.Module, width: int) -> None:
     """Make an MLP's bookkeeping agree with weights of a new width, in place."""
-    gate, up, down = mlp_linears(module)
-    gate.out_features = up.out_features = down.in_features = width
-    module.intermediate_size = width
+    for linear in mlp_linears(module).values():
+        linear.out_features, linear.in_features = linear.weight.shape
+    if hasattr(module, "intermediate_size"):
+        module.intermediate_size = width
 
 
 def activation(model: PreTrainedModel) -> str:
@@ -212,9 +266,16 @@ def activation(model: PreTrainedModel) -> str:
     return ACTIVATIONS[model.config.hidden_act]
 
 
-def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """Return the RoPE inverse frequencies [D / 2] as the model uses them."""
+def inverse_frequencies(model: PreTrainedModel) -> Tensor:
+    """Return the RoPE inverse frequencies [R / 2] as the model uses them: those of the R dimensions
+    of a head that it rotates, all D of them or, with partial RoPE, the first."""
     return getattr(decoder(model), architecture(model.config.model_type).rotary).inv_freq
+
+
+def layers_without_rope(model: PreTrainedModel) -> frozenset[int]:
+    """Return the numbers of the layers whose attention knows no positions (SmolLM3 has some)."""
+    modules = [attention(layer, model) for layer in layers(model)]
+    return frozenset(i for i, module in enumerate(modules) if not getattr(module, "use_rope", True))
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
@@ -277,36 +338,68 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     from torch import nn
 
     module = mlp(layer, model)
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in MLP_LINEARS):
+    names = architecture(model.config.model_type).mlp_linears
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
         raise TypeError(
             f"{asker()}: the MLP of layer {index} must have the linear layers "
-            f"{', '.join(MLP_LINEARS)}, got {type(module).__name__}; mixtures of experts and fused "
-            "gate_up layers are not supported"
+            f"{', '.join(names)}, got {type(module).__name__}; mixtures of experts are not "
+            "supported"
         )
-    if any(linear.bias is not None for linear in mlp_linears(module)):
+    if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    # A forward that is bound to an instance, as Liger does it, comes before the class's: it would
-    # bypass the gates without a word. accelerate's hooks for a device_map are bound like this too.
-    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
-    patched = [type(m).__name__ for m in modules if "forward" in m.__dict__]
-    if patched:
-        step = "load the model without kernel patches"
-        if any(hasattr(m, "_hf_hook") for m in modules):
-            step = "load the model onto one device: a device_map that spreads or offloads it moves "
-            step += "data inside forward"
-        raise ValueError(
-            f"{asker()}: the modules of layer {index} must use their classes' own forward, "
-            f"got {patched}; {step}"
-        )
+    modules = [layer, module, attention(layer, model)]
+    modules += [linear for _, linear in linears(layer, model)]
+    refuse_patched(modules, f"{asker()}: the modules of layer {index}")
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
             raise TypeError(
                 f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
                 f"got {type(linear).__name__}; detach other adapters and quantisation first"
             )
+
+
+def refuse_patched(modules: list[nn.Module], whose: str) -> None:
+    """Refuse modules with a forward of their own.
+
+    One that is bound to an instance, as Liger does it, comes before the class's: it would bypass
+    the gates without a word. accelerate's hooks for a device_map are bound like this too.
+
+    Args:
+        modules: of decoder layers.
+        whose: the first words of the error.
+
+    Raises:
+        ValueError: the classes of those that have one.
+    """
+    patched = [m for m in modules if "forward" in m.__dict__]
+    if not patched:
+        return
+    step = "load the model without kernel patches, and patch nothing after attach"
+    if any(hasattr(m, "_hf_hook") for m in patched):
+        step = "load the model onto one device: a device_map that spreads or offloads it moves "
+        step += "data inside forward"
+    raise ValueError(
+        f"{whose} must use their classes' own forward, got another in "
+        f"{sorted({type(m).__name__ for m in patched})}; {step}"
+    )
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train a KV memory under attention dropout, which attention over one does not have.
+
+    Raises:
+        ValueError: the layers' dropout.
+    """
+    # The layers took it over when they were made: changing the config would do nothing.
+    dropout = max(getattr(module, "attention_dropout", 0.0) for module in decoder(model).modules())
+    if dropout > 0:
+        raise ValueError(
+            f"{asker()}: attention dropout must be 0 with KV memories, got {dropout}; load the "
+            "model with attention_dropout=0.0"
+        )
 
 
 def check_prefix(model: PreTrainedModel) -> None:
@@ -322,16 +415,17 @@ def check_prefix(model: PreTrainedModel) -> None:
             f"{asker()}: the RoPE type (for KV memories) must be one of {', '.join(ROPE_TYPES)}, "
             f"got {rope!r}; use kv=None"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if window is not None and not kinds:  # Mistral and Phi-3 slide in every layer, or in none
+        raise ValueError(
+            f"{asker()}: the attention layers (for KV memories) must all be full attention, "
+            f"got sliding_window={window}; use kv=None, or set config.sliding_window = None if "
+            "prefix and text together are never longer than that, where both are the same"
+        )
+    if kinds - {"full_attention"}:
         raise ValueError(
             f"{asker()}: the attention layers (for KV memories) must all be full attention, "
             f"got {sorted(kinds)}; use kv=None: stock caches truncate a prefix in sliding and "
             "chunked layers"
-        )
-    rotated, (_, head_dim) = 2 * inverse_frequencies(model).numel(), kv_shape(model)
-    if rotated != head_dim:
-        raise ValueError(
-            f"{asker()}: RoPE (for KV memories) must rotate the whole head, "
-            f"got {rotated} of {head_dim} dimensions; use kv=None"
         )

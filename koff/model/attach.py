@@ -1,6 +1,6 @@
 """Attach gates and memories to a transformers model in place, and take them off again.
 
-Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model
+Classes are swapped for subclasses of the same name (linear layers, MLPs, decoder layers, the model
 itself), parameters keep their names, and everything learned lives in one submodule, ``model.koff``.
 Base weights are frozen and never changed, but for the order of the MLP's neurons once the mask is
 fixed (``neuron_order``), which ``detach`` undoes.
@@ -11,42 +11,75 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
+from koffkernels.reference import ACTIVATIONS
 
-from ..errors import asked_by
+from ..errors import asked_by, asker
 from . import arch, attention
 from .arch import Site
 from .config import KoffConfig, KVConfig, LoRAConfig
-from .forward_context import ForwardContext, LayerScope, MemoryArgument
+from .forward_context import ForwardContext, MemoryArgument, Running
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
-from .neuron_order import after_load, before_load, in_original_order, kept_part, restore_order
+from .neuron_order import (
+    after_load,
+    before_load,
+    in_original_order,
+    kept_part,
+    restore_layer,
+    restore_order,
+)
 from .prefill import fill_from_random_tokens
 from .state import KoffState, is_attached, require_attached
 
 
 @dataclass
 class Link:
-    """How a swapped module of a layer reaches what a forward needs.
+    """How a module of a layer reaches what a forward needs.
 
     Args:
         bank: the model's memories.
-        scope: the layer's current context.
+        running: where it finds the context of the call that its layer is in.
+        layer: number of the layer.
         site: of a linear layer: where its LoRA is.
         activation: of an MLP: the kernels' name of it.
+        state: of an MLP: the model's, whose gates say how its neurons are ordered.
     """
 
     bank: MemoryBank
-    scope: LayerScope
+    running: Running
+    layer: int
     site: Site | None = None
     activation: str | None = None
+    state: KoffState | None = None
+
+
+class _LayerMixin:
+    """A decoder layer, whose modules find the context of its call while it runs.
+
+    The layer and not the model sets it, since a checkpointed layer is recomputed in backward: later
+    than other calls, and on a GPU in a thread of autograd's. transformers passes the decoder's
+    keyword arguments on to its layers, and keeps them with what is to be recomputed.
+    """
+
+    _koff: Link
+
+    def forward(self, *args, koff_context: ForwardContext | None = None, **kwargs):
+        running = self._koff.running
+        before, running.context = running.context, koff_context
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            # Nothing is left for the next call: a layer that somebody calls on its own has no
+            # memory, and nothing keeps this forward's tensors alive.
+            running.context = before
 
 
 class _LinearMixin:
@@ -56,59 +89,96 @@ class _LinearMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, lora = link.scope.context, None
-        if context.slots:
-            lora = link.bank.lora(link.site, context.slots, context.stacks)
+        context, lora = link.running.context, None
+        if context is not None and context.memories:
+            lora = link.bank.lora(link.site, context.memories, context.stacks)
         if lora is None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
 
 
-class _MLPMixin:
-    """The gated MLP with gates and memories; the last user of its layer's context.
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
+    for its call."""
+    return type(linear) is _PLAIN_LINEAR and not (
+        linear._forward_pre_hooks
+        or linear._forward_hooks
+        or linear._backward_pre_hooks
+        or linear._backward_hooks
+        or "forward" in linear.__dict__
+    )
 
-    Its three linear layers are not called: one operation takes their weights.
+
+class _MLPMixin:
+    """The gated MLP with gates and memories.
+
+    Its linear layers are not called: one operation takes their weights. Where somebody put an
+    adapter around one, or hooks on it, they are called as in transformers.
     """
 
     _koff: Link
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, index = link.scope.context, link.scope.index
-        weights, lora = arch.mlp_weights(self), None
-        if context.slots:
-            lora = GatedMLPLoRA(
-                *(
-                    link.bank.lora(Site(index, name), context.slots, context.stacks)
-                    for name in arch.MLP_LINEARS
+        context, index = link.running.context or ForwardContext(), link.layer
+        kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
+        *first, down = arch.mlp_linears(self).values()
+        if _is_plain(down) and all(map(_is_plain, first)):
+            weights, lora = arch.mlp_weights(self), None
+            if context.memories:
+                lora = GatedMLPLoRA(
+                    *(
+                        link.bank.lora(Site(index, name), context.memories, context.stacks)
+                        for name in arch.MLP_LINEARS
+                    )
                 )
+            if kept is not None:
+                if kept.width(index) is None:
+                    gates = kept.factor(index)
+                else:
+                    weights, lora = kept_part(kept, index, weights, lora)
+            y = gated_mlp(
+                x,
+                *weights,
+                gates=gates,
+                lora=lora,
+                memory_ids=context.ids,
+                activation=link.activation,
             )
-        gates = None if context.gates is None else context.gates[index]
-        if context.kept_first is not None:
-            weights, lora = kept_part(context.kept_first, index, weights, lora)
-        y = gated_mlp(
-            x,
-            *weights,
-            gates=gates,
-            lora=lora,
-            memory_ids=context.ids,
-            activation=link.activation,
-        )
-        # Not left for the next call: a layer that somebody calls on its own has no memory, and
-        # nothing keeps this forward's tensors alive.
-        link.scope.context = link.scope.idle
+        else:
+            if kept is not None:
+                restore_layer(self, kept, index)  # hooks see the neurons by their own numbers
+                gates = kept.factor(index)
+            outputs = [linear(x) for linear in first]
+            gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+            h = ACTIVATIONS[link.activation](gate) * up
+            y = down(h if gates is None else (h * gates).to(h.dtype))
         return y
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Put the neurons back into their order before an adapter is put around a linear layer: it
+        may hold weights of the original order, or be merged before any forward."""
+        link = self.__dict__.get("_koff")
+        if link is not None and isinstance(value, nn.Module) and link.state.gates is not None:
+            restore_layer(self, link.state.gates, link.layer)
+        super().__setattr__(name, value)
 
-class _AttentionMixin:
-    """Attention that takes the forward's context and makes it the layer's: it is the first of its
-    layer to run, also when a checkpointed layer is recomputed in backward."""
 
-    _koff: Link
+@dataclass
+class PatchCheck:
+    """Forward pre-hook of the decoder: refuses a forward that was bound to a module after attach.
 
-    def forward(self, *args, koff_context=None, **kwargs):
-        self._koff.scope.context = koff_context or ForwardContext()
-        return super().forward(*args, **kwargs)
+    It would run in the place of koff's, and leave the mask or the memories out without a word.
+
+    Args:
+        modules: MLP and attention of every layer.
+    """
+
+    modules: list[nn.Module]
+
+    def __call__(self, decoder: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            arch.refuse_patched(self.modules, "forward: MLPs and attention")
 
 
 @functools.cache
@@ -119,6 +189,10 @@ def _subclass(mixin: type, cls: type) -> type:
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
     return type(cls.__name__, (mixin, cls), body)
+
+
+# What attach makes of ``nn.Linear``; looked at in every forward, where torch.compile can see it.
+_PLAIN_LINEAR = _subclass(_LinearMixin, nn.Linear)
 
 
 def _swap(module: nn.Module, mixin: type, link: Link | None) -> None:
@@ -159,7 +233,12 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
             f"attach: config must be a koff.KoffConfig, got {type(config).__name__}; pass one"
         )
     with asked_by("attach"):
-        arch.check_supported(model, config.kv is not None and bool(config.memories))
+        with_kv = config.kv is not None and bool(config.memories)
+        arch.check_supported(model, with_kv)
+        if with_kv:
+            arch.check_dropout(model)
+        if config.lora is not None:  # under the names of this model, which is what is saved
+            config = replace(config, lora=config.lora.on(model))
     generator = torch.Generator().manual_seed(config.seed)
     state = KoffState(model, config, generator)
     for name in config.memories:
@@ -188,6 +267,7 @@ def new_memory(
     """
     shapes = {}
     if lora is not None:
+        lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
                 width_out, width_in = module.weight.shape
@@ -208,19 +288,21 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     # giving none would train nothing without a word.
     model.requires_grad_(False)
     model.koff = state
+    computed = []  # modules whose forward is koff's alone
     for index, layer in enumerate(arch.layers(model)):
-        scope = LayerScope(index)
+        link = Link(state.memories, state.running, index)
+        _swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            _swap(linear, _LinearMixin, Link(state.memories, scope, site=Site(index, name)))
+            _swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
         module = arch.mlp(layer, model)
-        share_gate_up(module)
-        link = Link(state.memories, scope, activation=arch.activation(model))
-        _swap(module, _MLPMixin, link)
-        _swap(arch.attention(layer, model), _AttentionMixin, Link(state.memories, scope))
+        _swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
+        arch.attention(layer, model)._koff = link  # for ``koff_attention``
+        computed += [layer, module, arch.attention(layer, model)]
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
     state.hooks = [
+        inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
@@ -232,6 +314,22 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     use_koff_attention(model)
 
 
+def require_own(linears: Iterable[nn.Module]) -> None:
+    """Refuse linear layers that are no longer those koff was attached to.
+
+    Raises:
+        TypeError: the first one that is not: an adapter's, for instance.
+    """
+    own = _subclass(_LinearMixin, nn.Linear)
+    for linear in linears:
+        if type(linear) is not own:
+            raise TypeError(
+                f"{asker()}: the linear layers must be those that koff was attached to, got a "
+                f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "
+                "(PEFT: merge_and_unload() or unload())"
+            )
+
+
 def use_koff_attention(model: PreTrainedModel) -> None:
     """Switch to the attention implementation "koff" if some memory has a KV part."""
     state = model.koff
@@ -240,17 +338,6 @@ def use_koff_attention(model: PreTrainedModel) -> None:
         attention.register()
         state.attention = model.config._attn_implementation
         model.set_attn_implementation(attention.NAME)
-
-
-@torch.no_grad()
-def share_gate_up(module: nn.Module) -> None:
-    """Lay gate and up out in one [2 I, H] buffer, so that kernels can run both as one GEMM; values
-    and names stay."""
-    gate, up, _ = arch.mlp_weights(module)
-    if gate.device.type == "meta":
-        return
-    both = torch.cat([gate, up])
-    gate.data, up.data = both[: gate.shape[0]], both[gate.shape[0] :]
 
 
 @asked_by("detach")
@@ -265,15 +352,22 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         The same object.
 
     Raises:
-        ValueError: koff is not attached.
+        TypeError, ValueError: koff is not attached, or an adapter lies around a layer.
     """
     state = require_attached(model)
+    if type(model).__mro__[1] is not KoffModelMixin:
+        raise ValueError(
+            f"detach: the model must be as attach left it, got a {type(model).__name__}, which "
+            "FSDP shards; detach what koff.compact or koff.load returns"
+        )
+    require_own(linear for _, linear in arch.sites(model))
     restore_order(model)  # while there is still somebody who knows it
     for layer in arch.layers(model):
         for _, linear in arch.linears(layer, model):
             _unswap(linear)
         _unswap(arch.mlp(layer, model))
-        _unswap(arch.attention(layer, model))
+        vars(arch.attention(layer, model)).pop("_koff")
+        _unswap(layer)
     for hook in state.hooks:
         hook.remove()
     _unswap(model)
@@ -290,6 +384,10 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     """Make a memory the default of every forward inside the ``with`` block, for code that cannot
     pass it.
 
+    It holds for the thread or asyncio task that enters the block, as ``torch.no_grad`` does for a
+    thread. A thread that is started inside sees nothing of it: pass ``memory=`` there, or start it
+    with ``asyncio.to_thread`` or ``contextvars.copy_context().run``.
+
     Args:
         model: an attached model.
         memory: a name, None, or a list with one entry per row.
@@ -300,8 +398,13 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     with asked_by("use_memory"):
         state = require_attached(model)
     state.check(memory, "use_memory")
-    with state.using(memory):
-        yield model
+    # Inside of a generate (in a callback), what is said here comes before what that was asked for.
+    generation, state.running.generation = state.running.generation, None
+    try:
+        with state.active.set(memory):
+            yield model
+    finally:
+        state.running.generation = generation
 
 
 def set_base_class(model: PreTrainedModel, cls: type) -> None:

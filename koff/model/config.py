@@ -8,12 +8,17 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import asked_by, asker
-from .arch import LINEARS, MLP_LINEARS
+from .arch import LINEARS, architecture
+
+# Instead of names, which differ between architectures.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"  # PEFT's word for it
+MLP_LINEAR = "mlp-linear"
 KV_INITS = ("text", "tokens", "normal")
 SCOPES = ("mlp", "model")
 # P(z > 0) at the lower clamp of log_alpha is 4.7 %: no gate can be expected to be closed more often
@@ -89,14 +94,15 @@ class LoRAConfig:
     Args:
         r: rank. The higher, the more is won back: docs/experiments.md, 3 and 6.
         alpha: scaling numerator, as in PEFT; alpha / r = 2 in all experiments.
-        target_modules: names of the linear layers that carry it, or "all-linear" for all seven, as
-            in the paper. The default is the MLP's three: where neurons are removed, and at equal
-            parameters they won back more than all seven (docs/experiments.md, 5).
+        target_modules: names of the linear layers that carry it, as the model and PEFT have them,
+            or "all-linear" for all, as in the paper. The default, "mlp-linear", is the MLP's: where
+            neurons are removed, and at equal parameters they won back more than all
+            (docs/experiments.md, 5).
     """
 
     r: int = 16
     alpha: float = 32.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = MLP_LINEARS
+    target_modules: tuple[str, ...] | Literal["all-linear", "mlp-linear"] = MLP_LINEAR
 
     @asked_by("LoRAConfig")
     def __post_init__(self) -> None:
@@ -104,8 +110,8 @@ class LoRAConfig:
         _check_finite("alpha", self.alpha)
         if self.alpha <= 0:
             raise ValueError(f"LoRAConfig: alpha must be positive, got {self.alpha}; change it")
-        if self.target_modules == ALL_LINEAR:
-            object.__setattr__(self, "target_modules", LINEARS)
+        if self.target_modules in (ALL_LINEAR, MLP_LINEAR):
+            return
         _check_names("target_modules", self.target_modules)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not self.target_modules:
@@ -118,6 +124,26 @@ class LoRAConfig:
                     f"LoRAConfig: target_modules must name linear layers, got {name!r}; choose "
                     f"among {', '.join(LINEARS)}, or write {ALL_LINEAR!r}"
                 )
+
+    def on(self, model: PreTrainedModel) -> LoRAConfig:
+        """Return this config with the names that a model's linear layers have.
+
+        Args:
+            model: of a supported architecture.
+
+        Raises:
+            ValueError: a name that the model lacks.
+        """
+        entry = architecture(model.config.model_type)
+        named = {ALL_LINEAR: entry.linears, MLP_LINEAR: entry.mlp_linears}
+        targets = named.get(self.target_modules, self.target_modules)
+        for name in targets:
+            if name not in entry.linears:
+                raise ValueError(
+                    f"{asker()}: target_modules must name linear layers of this model, got "
+                    f"{name!r}; {entry.model_type} has {', '.join(entry.linears)}"
+                )
+        return dataclasses.replace(self, target_modules=targets)
 
 
 @dataclass(frozen=True)
@@ -228,7 +254,10 @@ class KoffConfig:
         values = dataclasses.asdict(self)
         values["memories"] = list(self.memories)
         if self.lora is not None:
-            values["lora"]["target_modules"] = list(self.lora.target_modules)
+            targets = self.lora.target_modules
+            values["lora"]["target_modules"] = (
+                targets if isinstance(targets, str) else list(targets)
+            )
         return values
 
     @classmethod

@@ -34,8 +34,8 @@ class Gates(nn.Module):
         multiplier: fp32 scalar, the Lagrange multiplier lambda1 of the sparsity constraint.
         fixed: whether the mask is binary (``koff.binarize``).
 
-    Once fixed, ``neuron_order`` may reorder the base's neurons; ``kept_first`` says so, and
-    ``order`` and ``width`` say how. Gates and masks themselves stay in the original order.
+    Once fixed, ``neuron_order`` may reorder the base's neurons, layer by layer; ``width`` says of
+    which layers it did, and ``order`` how. Gates and masks themselves stay in the original order.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Gates(nn.Module):
 
     @property
     def kept_first(self) -> bool:
-        """Whether the base's neurons were reordered, kept ones first."""
-        return self._widths[0] is not None
+        """Whether some layer's neurons were reordered, kept ones first."""
+        return any(width is not None for width in self._widths)
 
     def order(self, index: int) -> Tensor:
         """Return the original number of each neuron of a reordered layer, int64 [I]."""
         return getattr(self, f"order_{index}")
 
-    def width(self, index: int) -> int:
-        """Return how many leading neurons of a reordered layer are kept."""
+    def width(self, index: int) -> int | None:
+        """Return how many leading neurons of a layer are kept; None if it was not reordered."""
         return self._widths[index]
 
     @property
@@ -86,11 +86,10 @@ class Gates(nn.Module):
         setattr(self, f"order_{index}", order)
         self._widths[index] = width
 
-    def drop_order_(self) -> None:
-        """Record, in place, that every layer is in its original order."""
-        for index in range(len(self._widths)):
-            setattr(self, f"order_{index}", None)
-            self._widths[index] = None
+    def drop_order_(self, index: int) -> None:
+        """Record, in place, that a layer is in its original order."""
+        setattr(self, f"order_{index}", None)
+        self._widths[index] = None
 
     @property
     def neurons(self) -> int:
@@ -105,8 +104,12 @@ class Gates(nn.Module):
         another.
         """
         if self.fixed:
-            return [mask.to(p.dtype) for mask, p in zip(self.masks, self.log_alpha, strict=True)]
+            return [self.factor(index) for index in range(len(self.log_alpha))]
         return self._drawn(self.training)
+
+    def factor(self, index: int) -> Tensor:
+        """Return the fixed mask of a layer as zeros and ones, z [I]."""
+        return getattr(self, f"mask_{index}").to(self.log_alpha[index].dtype)
 
     def _drawn(self, sample: bool) -> list[Tensor]:
         return [hard_concrete(p, sample=sample) for p in self.log_alpha]

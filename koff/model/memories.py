@@ -8,7 +8,9 @@ a cache, where they stay until a parameter changes.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
-from .arch import Site, site_key, site_of
+from .arch import HALVES, Site, site_key, site_of
 from .config import KVConfig, LoRAConfig
 
 
@@ -53,8 +55,11 @@ class KVWeights(nn.Module):
         shape = (kv_heads, tokens - frozen, head_dim)
         self.k = nn.Parameter(torch.zeros(shape, device=device))
         self.v = nn.Parameter(torch.zeros(shape, device=device))
-        self.register_buffer("k_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
-        self.register_buffer("v_frozen", torch.zeros(kv_heads, frozen, head_dim, device=device))
+        # Without frozen tokens they are empty, and not saved: all empty tensors have the address 0,
+        # by which accelerate takes them for one tied tensor and leaves all but one out of a file.
+        for name in ("k_frozen", "v_frozen"):
+            zeros = torch.zeros(kv_heads, frozen, head_dim, device=device)
+            self.register_buffer(name, zeros, persistent=frozen > 0)
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
@@ -126,6 +131,20 @@ class Memory(nn.Module):
         """Return the LoRA of one linear layer; None if this memory has none there."""
         key = site_key(site)  # not str(site): torch.compile traces this
         return self.lora[key] if key in self.lora else None
+
+    def matrices(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Return A [r, K] and B [N, r] on one linear layer; None if this memory has none there.
+
+        Gate and up of a model that has both in one linear layer get its A and their half of its B.
+        """
+        weights = self.lora_at(site)
+        if weights is not None:
+            return weights.a, weights.b
+        if site.linear not in HALVES:
+            return None
+        whole, half = HALVES[site.linear]
+        weights = self.lora_at(Site(site.layer, whole))
+        return None if weights is None else (weights.a, weights.b.chunk(2)[half])
 
     def sites(self) -> Iterator[tuple[Site, LoRAWeights]]:
         """Yield every site that has a LoRA, and the LoRA."""
@@ -204,7 +223,8 @@ class Stacks:
 
     def bytes(self) -> int:
         """Return what the stacks hold, views of single memories included."""
-        stacks = [*self.lora.values(), *self.prefix.values()]
+        # Lists at once: another thread's forward may be adding to them.
+        stacks = [*list(self.lora.values()), *list(self.prefix.values())]
         return sum(t.nbytes for stack in stacks if stack is not None for t in stack)
 
 
@@ -212,7 +232,8 @@ class _StackCache:
     """The ``Stacks`` of each mix of memories that forwards used, the last used last."""
 
     def __init__(self):
-        self.mixes: dict[tuple[int, ...], Stacks] = {}
+        self.mixes: dict[tuple[Memory, ...], Stacks] = {}
+        self.lock = threading.Lock()
 
     # A copy of the model has parameters of its own, and makes its own stacks.
 
@@ -223,12 +244,29 @@ class _StackCache:
         return _StackCache, ()
 
 
-class MemoryBank(nn.Module):
-    """All memories of a model, in order; a memory's position is its id."""
+class Roster(NamedTuple):
+    """The memories of a model at one moment, in order; a memory's position is its id."""
 
-    def __init__(self, inverse_frequencies: Tensor):
+    names: tuple[str, ...] = ()
+    memories: tuple[Memory, ...] = ()
+
+
+class MemoryBank(nn.Module):
+    """All memories of a model.
+
+    Args:
+        inverse_frequencies: [R / 2], of the model's RoPE.
+        without_rope: numbers of the layers whose keys know no positions.
+
+    Attributes:
+        roster: the memories. It is replaced as a whole, so that a call that took it at its
+            beginning understands names and ids by it to its end.
+    """
+
+    def __init__(self, inverse_frequencies: Tensor, without_rope: frozenset[int] = frozenset()):
         super().__init__()
-        self.names: list[str] = []
+        self._without_rope = without_rope
+        self.roster = Roster()
         self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
         self.register_buffer(
@@ -238,16 +276,23 @@ class MemoryBank(nn.Module):
     def add(self, memory: Memory) -> None:
         """Append a memory. Its module name is mangled, so that names such as "keys" or "training"
         work."""
-        self.names.append(memory.name)
         self.add_module(f"memory_{memory.name}", memory)
+        names, memories = self.roster
+        self.roster = Roster((*names, memory.name), (*memories, memory))
 
     def remove(self, name: str) -> Memory:
         """Take a memory out, and return it."""
-        self.names.remove(name)
-        memory = getattr(self, f"memory_{name}")
+        memory = self[name]
+        others = [m for m in self.roster.memories if m is not memory]
+        self.roster = Roster(tuple(m.name for m in others), tuple(others))
         delattr(self, f"memory_{name}")
-        self._stacks = _StackCache()  # the ids of those behind it are others now
+        self._stacks = _StackCache()  # or it would be held on to
         return memory
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the memories, in order."""
+        return list(self.roster.names)
 
     @contextlib.contextmanager
     def only(self, memory: Memory) -> Iterator[None]:
@@ -256,7 +301,7 @@ class MemoryBank(nn.Module):
         The others are out of the model meanwhile, so that nothing can reach them. They come back
         after it, and the new one stays, as the last, if the block ends well.
         """
-        others = [self.remove(name) for name in tuple(self.names)]
+        others = [self.remove(name) for name in self.names]
         self.add(memory)
         stays = []
         try:
@@ -268,55 +313,55 @@ class MemoryBank(nn.Module):
                 self.add(back.to(self.inverse_frequencies.device))
 
     def __getitem__(self, which: str | int) -> Memory:
-        name = self.names[which] if isinstance(which, int) else which
-        return getattr(self, f"memory_{name}")
+        names, memories = self.roster
+        return memories[which if isinstance(which, int) else names.index(which)]
 
-    def __iter__(self):
-        return (self[name] for name in self.names)
+    def __iter__(self) -> Iterator[Memory]:
+        return iter(self.roster.memories)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.roster.names)
 
-    def stacks(self, slots: tuple[int, ...]) -> Stacks | None:
+    def stacks(self, memories: tuple[Memory, ...]) -> Stacks | None:
         """Return where the layers of a forward find and leave what they stack of these memories.
 
         The same object comes back as long as its memories do not change: asking once per forward
         takes the place of a look at the parameters in every layer.
 
         Args:
-            slots: ids of the memories.
+            memories: those of the forward.
 
         Returns:
             None with autograd, where a stack belongs to one backward, and while compiling, where it
             is part of a graph: then every layer makes its own.
         """
-        if not slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not memories or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         mixes = self._stacks.mixes
-        found = mixes.pop(slots, None)
-        if found is None or not found.valid():
-            # Every memory alone and all of them together fit, as often as they come by turns; of
-            # other mixes, those that were not used for the longest time are dropped.
-            most = 2 * sum(p.nbytes for p in self.parameters())
-            held = sum(mix.bytes() for mix in mixes.values())
-            while mixes and held > most:
-                held -= mixes.pop(next(iter(mixes))).bytes()
-            memories = [self[slot] for slot in slots]
-            found = Stacks([self, *(m for memory in memories for m in memory.modules())])
-        mixes[slots] = found
+        with self._stacks.lock:
+            found = mixes.pop(memories, None)
+            if found is None or not found.valid():
+                # Every memory alone and all of them together fit, as often as they come by turns;
+                # of other mixes, those that were not used for the longest time are dropped.
+                most = 2 * sum(p.nbytes for p in self.parameters())
+                held = sum(mix.bytes() for mix in mixes.values())
+                while mixes and held > most:
+                    held -= mixes.pop(next(iter(mixes))).bytes()
+                found = Stacks([self, *(m for memory in memories for m in memory.modules())])
+            mixes[memories] = found
         return found
 
-    def are_stacked(self, slots: tuple[int, ...], stacks: Stacks | None) -> bool:
-        """Return whether ``stacks`` is what ``stacks(slots)`` would give, as far as can be said in
-        no time: a tensor that was exchanged and not edited is found by the next call of that.
+    def are_stacked(self, memories: tuple[Memory, ...], stacks: Stacks | None) -> bool:
+        """Return whether ``stacks`` is what ``stacks(memories)`` would give, as far as can be said
+        in no time: a tensor that was exchanged and not edited is found by the next call of that.
 
         Args:
-            slots: ids of the memories.
+            memories: those of the forward.
             stacks: that were given for these; None if there are none.
         """
-        if not slots:
+        if not memories:
             return stacks is None
-        return self._stacks.mixes.get(slots) is stacks and stacks.unedited()
+        return self._stacks.mixes.get(memories) is stacks and stacks.unedited()
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor, made once: making one on a GPU waits for everything the GPU still has to
@@ -330,13 +375,15 @@ class MemoryBank(nn.Module):
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
 
-    def lora(self, site: Site, slots: tuple[int, ...], stacks: Stacks | None = None) -> LoRA | None:
+    def lora(
+        self, site: Site, memories: tuple[Memory, ...], stacks: Stacks | None = None
+    ) -> LoRA | None:
         """Return the stacked LoRA of one linear layer for the given memories.
 
         Args:
             site: of the linear layer.
-            slots: ids of the memories.
-            stacks: of this forward, with the same ids; None: make it anew.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
@@ -344,57 +391,61 @@ class MemoryBank(nn.Module):
         """
         # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
         if stacks is None or torch.is_grad_enabled():
-            return self._make_lora(site, slots)
-        if site not in stacks.lora:
-            stacks.lora[site] = self._make_lora(site, slots)
+            return self._make_lora(site, memories)
+        if site not in stacks.lora:  # two threads may both make it, and get the same
+            stacks.lora[site] = self._make_lora(site, memories)
         return stacks.lora[site]
 
-    def _make_lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
-        weights = [self[slot].lora_at(site) for slot in slots]
-        present = [w for w in weights if w is not None]
-        if not present:
+    def _make_lora(self, site: Site, memories: tuple[Memory, ...]) -> LoRA | None:
+        found = [memory.matrices(site) for memory in memories]
+        like = next((pair for pair in found if pair is not None), None)
+        if like is None:
             return None
-        rank = max(w.a.shape[0] for w in present)
-        a = [_padded(None if w is None else w.a, 0, rank, present[0].a) for w in weights]
-        b = [_padded(None if w is None else w.b, 1, rank, present[0].b) for w in weights]
+        rank = max(pair[0].shape[0] for pair in found if pair is not None)
+        a, b = (
+            [_padded(pair and pair[part], part, rank, like[part]) for pair in found]
+            for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
+        )
         scaling = tuple(
-            0.0 if w is None else self[slot].scaling for w, slot in zip(weights, slots, strict=True)
+            0.0 if pair is None else memory.scaling
+            for pair, memory in zip(found, memories, strict=True)
         )
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
     def prefix(
-        self, layer: int, slots: tuple[int, ...], stacks: Stacks | None = None
+        self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
     ) -> Prefix | None:
         """Return the stacked learned cache of one layer, keys moved to positions -P..-1.
 
         Args:
             layer: its number.
-            slots: ids of the memories.
-            stacks: of this forward, with the same ids; None: make it anew.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
 
         Returns:
             k, v [M, Hkv, P, D] with zeros behind a shorter prefix, and lengths [M]; None if no
             memory has one.
         """
         if stacks is None or torch.is_grad_enabled():
-            return self._make_prefix(layer, slots)
+            return self._make_prefix(layer, memories)
         if layer not in stacks.prefix:
-            stacks.prefix[layer] = self._make_prefix(layer, slots)
+            stacks.prefix[layer] = self._make_prefix(layer, memories)
         return stacks.prefix[layer]
 
-    def _make_prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
-        lengths = tuple(self[slot].length for slot in slots)
+    def _make_prefix(self, layer: int, memories: tuple[Memory, ...]) -> Prefix | None:
+        lengths = tuple(memory.length for memory in memories)
         if not any(lengths):
             return None
         weights = [
-            self[slot].kv[layer] if p else None for slot, p in zip(slots, lengths, strict=True)
+            memory.kv[layer] if p else None for memory, p in zip(memories, lengths, strict=True)
         ]
         longest = max(lengths)
         like = next(w for w in weights if w is not None).k
         k, v = [], []
         for w, p in zip(weights, lengths, strict=True):
             key, value = (None, None) if w is None else w.full()
-            key = None if key is None else rotate(key, -p, self.inverse_frequencies)
+            if key is not None and layer not in self._without_rope:
+                key = rotate(key, -p, self.inverse_frequencies)
             k.append(_padded(key, 1, longest, like))
             v.append(_padded(value, 1, longest, like))
         return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
@@ -423,7 +474,8 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Args:
         keys: [..., P, D], fp32.
         shift: positions to add; may be negative.
-        inverse_frequencies: [D / 2].
+        inverse_frequencies: [R / 2], of the first R of the D dimensions. Partial RoPE leaves the
+            others alone, wherever a key stands.
 
     Returns:
         Keys at their old position + shift, same shape and dtype. Angles are taken in fp64.
@@ -434,5 +486,6 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    low, high = keys.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    half = len(angle)
+    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

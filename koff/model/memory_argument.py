@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from .attention import NAME, next_bounds
-from .forward_context import ACTIVE, MemoryArgument, resolve_ids
-from .state import KoffState, Prompt
+from .decode_graph import ALONE
+from .forward_context import ACTIVE, Generation, MemoryArgument, resolve_ids
+from .state import KoffState
 
 
 @dataclass
@@ -39,11 +40,11 @@ class Boundary:
         memory = kwargs.pop("memory", ACTIVE)
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        context = self.state.context(memory, inputs.shape[0], inputs.device)
+        state = self.state
+        context = state.context(state.named(memory), inputs.shape[0], inputs.device)
         mask = kwargs.get("attention_mask")
-        generating = self.state.prompt is not None
         if (
-            generating
+            state.running.generation is not None
             and isinstance(mask, Tensor)
             and mask.dtype == torch.int64
             and mask.shape[1:] == (1, 1, 1)
@@ -53,7 +54,7 @@ class Boundary:
             past = kwargs["past_key_values"].get_seq_length()
             kwargs["attention_mask"] = next_bounds(mask, past, inputs.shape[1])
         # A list: torch.compile cannot trace max over a generator.
-        longest = max([0, *[self.state.memories[slot].length for slot in context.slots]])
+        longest = max([0, *[memory.length for memory in context.memories]])
         if longest:
             # Only ours knows of the prefix. A longer name that begins like it is the one by which
             # ``koff.prefix_attention_mass`` watches ours.
@@ -144,7 +145,7 @@ class KoffModelMixin:
         return forward
 
     def generate(self, inputs=None, *args, memory: MemoryArgument = ACTIVE, **kwargs):
-        """Generate as transformers does, with a memory. Calls from several threads take turns.
+        """Generate as transformers does, with a memory; also side by side in several threads.
 
         Args:
             inputs, args, kwargs: as transformers'.
@@ -157,33 +158,29 @@ class KoffModelMixin:
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((t for t in given if t is not None), None)
         _refuse_right_padding(prompt, kwargs.get("attention_mask"), self.generation_config)
-        with self.koff.turn:
-            memory = self.koff.active if memory is ACTIVE else memory
-            self.koff.check(memory, "generate")
-            names = self.koff.memories.names
-            if memory is not None and not isinstance(memory, str):
-                memory = memory.cpu() if isinstance(memory, Tensor) else memory  # to look at it
-                ids = resolve_ids(memory, 1 if prompt is None else len(prompt), names, "generate")
-                if len(set(ids)) > 1:
-                    _refuse_second_forwards(args, kwargs, self.generation_config)
-                    # A tensor, since generate repeats the rows of tensors for beams and samples.
-                    ids = torch.tensor(ids, device=self.device)
-                    return self._generate(inputs, *args, memory=ids, **kwargs)
-                memory = names[ids[0]] if ids and ids[0] >= 0 else None
-            with self.koff.using(memory):  # the same for every row, however beams multiply them
-                return self._generate(inputs, *args, **kwargs)
-
-    def _generate(self, *args, **kwargs):
-        """transformers' generate, between the beginning and the end of what lasts one of it."""
         state, returned = self.koff, None
-        before, state.prompt = state.prompt, Prompt()
+        memory, roster = state.named(memory), state.memories.roster
+        memory = memory.cpu() if isinstance(memory, Tensor) else memory  # to look at it
+        rows = 1 if prompt is None else len(prompt)
+        ids = resolve_ids(memory, rows, roster.names, "generate")
+        if isinstance(ids, list) and len(set(ids)) <= 1:
+            ids = ids[0] if ids else -1
+        if isinstance(ids, int):  # the same for every row, however beams multiply them
+            memory = None if ids < 0 else roster.names[ids]
+        else:
+            _refuse_second_forwards(args, kwargs, self.generation_config)
+            # A tensor, since generate repeats the rows of tensors for beams and samples.
+            kwargs["memory"] = torch.tensor(ids, device=self.device)
+        before, generation = state.running.generation, Generation(memory, roster)
+        state.running.generation = generation
         try:
-            returned = super().generate(*args, **kwargs)
-            return returned
+            with ALONE.generating():
+                returned = super().generate(inputs, *args, **kwargs)
+                return returned
         finally:
-            state.prompt = before
+            state.running.generation = before
             # Somebody's own loop may keep whatever it saw.
-            state.graphs.finish(None if "custom_generate" in kwargs else returned)
+            state.graphs.finish(generation, None if "custom_generate" in kwargs else returned)
 
     def get_compiled_call(self, compile_config):
         """Return what ``generate`` calls in each step where transformers would compile: with a
@@ -194,12 +191,22 @@ class KoffModelMixin:
         """
         if compile_config is not None:
             return super().get_compiled_call(compile_config)
-        return self.koff.graphs.caller(self)
+        generation = self.koff.running.generation
+        if generation is None:
+            return self.__call__
+        if generation.decoding is None:
+            generation.decoding = self.koff.graphs.decoding(self)
+        return generation.decoding or self.__call__
 
     def _prepare_static_cache(self, *args, **kwargs):
         """As transformers', or the cache of the last generate, whose decode step is captured."""
         fresh = super()._prepare_static_cache(*args, **kwargs)
-        return self.koff.graphs.cache_for(self, fresh, kwargs.get("batch_size"))
+        generation = self.koff.running.generation
+        if generation is None:
+            return fresh
+        cache = self.koff.graphs.cache_for(self, fresh, kwargs.get("batch_size"))
+        generation.static_cache = cache
+        return cache
 
     def create_masks_for_generate(self, *args, **kwargs):
         """The masks of a step of ``generate`` with a static cache.
@@ -208,22 +215,23 @@ class KoffModelMixin:
         takes over the first keys of its rows, instead of some twenty small kernels and a look at
         their result.
         """
-        prompt, cache = self.koff.prompt, kwargs.get("past_key_values")
+        generation, cache = self.koff.running.generation, kwargs.get("past_key_values")
         tokens = kwargs["inputs_embeds"].shape[1]
-        read = prompt is not None and prompt.cache is cache is not None
-        if read and tokens == 1 and prompt.first_keys is not None:
-            return prompt.first_keys
+        read = generation is not None and generation.prompt_cache is cache is not None
+        if read and tokens == 1 and generation.first_keys is not None:
+            return generation.first_keys
         masks = create_masks_for_generate(*args, **kwargs)
         if isinstance(masks, dict) and len(masks) == 1:
             # All layers are of one kind, and take the mask itself, too.
             (only,) = masks.values()
             masks = masks if only is None else only
-        if prompt is not None and (tokens > 1 or not read):
-            mask, prompt.cache, prompt.first_keys = kwargs.get("attention_mask"), cache, None
+        if generation is not None and (tokens > 1 or not read):
+            mask = kwargs.get("attention_mask")
+            generation.prompt_cache, generation.first_keys = cache, None
             # A row that ends in padding has a hole in front of its next token, which must be found.
             whole = mask is None or bool((mask[:, -1] != 0).all())
             if whole and isinstance(masks, Tensor) and masks.dtype == torch.int64:
-                prompt.first_keys = masks[..., :1].contiguous()
+                generation.first_keys = masks[..., :1].contiguous()
         return masks
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -1,5 +1,5 @@
-"""Llama, Qwen2 and Qwen3 with one MLP width per layer (``config.intermediate_sizes``); everything
-else is transformers' own code.
+"""Models with one MLP width per layer (``config.intermediate_sizes``); everything else is
+transformers' own code.
 
 This file is saved beside such a model, so that it also loads where koff is not installed:
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. With koff installed,
@@ -11,12 +11,22 @@ from __future__ import annotations
 import copy
 
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 
@@ -81,3 +91,68 @@ class KoffQwen3ForCausalLM(NarrowMixin, Qwen3ForCausalLM):
     """Qwen3ForCausalLM with narrow MLPs."""
 
     config_class = KoffQwen3Config
+
+
+class KoffMistralConfig(MistralConfig):
+    """MistralConfig with one MLP width per layer."""
+
+    model_type = "koff_mistral"
+    intermediate_sizes: list | None = None
+
+
+class KoffMistralForCausalLM(NarrowMixin, MistralForCausalLM):
+    """MistralForCausalLM with narrow MLPs."""
+
+    config_class = KoffMistralConfig
+
+
+class KoffOlmo2Config(Olmo2Config):
+    """Olmo2Config with one MLP width per layer."""
+
+    model_type = "koff_olmo2"
+    intermediate_sizes: list | None = None
+
+
+class KoffOlmo2ForCausalLM(NarrowMixin, Olmo2ForCausalLM):
+    """Olmo2ForCausalLM with narrow MLPs."""
+
+    config_class = KoffOlmo2Config
+
+
+class KoffGraniteConfig(GraniteConfig):
+    """GraniteConfig with one MLP width per layer."""
+
+    model_type = "koff_granite"
+    intermediate_sizes: list | None = None
+
+
+class KoffGraniteForCausalLM(NarrowMixin, GraniteForCausalLM):
+    """GraniteForCausalLM with narrow MLPs."""
+
+    config_class = KoffGraniteConfig
+
+
+class KoffSmolLM3Config(SmolLM3Config):
+    """SmolLM3Config with one MLP width per layer."""
+
+    model_type = "koff_smollm3"
+    intermediate_sizes: list | None = None
+
+
+class KoffSmolLM3ForCausalLM(NarrowMixin, SmolLM3ForCausalLM):
+    """SmolLM3ForCausalLM with narrow MLPs."""
+
+    config_class = KoffSmolLM3Config
+
+
+class KoffPhi3Config(Phi3Config):
+    """Phi3Config with one MLP width per layer."""
+
+    model_type = "koff_phi3"
+    intermediate_sizes: list | None = None
+
+
+class KoffPhi3ForCausalLM(NarrowMixin, Phi3ForCausalLM):
+    """Phi3ForCausalLM with narrow MLPs."""
+
+    config_class = KoffPhi3Config

@@ -7,6 +7,7 @@ nothing but the order of a sum. LoRA keeps the original order and is gathered on
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from koffkernels import GatedMLPLoRA
 from . import arch
 from .gates import Gates
 
+# Held while a layer is put back into its order within a forward: of several threads one does it.
+_restoring = threading.Lock()
+
 
 class KeptPart(NamedTuple):
     """The base weights and LoRA of the kept neurons alone."""
@@ -27,15 +31,21 @@ class KeptPart(NamedTuple):
 
 
 def _can_reorder(module: nn.Module) -> bool:
-    """Whether the weights can be reordered here: not sharded, not on the meta device."""
+    """Whether the weights can be reordered here: not sharded, not on the meta device, and each in
+    a linear layer that koff was attached to. An adapter that somebody put around one counts neurons
+    in the original order."""
     weights = arch.mlp_weights(module)
-    return all(type(w.data) is Tensor and w.device.type != "meta" for w in weights)
+    return all("_koff" in vars(linear) for linear in arch.mlp_linears(module).values()) and all(
+        type(w.data) is Tensor and w.device.type != "meta" for w in weights
+    )
 
 
 def _reorder(module: nn.Module, order: Tensor) -> None:
-    for weight, dim in zip(arch.mlp_weights(module), arch.NEURON_DIM.values(), strict=True):
-        # Into the same memory: gate and up share a buffer, and parameters stay what others hold.
-        weight.copy_(weight.index_select(dim, order.to(weight.device)))
+    for name, linear in arch.mlp_linears(module).items():
+        weight = linear.weight
+        rows = arch.along_neurons(name, order, len(order)).to(weight.device)
+        # Into the same memory: a parameter stays the one that others hold.
+        weight.copy_(weight.index_select(arch.NEURON_DIM[name], rows))
 
 
 @torch.no_grad()
@@ -43,14 +53,13 @@ def move_kept_first(model: PreTrainedModel) -> None:
     """Move the neurons of the fixed mask to the front of every MLP, in place.
 
     Args:
-        model: an attached model whose mask is fixed. Sharded weights stay as they are: the mask is
-            then multiplied in.
+        model: an attached model whose mask is fixed. Sharded weights stay as they are, and a layer
+            with an adapter of somebody else's too: the mask is then multiplied in.
     """
     gates = model.koff.gates
-    modules = arch.mlps(model)
-    if gates.kept_first or not all(_can_reorder(module) for module in modules):
-        return
-    for index, (module, mask) in enumerate(zip(modules, gates.masks, strict=True)):
+    for index, (module, mask) in enumerate(zip(arch.mlps(model), gates.masks, strict=True)):
+        if gates.width(index) is not None or not _can_reorder(module):
+            continue
         order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
         _reorder(module, order)
         gates.set_order_(index, order, int(mask.sum()))
@@ -64,11 +73,24 @@ def restore_order(model: PreTrainedModel) -> None:
         model: an attached model.
     """
     gates = model.koff.gates
-    if gates is None or not gates.kept_first:
-        return
-    for index, module in enumerate(arch.mlps(model)):
-        _reorder(module, gates.order(index).argsort())
-    gates.drop_order_()
+    if gates is not None:
+        for index, module in enumerate(arch.mlps(model)):
+            restore_layer(module, gates, index)
+
+
+@torch.no_grad()
+def restore_layer(module: nn.Module, gates: Gates, index: int) -> None:
+    """Undo ``move_kept_first`` of one layer, in place; nothing happens if it did not run there.
+
+    Args:
+        module: the layer's MLP.
+        gates: of the model.
+        index: of the layer.
+    """
+    with _restoring:
+        if gates.width(index) is not None:
+            _reorder(module, gates.order(index).argsort())
+            gates.drop_order_(index)
 
 
 @torch.no_grad()
@@ -76,13 +98,14 @@ def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix
     """Hook of ``state_dict``: base weights as they were before ``move_kept_first``, in copies,
     since masks and LoRA beside them are in the original order too."""
     gates = model.koff.gates
-    if gates is None or not gates.kept_first:
-        return
-    for index in range(len(gates.masks)):
+    for index in range(0 if gates is None else len(gates.masks)):
+        if gates.width(index) is None:
+            continue
         back = gates.order(index).argsort()
-        for name, dim in arch.NEURON_DIM.items():
+        for name in arch.architecture(model.config.model_type).mlp_linears:
             key = f"{prefix}{arch.site_path(arch.Site(index, name), model)}.weight"
-            tensors[key] = tensors[key].index_select(dim, back.to(tensors[key].device))
+            rows = arch.along_neurons(name, back, len(back)).to(tensors[key].device)
+            tensors[key] = tensors[key].index_select(arch.NEURON_DIM[name], rows)
 
 
 def before_load(model: PreTrainedModel, *_) -> None:
@@ -99,7 +122,7 @@ def after_load(model: PreTrainedModel, _) -> None:
 def positions(model: PreTrainedModel, index: int, neurons: Tensor) -> Tensor:
     """Return where neurons of a layer (original numbers) are in its weights now."""
     gates = model.koff.gates
-    if not gates.kept_first:
+    if gates.width(index) is None:
         return neurons
     return gates.order(index).argsort()[neurons]
 
@@ -111,8 +134,8 @@ def kept_part(
     its LoRA.
 
     Args:
-        gates: of a model whose kept neurons stand first.
-        index: the layer.
+        gates: of the model.
+        index: of a layer whose kept neurons stand first.
         weights: gate [I, H], up [I, H], down [H, I].
         lora: of the three layers, in the original order, or None.
     """

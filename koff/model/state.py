@@ -3,14 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import asker
 from . import arch
@@ -18,47 +13,19 @@ from .config import MAX_SPARSITY, KoffConfig
 from .decode_graph import DecodeGraphs
 from .forward_context import (
     ACTIVE,
+    BASE,
+    ActiveMemory,
     ForwardContext,
     MemoryArgument,
+    Running,
     check_names,
     choose_slots,
     resolve_ids,
 )
 from .gates import Gates
-from .memories import MemoryBank
+from .memories import Memory, MemoryBank
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-class _Turn:
-    """A lock that one thread may take again, and that a copy of the model gets anew: a lock itself
-    can be neither copied nor pickled."""
-
-    def __init__(self):
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple:
-        return _Turn, ()
-
-
-@dataclass
-class Prompt:
-    """What ``generate`` knows of the prompt that it has read into a static cache.
-
-    Args:
-        cache: the cache.
-        first_keys: the first visible key of each row, int64 [B, 1, 1, 1]; every later one is
-            visible too. None: to be looked up in the mask.
-    """
-
-    cache: Cache | None = None
-    first_keys: Tensor | None = None
 
 
 class KoffState(nn.Module):
@@ -75,10 +42,8 @@ class KoffState(nn.Module):
         gates: ``Gates`` or None (no sparsity, or already compacted).
         memories: ``MemoryBank``.
         active: the memory set by ``use_memory``.
-        turn: held while ``generate`` runs: a model does one forward at a time, since layers leave
-            the context of theirs in its modules.
+        running: the layer and the ``generate`` that the current thread runs.
         graphs: decode steps that ``generate`` captured.
-        prompt: what ``generate`` knows of its prompt while it runs; else None.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
         attention: the model's attention implementation before koff's took its place; None if it
@@ -96,16 +61,14 @@ class KoffState(nn.Module):
         self.config = config
         self.dense_widths = arch.widths(model)
         self.max_positions = model.config.max_position_embeddings
-        self.memories = MemoryBank(arch.inverse_frequencies(model))
+        self.memories = MemoryBank(arch.inverse_frequencies(model), arch.layers_without_rope(model))
         self.gates: Gates | None = None
         if config.target_sparsity > 0 and with_gates:
             target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
             self.gates = Gates(self.dense_widths, target, model.device, generator)
-        self.active: MemoryArgument = None
-        self.turn = _Turn()
+        self.active = ActiveMemory()
+        self.running = Running()
         self.graphs = DecodeGraphs()
-        self.prompt: Prompt | None = None
-        self.bypassed = False
         self.kept: list[Tensor] | None = None
         self.attention: str | None = None
         self.trainable: list[str] = []
@@ -124,46 +87,37 @@ class KoffState(nn.Module):
         elif not isinstance(memory, Tensor):
             check_names(memory, self.memories.names, where)
 
+    def named(self, memory: MemoryArgument) -> MemoryArgument:
+        """Return what a ``memory`` argument means here: what ``ACTIVE`` stands for in this thread
+        or task, and anything else as it is."""
+        if memory is not ACTIVE:
+            return memory
+        generation = self.running.generation
+        return self.active.get() if generation is None else generation.memory
+
     def choose(
         self, memory: MemoryArgument, rows: int, device: torch.device
-    ) -> tuple[tuple[int, ...], Tensor | None]:
+    ) -> tuple[tuple[Memory, ...], Tensor | None]:
         """Return the memories that a forward of ``rows`` rows stacks and each row's place among
-        them, as in ``ForwardContext``; ``memory`` is not ``ACTIVE``."""
-        ids = resolve_ids(memory, rows, self.memories.names, "memory")
-        return choose_slots(ids, len(self.memories), device)
+        them, as in ``ForwardContext``; ``memory`` is one of ``named``."""
+        generation = self.running.generation
+        roster = self.memories.roster if generation is None else generation.roster
+        ids = resolve_ids(memory, rows, roster.names, "memory")
+        slots, local = choose_slots(ids, len(roster.names), device)
+        return tuple([roster.memories[slot] for slot in slots]), local
 
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
-        """Return the context of one forward of ``rows`` rows."""
-        if self.bypassed:
+        """Return the context of one forward of ``rows`` rows; ``memory`` is one of ``named``."""
+        if memory is BASE:
             return ForwardContext()
-        memory = self.active if memory is ACTIVE else memory
-        slots, local = self.choose(memory, rows, device)
-        stacks = self.memories.stacks(slots)
+        memories, local = self.choose(memory, rows, device)
+        stacks = self.memories.stacks(memories)
         gates = self.gates
         if gates is not None and gates.kept_first:
-            return ForwardContext(slots, local, kept_first=gates, stacks=stacks)
+            return ForwardContext(memories, local, kept_first=gates, stacks=stacks)
         # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
         values = None if gates is None else gates.values()
-        return ForwardContext(slots, local, values, stacks=stacks)
-
-    @contextlib.contextmanager
-    def using(self, memory: MemoryArgument) -> Iterator[None]:
-        """Make ``memory`` the default inside the ``with`` block."""
-        before, self.active = self.active, memory
-        try:
-            yield
-        finally:
-            self.active = before
-
-    @contextlib.contextmanager
-    def bypass(self) -> Iterator[None]:
-        """Compute as the base model does inside the ``with`` block: gates open, no memory. This is
-        how a model is its own teacher, and how a learned cache is first filled."""
-        before, self.bypassed = self.bypassed, True
-        try:
-            yield
-        finally:
-            self.bypassed = before
+        return ForwardContext(memories, local, values, stacks=stacks)
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from ..errors import asked_by
 from ..model import arch
 from ..model.arch import Site
-from ..model.attach import set_base_class
+from ..model.attach import require_own, set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
+from ..model.sharding import is_sharded, whole_model
 from ..model.state import require_attached
 from .binarize import binarize
 
@@ -30,22 +31,20 @@ def _narrow_layer(
     module: nn.Module, index: int, model: PreTrainedModel, kept: Tensor
 ) -> Iterator[Narrowed]:
     """The narrowed parameters of one layer's MLP, and of each memory's LoRA on it."""
-    gate, up, down = arch.mlp_weights(module)
-    rows = positions(model, index, kept)
-    # Gate and up in one buffer again, as ``share_gate_up`` laid them out.
-    both = torch.cat([gate[rows], up[rows]])
-    narrow = both[: len(kept)], both[len(kept) :], down[:, rows]
-    for linear, data in zip(arch.mlp_linears(module), narrow, strict=True):
-        yield linear, "weight", _parameter(data, linear.weight)
-    for memory in model.koff.memories:
-        for name, dim in arch.NEURON_DIM.items():
+    # The weights are in the order of a fixed mask, LoRA is in the original one.
+    now, width = positions(model, index, kept), arch.width(module)
+    for name, linear in arch.mlp_linears(module).items():
+        dim, rows = arch.NEURON_DIM[name], arch.along_neurons(name, now, width)
+        yield linear, "weight", _parameter(linear.weight.index_select(dim, rows), linear.weight)
+        rows = arch.along_neurons(name, kept, width)
+        for memory in model.koff.memories:
             lora = memory.lora_at(Site(index, name))
             if lora is None:
                 continue
-            if dim == 0:  # the neurons are what comes out: rows of B. LoRA is in the original order
-                yield lora, "b", _parameter(lora.b[kept], lora.b)
+            if dim == 0:  # the neurons are what comes out: rows of B
+                yield lora, "b", _parameter(lora.b[rows], lora.b)
             else:
-                yield lora, "a", _parameter(lora.a[:, kept], lora.a)
+                yield lora, "a", _parameter(lora.a[:, rows], lora.a)
 
 
 @torch.no_grad()
@@ -58,7 +57,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
             run.
         inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
             a new model is returned, the given one keeps all its weights, and two models are never
-            held (only the new, narrow one beside it).
+            held (only the new, narrow one beside it). A model that FSDP shards is gathered on
+            every process, all of which call this, and the new one is on the CPU in any case.
 
     Returns:
         A model with narrow MLPs, the same memories and no gates. With equal widths in all layers it
@@ -66,7 +66,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         one width per layer.
 
     Raises:
-        ValueError: koff is not attached, or there are no gates.
+        TypeError, ValueError: koff is not attached, there are no gates, or an adapter lies around a
+            layer of an MLP.
 
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
@@ -76,8 +77,13 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
             "compact: the model must have gates, got none; it is compact already, or was attached "
             "with target_sparsity=0"
         )
+    for module in arch.mlps(model):
+        require_own(arch.mlp_linears(module).values())
     if not state.gates.fixed:
         binarize(model)
+    if is_sharded(model):
+        model, inplace = whole_model(model), True
+        state = model.koff
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
     # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
     # then narrow from the beginning, and the wide weights are never copied.

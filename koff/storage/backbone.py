@@ -4,6 +4,7 @@ name is looked for."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,6 +23,29 @@ from .saved_folder import SavedFolder
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Names under which transformers would fetch code, kernels or adapters from elsewhere.
 _FOREIGN = ("auto_map", "attn_implementation", "experts_implementation", "custom_generate")
+
+
+def check_writable(model: PreTrainedModel) -> None:
+    """Refuse an attached model with tensors that its config does not tell of, such as an adapter's:
+    nobody could load what would be written.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        ValueError: the first names that there should not, or should, be.
+    """
+    base_class = type(model).__mro__[2]  # behind koff's subclass and its mixin
+    with torch.device("meta"):
+        wanted = base_class(copy.deepcopy(model.config)).state_dict().keys()
+    names = {name for name in model.state_dict() if not name.startswith("koff.")}
+    differ = sorted(names ^ wanted)
+    if differ:
+        raise ValueError(
+            f"{asker()}: the backbone's tensors must be those of a {base_class.__name__}, got a "
+            f"difference in {differ[:3]}; take adapters off first (PEFT: merge_and_unload() or "
+            "unload())"
+        )
 
 
 def check_backbone(folder: SavedFolder) -> tuple[Any, type[PreTrainedModel]]:

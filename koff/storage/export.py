@@ -17,6 +17,7 @@ from ..model import arch
 from ..model.memory_argument import write_backbone
 from ..model.state import require_attached
 from .adapters import write_kv
+from .backbone import check_writable
 from .card import export_card
 from .hub import resolve
 from .layout import CARD, KV
@@ -53,7 +54,7 @@ def export_merged(
 
     Raises:
         FileNotFoundError, KeyError, ValueError: no saved model, no such memory, gates that are not
-            compacted, or a taken folder; nothing is written then.
+            compacted, an adapter around a layer, or a taken folder; nothing is written then.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -74,6 +75,7 @@ def export_merged(
             "koff.export_merged: the model must be compacted, got one with gates; call "
             "koff.binarize and koff.compact first"
         )
+    check_writable(model)
     if name not in state.memory_names:
         raise KeyError(
             f"koff.export_merged: the memory must be one of {list(state.memory_names)}, "

@@ -118,7 +118,8 @@ def import_lora(model: PreTrainedModel, directory: Path) -> ImportedLoRA:
 def _pairs(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Matrices:
     """site -> (A, B), every name checked."""
     parts: dict[Site, dict[str, Tensor]] = {}
-    known = {arch.linear_path(name, model): name for name in arch.LINEARS}
+    names = arch.architecture(model.config.model_type).linears
+    known = {arch.linear_path(name, model): name for name in names}
     layers, path = len(arch.layers(model)), arch.layers_path(model)
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
@@ -143,14 +144,19 @@ def _pairs(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Matrices:
 def _cut(model: PreTrainedModel, matrices: Matrices) -> Matrices:
     """The matrices at the model's widths; all of them must have been dense, or all pruned."""
     state = model.koff
-    linears = dict(arch.sites(model))
+    linears, narrow = dict(arch.sites(model)), arch.widths(model)
     got, pruned, dense = {}, {}, {}  # site -> (in, out)
     for site, (a, b) in matrices.items():
         out, into = linears[site].weight.shape
-        wide, matrix = state.dense_widths[site.layer], _WITH_NEURONS.get(site.linear)
+        wide, now = state.dense_widths[site.layer], narrow[site.layer]
+        matrix = _WITH_NEURONS.get(site.linear)
         got[site] = (a.shape[1], b.shape[0])
         pruned[site] = (into, out)
-        dense[site] = (wide if matrix == "A" else into, wide if matrix == "B" else out)
+        # Twice the neurons come out where gate and up are one.
+        dense[site] = (
+            wide if matrix == "A" else into,
+            out // now * wide if matrix == "B" else out,
+        )
     if got == pruned:
         return matrices
     for site, shape in got.items():
@@ -167,7 +173,8 @@ def _cut(model: PreTrainedModel, matrices: Matrices) -> Matrices:
         )
     cut = {}
     for site, (a, b) in matrices.items():
-        rows, matrix = state.kept[site.layer], _WITH_NEURONS.get(site.linear)
+        kept, wide = state.kept[site.layer], state.dense_widths[site.layer]
+        rows, matrix = arch.along_neurons(site.linear, kept, wide), _WITH_NEURONS.get(site.linear)
         cut[site] = (a[:, rows] if matrix == "A" else a, b[rows] if matrix == "B" else b)
     return cut
 
@@ -176,7 +183,7 @@ def _scalings(
     values: dict[str, Any], model: PreTrainedModel, ranks: dict[Site, int]
 ) -> dict[Site, float]:
     """alpha / r of each site, or alpha / sqrt(r) of an rsLoRA, with PEFT's patterns by module."""
-    most = len(arch.LINEARS) * len(arch.layers(model))
+    most = len(list(arch.sites(model)))
     rank_pattern = _pattern(values, "rank_pattern", most)
     alpha_pattern = _pattern(values, "alpha_pattern", most)
     found = {}

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..errors import asked_by
 from ..model.state import KoffState
@@ -56,18 +55,14 @@ logger = logging.getLogger("koff")
 # ---- koff's own two files ----
 
 
-def write_checkpoint(
-    state: KoffState, directory: str | Path, tensors: dict[str, Tensor] | None = None
-) -> None:
+def write_checkpoint(state: KoffState, directory: str | Path) -> None:
     """Write gates, multiplier, masks and memories of a model into a folder.
 
     Args:
         state: ``model.koff``.
         directory: an existing folder.
-        tensors: the state's tensors, gathered, where they are sharded; None: the state's own.
     """
-    tensors = state.state_dict() if tensors is None else tensors
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.state_dict().items()}
     save_file(tensors, str(Path(directory, WEIGHTS)), metadata={"format": "pt"})
     facts = {
         "format": FORMAT,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..model.neuron_order import move_kept_first, restore_order
@@ -79,14 +80,29 @@ class CheckpointingTrainer(Trainer):
             return
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        tensors = None
-        if state_dict is not None:  # of the whole model, gathered from its shards
-            tensors = {
-                name.removeprefix("koff."): tensor
-                for name, tensor in state_dict.items()
-                if name.startswith("koff.")
-            }
-        checkpoint.write_checkpoint(self.koff, output_dir, tensors)
+        checkpoint.write_checkpoint(self.koff, output_dir)
+
+    # For a model that FSDP shards, transformers writes the whole of it into the optimiser's files,
+    # base included. What the optimiser holds here is never sharded: one process writes it, and any
+    # number of them reads it.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir)
+            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            for part, name in (
+                (self.optimizer, OPTIMIZER_NAME),
+                (self.lr_scheduler, SCHEDULER_NAME),
+            ):
+                # The optimiser moves its moments to where their parameters are.
+                part.load_state_dict(
+                    torch.load(folder / name, map_location="cpu", weights_only=True)
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Read what ``KoffTrainer.train`` has checked."""

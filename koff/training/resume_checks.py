@@ -33,17 +33,13 @@ RNG = "rng_state"  # rng_state.pth, or rng_state_<rank>.pth of several processes
 
 
 @asked_by("resume")
-def check_resume(
-    path: Path, state: KoffState, groups: list[dict[str, Any]], *, sharded: bool = False
-) -> None:
+def check_resume(path: Path, state: KoffState, groups: list[dict[str, Any]]) -> None:
     """Check everything of a checkpoint that a run would use; changes nothing.
 
     Args:
         path: the checkpoint.
         state: ``model.koff`` of the model that resumes.
         groups: parameter groups of its optimiser.
-        sharded: the optimiser's state is in FSDP's own files, which accelerate reads with
-            ``weights_only=True``.
 
     Raises:
         FileNotFoundError, ValueError: incomplete, changed since it was written, of another model,
@@ -51,15 +47,14 @@ def check_resume(
     """
     files = check_complete(path)
     check_state(state, path)
-    if not sharded:
-        for name in (OPTIMIZER, SCHEDULER):
-            if name not in files:
-                raise ValueError(
-                    f"resume: checkpoint {path.name} must hold {name}, got none; it was written "
-                    "with save_only_model=True; resume from another"
-                )
-        _check_pickles(path, files)
-        _check_optimizer(_read_pickle(path / OPTIMIZER), groups)
+    for name in (OPTIMIZER, SCHEDULER):
+        if name not in files:
+            raise ValueError(
+                f"resume: checkpoint {path.name} must hold {name}, got none; it was written "
+                "with save_only_model=True; resume from another"
+            )
+    _check_pickles(path, files)
+    _check_optimizer(_read_pickle(path / OPTIMIZER), groups)
     _check_scheduler(_read_pickle(path / SCHEDULER), len(groups))
     for name in files:
         if name.startswith(RNG):

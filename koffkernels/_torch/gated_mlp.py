@@ -64,14 +64,36 @@ def _hidden(g: Tensor, u: Tensor, gates: Tensor | None, activation: str) -> Tens
     return h
 
 
-def _linear(
-    x: Tensor, weight: Tensor, lora: tuple | None, ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return y = x W^T + delta, and s = x A^T for backward."""
-    y = F.linear(x, weight.to(x.dtype))
-    return y, None if lora is None else add_delta(
-        y, x, *row_matrices(lora, ids, x.shape[0], x.dtype)
-    )
+def _stored(w_gate: Tensor, w_up: Tensor) -> tuple[Tensor, ...]:
+    """Return gate and up as they are stored: each on its own, or the weight [2 I, H] whose halves
+    they are."""
+    apart = (w_gate, w_up)
+    if torch.compiler.is_compiling() or not (w_gate.is_contiguous() and w_up.is_contiguous()):
+        return apart
+    if w_gate.data_ptr() + w_gate.nbytes != w_up.data_ptr():
+        return apart
+    # Two tensors may lie side by side by chance.
+    if w_gate.untyped_storage().data_ptr() != w_up.untyped_storage().data_ptr():
+        return apart
+    return (w_gate.as_strided((2 * w_gate.shape[0], w_gate.shape[1]), w_gate.stride()),)
+
+
+def _gate_up(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return x Wg^T and x Wu^T.
+
+    A model that has both in one weight runs one GEMM, so this does: two smaller ones may sum in
+    another order, and an MLP without gates and memories would not be bit-equal to the base's.
+    """
+    if len(weights) == 1:
+        return F.linear(x, weights[0]).chunk(2, dim=-1)
+    return [F.linear(x, weight) for weight in weights]
+
+
+def _add(y: Tensor, x: Tensor, lora: tuple | None, ids: Tensor | None) -> Tensor | None:
+    """Add the update of a layer to its output, in place, and return s = x A^T for backward."""
+    if lora is None:
+        return None
+    return add_delta(y, x, *row_matrices(lora, ids, x.shape[0], x.dtype))
 
 
 def _linear_backward(
@@ -146,9 +168,11 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
         lora = _triples(flat)
-        g, s_gate = _linear(x, w_gate, lora[0], ids)
-        u, s_up = _linear(x, w_up, lora[1], ids)
-        y, s_down = _linear(_hidden(g, u, gates, activation), w_down, lora[2], ids)
+        g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
+        s_gate, s_up = _add(g, x, lora[0], ids), _add(u, x, lora[1], ids)
+        h = _hidden(g, u, gates, activation)
+        y = F.linear(h, w_down.to(x.dtype))
+        s_down = _add(y, h, lora[2], ids)
         ctx.activation = activation
         ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (8, 11, 14)]
         narrow = (s_gate, s_up, s_down)
@@ -167,7 +191,9 @@ class _GatedMLP(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 9
         with torch.autocast(dy.device.type, enabled=False):
             if g is None:
-                g, u = (_linear(x, w_gate, lora[0], ids)[0], _linear(x, w_up, lora[1], ids)[0])
+                g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
+                _add(g, x, lora[0], ids)
+                _add(u, x, lora[1], ids)
             dh, t_down = _linear_backward(dy, w_down, lora[2], ids)
             dg, du, dz, da_down = _hidden_backward(
                 dh, g, u, gates, ctx.activation, t_down if ctx.trains[2] else None, needs_gates
@@ -199,7 +225,8 @@ def _plain(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str) -
     """Return y by the base model's own operations, so that an MLP without gates and memories is
     bit-equal to it."""
     w_gate, w_up, w_down = weights
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+    g, u = _gate_up(x, _stored(w_gate, w_up))
+    return F.linear(ACTIVATIONS[activation](g) * u, w_down)
 
 
 def _flatten(lora: GatedMLPLoRA | None) -> list[Tensor | None]:

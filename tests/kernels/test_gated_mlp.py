@@ -167,6 +167,27 @@ def test_gated_mlp_without_memory_is_bit_equal_to_base(lead, parts, gates, dtype
         assert torch.equal(grads["x"], want_grads["x"])
 
 
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("gates", ["none", "ones", "mixed"])
+@pytest.mark.parametrize("parts", [(), PARTS])
+def test_gated_mlp_with_gate_and_up_in_one_weight(parts, gates, dtype):
+    """As of weights of their own, but for rounding; bit-equal to a base that has one weight."""
+    tensors, (w_gate, w_up, w_down) = make(((3, 5), 48, 80, 2, 3), dtype, parts, gates)
+    whole = torch.cat([w_gate, w_up])
+    ids = ids_of("mixed", 3, 2)
+    call = caller((*whole.chunk(2), w_down), ids)
+    want = run(call, tensors)
+    if dtype in FP:
+        check(call, tensors, dtype)
+    with recompute_hidden():
+        assert_same(run(call, tensors), want)
+    x = tensors["x"]
+    gate, up = F.linear(x, whole).chunk(2, -1)
+    z = torch.ones(80) if gates == "ones" else None
+    got = gated_mlp(x, *whole.chunk(2), w_down, gates=z)
+    assert torch.equal(got, F.linear(F.silu(gate) * up, w_down))
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("used", [False, True])

@@ -3,8 +3,9 @@
 import ast
 
 import pytest
+import torch
 from support.imports import ROOT, tree_of
-from support.models import ARCHITECTURES, attached, tiny
+from support.models import attached, tiny
 
 from koff.model import arch
 
@@ -22,11 +23,11 @@ def test_no_other_file_knows_a_name_of_a_module():
             assert known not in NAMES, f"{path.relative_to(ROOT)}, line {node.lineno}: {known}"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", arch.ARCHITECTURES)
 def test_a_site_is_where_its_path_says(architecture):
     model = tiny(architecture)
     sites = dict(arch.sites(model))
-    assert len(sites) == len(arch.layers(model)) * len(arch.LINEARS)
+    assert len(sites) == len(arch.layers(model)) * len(arch.ARCHITECTURES[architecture].linears)
     for site, linear in sites.items():
         assert model.get_submodule(arch.site_path(site, model)) is linear
         assert arch.site_of(arch.site_key(site)) == arch.site_of(str(site)) == site
@@ -43,9 +44,22 @@ def test_a_memory_knows_its_sites():
     assert memory.lora_at(arch.Site(99, "up_proj")) is None
 
 
-def test_the_dimension_of_neurons_is_the_one_that_is_as_wide_as_the_mlp():
-    module = arch.mlps(tiny("llama"))[0]
-    weights = zip(arch.mlp_weights(module), arch.NEURON_DIM.items(), strict=True)
-    for weight, (name, dim) in weights:
-        assert getattr(module, name).weight is weight
-        assert weight.shape[dim] == 96 != weight.shape[1 - dim]
+@pytest.mark.parametrize("architecture", arch.ARCHITECTURES)
+def test_a_neuron_is_a_row_of_gate_and_up_and_a_column_of_down(architecture):
+    model = tiny(architecture)
+    module, hidden = arch.mlps(model)[0], model.config.hidden_size
+    gate, up, down = arch.mlp_weights(module)
+    width = model.config.intermediate_size
+    assert gate.shape == up.shape == down.t().shape == (width, hidden) and width != hidden
+    neurons = torch.tensor([3, 0, 7])
+    parts = [gate[neurons], up[neurons], down[:, neurons].t()]
+    found = []
+    for name, linear in arch.mlp_linears(module).items():
+        dim = arch.NEURON_DIM[name]
+        rows = arch.along_neurons(name, neurons, width)
+        found.append(
+            linear.weight.index_select(dim, rows).reshape(-1, hidden)
+            if dim == 0
+            else linear.weight.index_select(dim, rows).t()
+        )
+    assert torch.equal(torch.cat(found), torch.cat(parts))

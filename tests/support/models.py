@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 import koff
+from koff.model import arch
 
 VOCAB = 97
 NAMES = ("en", "keys", "es")
+# Those that most tests go through; tests/model/test_architectures.py goes through all.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _COMMON = dict(
     vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=80,
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=256,
+    tie_word_embeddings=False,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
 )
+# What an architecture has that others have not. An entry in arch.py without one here is tested too.
+_OWN = {
+    "llama": dict(hidden_size=64, intermediate_size=96, tie_word_embeddings=True),
+    "qwen2": dict(num_key_value_heads=4),  # one kv head per query head; biases
+    "qwen3": dict(head_dim=16),  # which is not hidden / heads
+    "mistral": dict(sliding_window=None),
+    "granite": dict(
+        attention_multiplier=0.4,  # not D ** -0.5, which would be 0.29
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+        logits_scaling=2.0,
+    ),
+    "smollm3": dict(no_rope_layers=[1, 0, 1]),
+    "phi3": dict(
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
+    ),
+}
 
 
 def tiny(architecture: str, **changes) -> PreTrainedModel:
-    """llama: GQA, tied; qwen2: biases, untied, one kv head per query head; qwen3: head_dim is not
-    hidden / heads."""
-    if architecture == "llama":
-        own = dict(hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
-        config, cls = LlamaConfig, LlamaForCausalLM
-    elif architecture == "qwen2":
-        own = dict(hidden_size=48, intermediate_size=80, num_key_value_heads=4)
-        own["tie_word_embeddings"] = False
-        config, cls = Qwen2Config, Qwen2ForCausalLM
-    else:
-        own = dict(hidden_size=48, intermediate_size=80, head_dim=16, tie_word_embeddings=False)
-        config, cls = Qwen3Config, Qwen3ForCausalLM
+    """A model of three layers, in eval mode."""
+    config, cls = arch.stock_classes(architecture)
+    own = _OWN.get(architecture, {})
     torch.manual_seed(0)
     model = cls(config(**{**_COMMON, **own, **changes}))
     with torch.no_grad():  # initial biases are zero and would hide a lost one

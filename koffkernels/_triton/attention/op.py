@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ... import routes
 from ..._torch import prefix_attention as plain
 from ...types import Prefix, RowBounds
+from ..shared.torch_operator import NAMESPACE
 from . import decode as few
 from . import vendor
 from .call import HEAD_DIMS, Call
@@ -149,7 +150,7 @@ _ARGUMENTS = (
 
 
 @torch.library.custom_op(
-    "koffkernels::prefix_attention",
+    f"{NAMESPACE}::prefix_attention",
     mutates_args=(),
     schema=f"({_ARGUMENTS}, str route) -> (Tensor, Tensor)",
 )
@@ -164,7 +165,7 @@ def _(*args):
 
 
 @torch.library.custom_op(
-    "koffkernels::prefix_attention_backward",
+    f"{NAMESPACE}::prefix_attention_backward",
     mutates_args=(),
     schema=f"(Tensor do, Tensor o, Tensor lse, {_ARGUMENTS}, str route, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

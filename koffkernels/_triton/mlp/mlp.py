@@ -80,13 +80,12 @@ def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> tuple[Delta | None, Delta |
 
 
 def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """Return [x Wg^T, x Wu^T] as one [M, 2 I]: one GEMM where both weights are halves of one
-    buffer."""
-    i, h = w_gate.shape
-    offset = w_up.storage_offset() - w_gate.storage_offset()
-    shared = w_gate.untyped_storage()._cdata == w_up.untyped_storage()._cdata
-    if shared and offset == i * w_gate.stride(0) and w_gate.stride() == w_up.stride():
-        return x @ w_gate.as_strided((2 * i, h), w_gate.stride()).t()
+    """Return [x Wg^T, x Wu^T] as one [M, 2 I].
+
+    Two GEMMs, of which every time in docs/gpu.md is. A single one would need both weights in one
+    buffer, and whoever saves a model takes views of one buffer for tied weights.
+    """
+    i = w_gate.shape[0]
     gu = x.new_empty(x.shape[0], 2 * i)
     torch.mm(x, w_gate.t(), out=gu[:, :i])
     torch.mm(x, w_up.t(), out=gu[:, i:])

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Of the operators: the name of the whole package, "koffkernels" as installed by pip. A copy loaded
+# from a hub has a name of its own, so that two of them can live in one process.
+NAMESPACE = __name__.partition(".")[0]
+
 
 class Operation(NamedTuple):
     """The differentiable forms of one operation: same arguments, same results."""
@@ -54,7 +58,7 @@ def operation(
     backward_fake: Callable[..., list[Tensor]],
     gradients: Callable[..., tuple[Tensor | None, ...]],
 ) -> Operation:
-    """Register ``koffkernels::name`` and ``koffkernels::name_backward`` and tie them to autograd.
+    """Register ``NAMESPACE::name`` and its ``_backward`` and tie them to autograd.
 
     Args:
         name: of the operator.
@@ -74,11 +78,11 @@ def operation(
         Both forms.
     """
     op = torch.library.custom_op(
-        f"koffkernels::{name}", forward, mutates_args=(), schema=f"({arguments}) -> ({results})"
+        f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({arguments}) -> ({results})"
     )
     op.register_fake(fake)
     op_backward = torch.library.custom_op(
-        f"koffkernels::{name}_backward",
+        f"{NAMESPACE}::{name}_backward",
         backward,
         mutates_args=(),
         schema=f"({backward_arguments}) -> Tensor[]",
@@ -109,7 +113,7 @@ def operation(
 def inference(
     name: str, arguments: str, *, forward: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """Register ``koffkernels::name_inference``, for calls that record no gradient.
+    """Register ``NAMESPACE::name_inference``, for calls that record no gradient.
 
     Args:
         name: of the operation.
@@ -121,7 +125,7 @@ def inference(
         A function that calls ``forward``, and inside torch.compile the operator.
     """
     op = torch.library.custom_op(
-        f"koffkernels::{name}_inference",
+        f"{NAMESPACE}::{name}_inference",
         forward,
         mutates_args=(),
         schema=f"({arguments}) -> Tensor",

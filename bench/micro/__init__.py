@@ -1,0 +1,1 @@
+"""Microbenchmarks of every public operation, by pytest-benchmark."""
