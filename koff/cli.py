@@ -321,6 +321,10 @@ def serve(
     python: Annotated[
         str | None, typer.Option(help="Python of the environment that has vLLM; default: this one.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Stop if vLLM goes on otherwise than koff."),
+    ] = True,
 ) -> None:
     """Serve backbone and memories with vLLM, each as a model of an OpenAI-compatible server.
 
@@ -329,7 +333,7 @@ def serve(
     from .commands.serve import serve_command
 
     with asked_by("koff serve"):
-        command, changes = serve_command(directory, python, context.args)
+        command, changes = serve_command(directory, python, context.args, check)
     os.execve(command[0], command, os.environ | changes)
 
 

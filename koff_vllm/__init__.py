@@ -15,6 +15,7 @@ vLLM wants another transformers than koff does.
     connector.py  learned keys and values on their way into vLLM's cache
     plugin.py     what of vLLM is hooked, and when
     requests.py   what a request with a memory must be
+    samples.py    what koff goes on with, for a server to compare with
     server.py     memories that come, go and change while a server runs
 """
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["memory", "options", "register"]
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# All linear layers of a decoder layer; some families have the three of attention, or gate and up,
+# in one.
+_LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+_LINEARS += ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # Ranks that vLLM makes room for (``vllm.config.lora.MaxLoRARanks``).
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Room in vLLM's buffers for memories that one batch uses at the same time; each holds one LoRA of
@@ -57,6 +61,7 @@ def options(directory: str | Path, *, verify: bool = True) -> dict[str, Any]:
         FileNotFoundError, ValueError: no saved model, or a damaged one.
     """
     saved = SavedModel(directory)
+    saved.check_family()
     if verify:
         saved.verify()
     ranks = [saved.rank(name) for name in saved.memories]

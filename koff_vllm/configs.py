@@ -6,7 +6,15 @@ Classes of a module, since vLLM pickles configs from process to process. koff ha
 
 from __future__ import annotations
 
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
@@ -31,8 +39,39 @@ class KoffQwen3Config(Qwen3Config):
     intermediate_sizes: list | None = None
 
 
+class KoffMistralConfig(MistralConfig):
+    """MistralConfig with one MLP width per layer."""
+
+    model_type = "koff_mistral"
+    intermediate_sizes: list | None = None
+
+
+class KoffGraniteConfig(GraniteConfig):
+    """GraniteConfig with one MLP width per layer."""
+
+    model_type = "koff_granite"
+    intermediate_sizes: list | None = None
+
+
+class KoffPhi3Config(Phi3Config):
+    """Phi3Config with one MLP width per layer."""
+
+    model_type = "koff_phi3"
+    intermediate_sizes: list | None = None
+
+
+CONFIGS = (
+    KoffLlamaConfig,
+    KoffQwen2Config,
+    KoffQwen3Config,
+    KoffMistralConfig,
+    KoffGraniteConfig,
+    KoffPhi3Config,
+)
+
+
 def register() -> None:
     """Have transformers, and so vLLM, know the model types."""
-    for config in (KoffLlamaConfig, KoffQwen2Config, KoffQwen3Config):
+    for config in CONFIGS:
         if config.model_type not in CONFIG_MAPPING:
             AutoConfig.register(config.model_type, config)

@@ -7,7 +7,10 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models.granite import GraniteForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -52,3 +55,15 @@ class KoffQwen2ForCausalLM(NarrowMixin, Qwen2ForCausalLM):
 
 class KoffQwen3ForCausalLM(NarrowMixin, Qwen3ForCausalLM):
     """Qwen3ForCausalLM with narrow MLPs."""
+
+
+class KoffMistralForCausalLM(NarrowMixin, MistralForCausalLM):
+    """MistralForCausalLM with narrow MLPs."""
+
+
+class KoffGraniteForCausalLM(NarrowMixin, GraniteForCausalLM):
+    """GraniteForCausalLM with narrow MLPs."""
+
+
+class KoffPhi3ForCausalLM(NarrowMixin, Phi3ForCausalLM):
+    """Phi3ForCausalLM with narrow MLPs."""

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .requests import backbone_of, check_request, memory_of, with_placeholders
+from .saved import NARROW
 from .server import check_model, init_static_loras, show_available_models
 
 TESTED = ("0.32",)  # the versions of vLLM that tests/vllm ran with
@@ -53,7 +54,8 @@ def check_hooks(*modules: str) -> None:
 
 
 def _add_models(module: ModuleType) -> None:
-    for name in ("KoffLlamaForCausalLM", "KoffQwen2ForCausalLM", "KoffQwen3ForCausalLM"):
+    for family in NARROW:
+        name = f"Koff{family}ForCausalLM"
         module.ModelRegistry.register_model(name, f"koff_vllm.models:{name}")
 
 

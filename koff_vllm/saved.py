@@ -30,6 +30,8 @@ MARKER, FORMAT = "koff.json", 1
 COMMITTED = ".koff-committed"
 # The fields of koff.json under its checksum.
 SEALED = "format config memories dense_widths widths kept sparsity backbone_sha256 files".split()
+# The families whose layers may differ in width in vLLM: classes in configs.py and models.py.
+NARROW = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "Phi3")
 # Beside each copied memory: what the other processes of vLLM need to know of it.
 STAGED, KV_FILE = "koff_vllm.json", "kv.safetensors"
 
@@ -159,6 +161,20 @@ class SavedModel:
             if not name.startswith(free) and not name.endswith(".py"):
                 self._checked(name)
 
+    def check_family(self) -> None:
+        """Refuse a backbone that vLLM has no model for.
+
+        Raises:
+            ValueError: layers of different widths in a family without a narrow model.
+        """
+        known = [f"koff_{family.lower()}" for family in NARROW]
+        got = self._checked_json("config.json").get("model_type")
+        if isinstance(got, str) and got.startswith("koff_") and got not in known:
+            raise ValueError(
+                f"koff_vllm: layers of different widths must be of {', '.join(known)}, got {got}; "
+                "prune to equal widths (per_layer='uniform'), which vLLM serves of all families"
+            )
+
     def rank(self, name: str) -> int:
         """Return the rank of a memory's LoRA; 1, that of zeros, if it has none."""
         config = f"memories/{name}/lora/adapter_config.json"
@@ -183,7 +199,7 @@ class SavedModel:
                 "correct the name"
             )
         digest = self.memories[name]
-        target = _stage_root() / label_of(name, digest)
+        target = stage_root() / label_of(name, digest)
         staged = _whole(target)
         if staged is None or staged.digest != digest:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -403,7 +419,8 @@ def is_inside_a_memory(lora_path: str) -> bool:
     return (beside / "memory.json").is_file() and (beside / "kv").is_dir()
 
 
-def _stage_root() -> Path:
+def stage_root() -> Path:
+    """Return where memories are laid out: $KOFF_CACHE/vllm, or in the user's cache directory."""
     cache = os.environ.get("KOFF_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return (Path(cache) if cache else Path(base) / "koff").absolute() / "vllm"

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from .requests import backbone_of, has_connector
-from .saved import COMMITTED, MARKER, SavedModel, StagedMemory
+from .samples import CLOSE, VARIABLE, read_samples
+from .saved import COMMITTED, MARKER, SavedModel, StagedMemory, staged_memory
 
 logger = logging.getLogger("vllm.koff")
 
@@ -128,6 +130,49 @@ def _folder(models: Any) -> ServedFolder:
     return models.koff_folder
 
 
+async def check_samples(folder: ServedFolder) -> None:
+    """Compare what the engine goes on with after a short prompt with what koff does.
+
+    Args:
+        folder: whose memories are loaded.
+
+    Raises:
+        ValueError: a difference beyond rounding.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    models = folder.models
+    samples = read_samples(Path(os.environ[VARIABLE]))
+    close = CLOSE[str(models.model_config.dtype).removeprefix("torch.")]
+    for name, sample in samples.items():
+        request = models.lora_requests.get(name)
+        if name and request is None:  # it came or went since
+            continue
+        memory = request and staged_memory(request.lora_path)
+        length = len(sample.prompt) + len(sample.ids) + (memory.num_tokens if memory else 0)
+        if length > models.model_config.max_model_len:
+            continue
+        greedy = SamplingParams(
+            temperature=0, max_tokens=len(sample.ids), logprobs=0, ignore_eos=True, detokenize=False
+        )
+        ask = models.engine_client.generate(
+            tokens_input(sample.prompt), greedy, f"koff-sample-{name}", lora_request=request
+        )
+        async for answer in ask:
+            (got,) = answer.outputs
+        ids = list(got.token_ids)
+        logprobs = [each[token].logprob for each, token in zip(got.logprobs, ids, strict=True)]
+        difference = sample.difference(ids, logprobs, close)
+        if difference:
+            raise ValueError(
+                f"koff_vllm: {name or 'the backbone'} must go on as koff does, got a difference: "
+                f"{difference}; report it, and see docs/serving.md for what was tested "
+                "(--no-check serves nevertheless)"
+            )
+    logger.info("koff_vllm: %d samples agree with koff", len(samples))
+
+
 # ---- hooks: each takes the method of vLLM it stands before ----
 
 
@@ -138,6 +183,8 @@ async def init_static_loras(init: Callable[..., Any], self: Any) -> None:
     await folder.refresh()
     if folder.refused:
         raise ValueError("; ".join(folder.refused.values()))
+    if folder.backbone_sha256 is not None and VARIABLE in os.environ:
+        await check_samples(folder)
 
 
 async def show_available_models(show: Callable[..., Any], self: Any) -> Any:

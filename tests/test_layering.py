@@ -49,7 +49,7 @@ DIRECTION = {
         ("koffkernels",),
     ),
     "koff_vllm": (
-        ("koff_vllm.saved", "koff_vllm.configs"),
+        ("koff_vllm.saved", "koff_vllm.samples", "koff_vllm.configs"),
         ("koff_vllm.requests",),
         ("koff_vllm.server",),
         ("koff_vllm.plugin",),

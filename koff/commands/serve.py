@@ -6,19 +6,27 @@ needs of koff is the package ``koff_vllm``, which comes with koff and imports no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import koff_vllm
-from koff_vllm.saved import SavedModel
+from koff_vllm.samples import NEW, PROMPT, VARIABLE, Sample, write_samples
+from koff_vllm.saved import SavedModel, label_of, stage_root
 
 from ..errors import asker
 from ..storage.hub import resolve
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 16  # memories that one forward takes samples of
 TESTED = "0.32"  # the version of vLLM that tests/vllm runs with
 
 # Looks without importing vLLM, which takes seconds.
@@ -35,7 +43,10 @@ print(json.dumps({"found": found, "version": version, "plugin": "koff" in plugin
 
 
 def serve_command(
-    directory: str | Path, python: str | None = None, extra: list[str] | None = None
+    directory: str | Path,
+    python: str | None = None,
+    extra: list[str] | None = None,
+    check: bool = True,
 ) -> tuple[list[str], dict[str, str]]:
     """Return what serves a saved model, after everything was looked at that can be looked at here.
 
@@ -43,6 +54,7 @@ def serve_command(
         directory: of the saved model, or its id on the hub.
         python: interpreter of the environment that has vLLM; None: this one.
         extra: options of ``vllm serve``, which come last and so win.
+        check: ask koff for short samples, with which the server compares its own before it starts.
 
     Returns:
         (command, changes of the environment).
@@ -77,7 +89,54 @@ def serve_command(
     plugins = os.environ.get("VLLM_PLUGINS")  # a list of those that may load
     if plugins is not None and "koff" not in plugins.split(","):
         changes["VLLM_PLUGINS"] = f"{plugins},koff".lstrip(",")
+    if check:
+        changes[VARIABLE] = str(_samples(folder, saved))
     return [*command, *extra], changes
+
+
+def _samples(folder: Path, saved: SavedModel) -> Path:
+    """The file of koff's samples for what a folder holds now, made now or before."""
+    labels = [label_of(name, digest) for name, digest in saved.memories.items()]
+    content = "".join(f"{line}\n" for line in (saved.backbone_sha256, *labels))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    path = stage_root() / f"samples-{digest[:24]}.json"
+    if not path.is_file():
+        from ..storage.save_load import load
+        from .saved import pick_device
+
+        model = load(folder, device=pick_device(None), verify=False)  # it was a moment ago
+        found = take_samples(model, [None, *saved.memories])
+        write_samples(path, dict(zip(["", *labels], found, strict=True)))
+    return path
+
+
+def take_samples(model: PreTrainedModel, memories: Sequence[str | None]) -> list[Sample]:
+    """Return koff's greedy continuation of one short prompt with each memory.
+
+    Args:
+        model: of ``koff.load``.
+        memories: their names; None: none.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(model.config.vocab_size, (PROMPT,), generator=generator)
+    samples = []
+    for first in range(0, len(memories), _ROWS):
+        names = list(memories[first : first + _ROWS])
+        ids = prompt.repeat(len(names), 1).to(model.device)
+        found = []
+        for _ in range(NEW):
+            with torch.no_grad():
+                logits = model(ids, memory=names, use_cache=False).logits[:, -1]
+            found.append(logits.float().log_softmax(-1).topk(2))
+            ids = torch.cat([ids, found[-1].indices[:, :1]], dim=1)
+        values = torch.stack([best.values for best in found], dim=1)  # [rows, NEW, 2]
+        for row in range(len(names)):
+            margins = (values[row, :, 0] - values[row, :, 1]).tolist()
+            new = ids[row, PROMPT:].tolist()
+            samples.append(Sample(prompt.tolist(), new, values[row, :, 0].tolist(), margins))
+    return samples
 
 
 def _value(extra: list[str], option: str) -> str | None:

@@ -1,12 +1,16 @@
 """`koff serve`: what is looked at before vLLM starts, and what vLLM is called with."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from support.damage import flip
 from typer.testing import CliRunner
 
+import koff
 from koff.cli import app
+from koff_vllm.samples import VARIABLE, read_samples
 
 
 @pytest.fixture
@@ -49,6 +53,40 @@ def test_vllm_gets_the_folder_and_every_option(saved, python, started):
     assert json.loads(words["--kv-transfer-config"])["kv_connector"] == "MemoryConnector"
     assert words["--lora-target-modules"] == "q_proj" and "--enable-lora" in words
     assert environment["KOFF_CACHE"] and "VLLM_PLUGINS" not in environment
+
+
+def test_the_server_gets_what_koff_goes_on_with(saved, python, started):
+    assert run(saved, "--python", python()).exit_code == 0
+    samples = read_samples(Path(started[0][2][VARIABLE]))
+    model = koff.load(saved)
+    assert len(samples) == 4 and {label.partition("@")[0] for label in samples} == {
+        "",
+        *model.koff.memory_names,
+    }
+    for label, sample in samples.items():
+        ids, name = torch.tensor([sample.prompt]), label.partition("@")[0] or None
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            memory=name,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        assert out.sequences[0, ids.shape[1] :].tolist() == sample.ids
+        best = torch.cat(out.logits).log_softmax(-1).topk(2).values
+        assert sample.logprobs == pytest.approx(best[:, 0].tolist(), abs=1e-5)
+        assert sample.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-5)
+
+
+def test_samples_are_taken_once_for_a_content(saved, python, started, monkeypatch):
+    assert run(saved, "--python", python()).exit_code == 0
+    monkeypatch.setattr("koff.commands.serve.take_samples", None)  # it would fail
+    assert run(saved, "--python", python()).exit_code == 0
+    koff.remove_memory(saved, "es")
+    assert run(saved, "--python", python(), "--no-check").exit_code == 0
+    assert VARIABLE not in started[-1][2] and started[0][2][VARIABLE] == started[1][2][VARIABLE]
 
 
 def test_a_list_of_plugins_gets_koff(saved, python, started, monkeypatch):

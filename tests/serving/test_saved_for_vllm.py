@@ -8,13 +8,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.bare import ROOT
 from support.damage import HOUSE, cut, edit, flip, reseal, reshape
 from support.widths import compacted
 
 import koff
 import koff_vllm
+from koff.model import arch
 from koff.storage import manifest
-from koff_vllm.saved import SEALED, SavedModel, is_inside_a_memory, staged_memory
+from koff_vllm.saved import NARROW, SEALED, SavedModel, is_inside_a_memory, staged_memory
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +173,19 @@ def test_a_damaged_folder_is_refused(saved, cache, case):
     assert re.match(HOUSE, str(error.value))
     # Nothing half made is left for anybody to find.
     assert not (cache / "vllm").exists() or os.listdir(cache / "vllm") == []
+
+
+def test_families_with_narrow_models_have_their_classes():
+    source = {name: (ROOT / f"koff_vllm/{name}.py").read_text() for name in ("configs", "models")}
+    for family in NARROW:
+        assert family.lower() in arch.ARCHITECTURES
+        assert f"class Koff{family}Config({family}Config)" in source["configs"]
+        assert (
+            f"class Koff{family}ForCausalLM(NarrowMixin, {family}ForCausalLM)" in source["models"]
+        )
+
+
+def test_a_family_without_a_narrow_model_is_refused(tmp_path):
+    narrow = compacted("olmo2", memories=("en",))
+    with pytest.raises(ValueError, match="must be of koff_llama, .*, got koff_olmo2"):
+        koff_vllm.options(koff.save(narrow, tmp_path / "out"))

@@ -20,12 +20,16 @@ import koff
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests/support
 
-from support.models import ARCHITECTURES, attached  # noqa: E402
+from support.models import attached  # noqa: E402
 from support.widths import spread  # noqa: E402
 
 NEW_TOKENS = 20
 # Shorter than a block of the cache, longer, and longer than two.
 PROMPT_LENGTHS = (1, 9, 17, 40)
+# vLLM's own models, and two families that it takes from transformers.
+MATRIX = [*itertools.product(("llama", "qwen2", "qwen3"), ("uniform", "global"))]
+MATRIX += [("mistral", "global"), ("granite", "global"), ("phi3", "global")]
+MATRIX += [("olmo2", "uniform"), ("smollm3", "uniform")]
 LATER = {"many": 40, "eight": 8}
 
 
@@ -43,7 +47,7 @@ def build(architecture: str, kind: str, names: tuple[str, ...], tokens: int = 7,
     """A compacted model; each memory has a LoRA on all linear layers and learned keys."""
     # vLLM's attention on the CPU wants heads of at least 32 dimensions.
     sizes = {"hidden_size": 128, "intermediate_size": 192}
-    width = {} if architecture == "qwen2" else {"head_dim": 32}
+    width = {"head_dim": 32} if architecture == "qwen3" else {}
     changes = {"vocab_size": 97, "eos_token_id": None, **sizes, **width}
     kv = koff.KVConfig(num_tokens=tokens, init="tokens")
     model = attached(architecture, memories=names, changes=changes, kv=kv, seed=seed)
@@ -134,9 +138,8 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
-    for architecture in ARCHITECTURES:
-        for kind in ("uniform", "global"):
-            halves(root / f"{architecture}-{kind}", kind, architecture)
+    for architecture, kind in MATRIX:
+        halves(root / f"{architecture}-{kind}", kind, architecture)
     lengths(root / "lengths")
     versions(root)
     for name, count in LATER.items():

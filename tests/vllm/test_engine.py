@@ -11,7 +11,8 @@ from vllm import SamplingParams
 import koff_vllm
 
 MATRIX = [*itertools.product(("llama", "qwen2", "qwen3"), ("uniform", "global"))]
-LONG = 2  # the longest of the four prompts has 40 tokens
+MATRIX += [("mistral", "global"), ("granite", "global"), ("phi3", "global")]
+MATRIX += [("olmo2", "uniform"), ("smollm3", "uniform")]
 
 
 def run(llm, folder, rows, **sampling):

@@ -202,6 +202,19 @@ def test_no_row_gets_another_memorys_text(serve, root, expected):
         assert sum(pool.map(client, range(20, 30))) > 10
 
 
+def test_a_server_that_goes_on_otherwise_does_not_start(serve, root, cache):
+    """As if koff went on with another token: the server says so, and takes no request."""
+    serve(root / "before").wait().kill()
+    (path,) = (cache / "vllm").glob("samples-*.json")
+    samples = json.loads(path.read_text())
+    (name,) = (label for label in samples if label.startswith("aa@"))
+    samples[name]["logprobs"][3] += 0.01
+    path.write_text(json.dumps(samples))
+    server = serve(root / "before")
+    assert server.process.wait(START) != 0
+    assert f"{name} must go on as koff does, got a difference: token 3" in server.log.read_text()
+
+
 def test_a_server_without_the_connector_does_not_start(serve, root):
     """Half a memory is not served: LoRA without its learned keys."""
     server = serve(root / "before", "--kv-transfer-config", "{}")
