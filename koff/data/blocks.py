@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .records import IGNORED, Text, Tokens, read_document
+from .records import IGNORED, Text, Tokens, check_tokenizer, read_document
 
 # Documents per call of the tokenizer: enough for all of its threads, few enough that their ids,
 # which come as lists of Python integers, stay small beside the stream.
@@ -120,11 +120,7 @@ def pack(
             f"pack: block_size must be an integer of at least 2 tokens, got {block_size!r}; "
             "512 is a usual value"
         )
-    if tokenizer is not None and not callable(tokenizer):
-        raise TypeError(
-            f"pack: the tokenizer must be one of transformers, got {tokenizer!r}; load it with "
-            "AutoTokenizer.from_pretrained"
-        )
+    check_tokenizer(tokenizer)
     if isinstance(documents, PackedBlocks):
         if documents.blocks.shape[1] != block_size:
             raise ValueError(

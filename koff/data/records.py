@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import asker
+
 # What transformers, PEFT and TRL write for a token that no loss counts.
 IGNORED = -100
 
@@ -66,6 +68,19 @@ class Tokens:
 
     ids: array
     labelled: bytes | None = None
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer, such as the name of one; None is none.
+
+    Raises:
+        TypeError: so.
+    """
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(
+            f"{asker()}: the tokenizer must be one of transformers, got {tokenizer!r}; load it "
+            "with AutoTokenizer.from_pretrained"
+        )
 
 
 def form_of(record: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -112,13 +112,14 @@ def prefix_attention_mass(
     if not isinstance(memory, str):
         raise TypeError(f"prefix_attention_mass: memory must be a name, got {memory!r}; pass one")
     state.check(memory, "prefix_attention_mass")
+    state.memories[memory].check_filled("prefix_attention_mass")
     config = state.memories[memory].kv_config
     if config is None:
         raise ValueError(
             f"prefix_attention_mass: memory {memory!r} must have a KV part, got LoRA alone; choose "
             "one trained with koff.kv"
         )
-    check_sizes(model, block_size, batch_size)
+    check_sizes(model, block_size, batch_size, prefix=config.num_tokens)
     data = pack(documents, tokenizer, block_size)
     # What fills a block up behind the documents' own tokens is padding.
     real = torch.arange(block_size) < data.lengths[:, None]  # [N, T]

@@ -78,7 +78,8 @@ def evaluate(
             ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
             ``datasets.Dataset`` of these, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
-        block_size: tokens per block, at most what the model has positions for.
+        block_size: tokens per block; with the longest prefix at most what the model has positions
+            for.
         batch_size: blocks per forward; a different one may change the last digits.
         split: what to write into the rows.
 
@@ -99,7 +100,11 @@ def evaluate(
         )
     if not datasets:
         raise ValueError("evaluate: datasets must not be empty, got {}; pass documents")
-    check_sizes(model, block_size, batch_size)
+    used = [] if state is None else [state.memories[name] for name in chosen if name is not None]
+    for memory in used:
+        memory.check_filled("evaluate")
+    longest = max((memory.length for memory in used), default=0)
+    check_sizes(model, block_size, batch_size, prefix=longest)
     packed = {}
     for domain, documents in datasets.items():  # all of them, before the first forward
         what = f"dataset {domain!r}"
@@ -167,8 +172,14 @@ def _mean_nats(
 # ---- what other measurements and the trainer use too ----
 
 
-def check_sizes(model: Any, block_size: int, batch_size: int) -> None:
+def check_sizes(model: Any, block_size: int, batch_size: int, prefix: int = 0) -> None:
     """Refuse a batch without rows, or blocks beyond the model's positions.
+
+    Args:
+        model: a causal LM.
+        block_size: T.
+        batch_size: B.
+        prefix: learned tokens in front of a block.
 
     Raises:
         ValueError: one of these.
@@ -179,10 +190,11 @@ def check_sizes(model: Any, block_size: int, batch_size: int) -> None:
             "usual"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and block_size > limit:
+    if limit is not None and prefix + block_size > limit:
+        got = f"{prefix} + {block_size}" if prefix else block_size
         raise ValueError(
-            f"{asker()}: block_size must be at most the model's {limit} positions, got "
-            f"{block_size}; choose a smaller block_size"
+            f"{asker()}: {'prefix + ' if prefix else ''}block_size must be at most the model's "
+            f"{limit} positions, got {got}; choose a smaller block_size"
         )
 
 

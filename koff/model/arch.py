@@ -179,10 +179,11 @@ def mlp_linears(module: nn.Module) -> dict[str, nn.Linear]:
 def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Return gate [I, H], up [I, H] and down [H, I] of an MLP: its parameters, or views of them
     where gate and up are one."""
-    fused = module._modules.get(GATE_UP)  # in every forward, and a failing getattr is slow
+    modules = module._modules  # every forward of every layer asks, and torch's getattr is slow
+    fused, down = modules.get(GATE_UP), modules["down_proj"].weight
     if fused is not None:
-        return (*fused.weight.chunk(2), module.down_proj.weight)
-    return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
+        return (*fused.weight.chunk(2), down)
+    return modules["gate_proj"].weight, modules["up_proj"].weight, down
 
 
 def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:

@@ -171,14 +171,29 @@ class PatchCheck:
     It would run in the place of koff's, and leave the mask or the memories out without a word.
 
     Args:
-        modules: MLP and attention of every layer.
+        modules: every layer, with its MLP and attention.
     """
 
     modules: list[nn.Module]
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
-            arch.refuse_patched(self.modules, "forward: MLPs and attention")
+            arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    """How a module is pickled and copied: its class is found under no name, but made of two that
+    are."""
+    _, mixin, cls = type(module).__mro__[:3]
+    _, _, *state = object.__reduce_ex__(module, protocol)
+    return _blank, (mixin, cls), *state
+
+
+def _blank(mixin: type, cls: type) -> nn.Module:
+    """A module of a swapped class that waits for its state."""
+    if mixin is KoffModelMixin:
+        attention.register()  # by whoever attached it; this may be another process
+    return nn.Module.__new__(_subclass(mixin, cls))
 
 
 @functools.cache
@@ -186,6 +201,7 @@ def _subclass(mixin: type, cls: type) -> type:
     """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
     string. Cached, so that modules of one class are of one class afterwards, too."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body["__reduce_ex__"] = _reduce
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
     return type(cls.__name__, (mixin, cls), body)
@@ -232,6 +248,7 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         raise TypeError(
             f"attach: config must be a koff.KoffConfig, got {type(config).__name__}; pass one"
         )
+    generator = torch.Generator().manual_seed(config.seed)
     with asked_by("attach"):
         with_kv = config.kv is not None and bool(config.memories)
         arch.check_supported(model, with_kv)
@@ -239,10 +256,9 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
             arch.check_dropout(model)
         if config.lora is not None:  # under the names of this model, which is what is saved
             config = replace(config, lora=config.lora.on(model))
-    generator = torch.Generator().manual_seed(config.seed)
-    state = KoffState(model, config, generator)
-    for name in config.memories:
-        state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
+        state = KoffState(model, config, generator)
+        for name in config.memories:
+            state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
     install(model, state)
     if config.kv is not None and config.kv.init == "tokens":
         for name in config.memories:
@@ -264,7 +280,16 @@ def new_memory(
         name: of the memory.
         lora, kv: its parts; not both None.
         generator: of the initial values.
+
+    Raises:
+        ValueError: its learned tokens leave no position for a token.
     """
+    limit = model.config.max_position_embeddings
+    if kv is not None and kv.num_tokens >= limit:
+        raise ValueError(
+            f"{asker()}: num_tokens of the KV part must be less than max_position_embeddings "
+            f"({limit}), got {kv.num_tokens}; shorten the memory"
+        )
     shapes = {}
     if lora is not None:
         lora = lora.on(model)
@@ -304,7 +329,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     state.hooks = [
         inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
-        inner.register_forward_hook(tag_cache),
+        inner.register_forward_hook(tag_cache, with_kwargs=True),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
         model.register_state_dict_post_hook(in_original_order),
         model.register_load_state_dict_pre_hook(before_load),
@@ -320,9 +345,8 @@ def require_own(linears: Iterable[nn.Module]) -> None:
     Raises:
         TypeError: the first one that is not: an adapter's, for instance.
     """
-    own = _subclass(_LinearMixin, nn.Linear)
     for linear in linears:
-        if type(linear) is not own:
+        if type(linear) is not _PLAIN_LINEAR:
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "

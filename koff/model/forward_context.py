@@ -47,6 +47,8 @@ class Unnamed(enum.Enum):
 ACTIVE = Unnamed.ACTIVE  # the default of every ``memory`` argument
 BASE = Unnamed.BASE  # for a model that is its own teacher, and to fill a learned cache
 MemoryArgument = str | Sequence[str | None] | Tensor | Unnamed | None
+# What a call said: one memory for all rows, or the name of each row's. ACTIVE: it cannot be known.
+Said = str | tuple[str | None, ...] | Unnamed | None
 
 
 @dataclass
@@ -61,6 +63,7 @@ class ForwardContext:
         kept_first: gates that are fixed, where layers' kept neurons stand first: only these are
             computed. ``gates`` is None then.
         stacks: where layers find what earlier forwards stacked; None: they stack for themselves.
+        said: what a cache that this forward fills was filled under; see ``said_by``.
         masks: attention masks built on demand, shared by the layers.
     """
 
@@ -69,6 +72,7 @@ class ForwardContext:
     gates: list[Tensor] | None = None
     kept_first: Gates | None = None
     stacks: Stacks | None = None
+    said: Said = None
     masks: dict = field(default_factory=dict)
 
 
@@ -79,6 +83,9 @@ class Generation:
     Args:
         memory: of its rows: what a forward that says nothing uses.
         roster: the model's memories at its beginning, by which names and ids are understood.
+        rooms: of each row, how many tokens the positions have room for behind prefix and prompt;
+            None for a row without a prefix.
+        ends: where rows end for that reason, each at its own length of ``input_ids``, int64 [B].
         static_cache: the static cache that it was given.
         decoding: its decode steps, where they may be captured.
         prompt_cache: the static cache that the prompt was read into.
@@ -88,6 +95,8 @@ class Generation:
 
     memory: MemoryArgument
     roster: Roster
+    rooms: tuple[int | None, ...] = ()
+    ends: Tensor | None = None
     static_cache: Cache | None = None
     decoding: Decoding | None = None
     prompt_cache: Cache | None = None
@@ -180,6 +189,37 @@ def check_names(memory: object, names: Sequence[str], where: str) -> None:
         raise KeyError(
             f"{where}: a memory must be one of the model's ({known}), got {memory!r}; check it"
         )
+
+
+def said_by(memory: MemoryArgument, roster: Roster) -> Said:
+    """Return what a memory argument said, to be compared with what another call said.
+
+    Args:
+        memory: a valid one; not ``ACTIVE``.
+        roster: the model's memories.
+    """
+    if isinstance(memory, Tensor):
+        if not _on_host(memory):
+            return ACTIVE
+        memory = [None if i < 0 else roster.names[i] for i in memory.tolist()]
+    if memory is None or isinstance(memory, (str, Unnamed)):
+        return memory
+    return memory[0] if len(set(memory)) == 1 else tuple(memory)
+
+
+def goes_on(before: Said, now: Said, rows: int) -> bool:
+    """Return whether a call may go on with a cache that another one filled.
+
+    Args:
+        before, now: what was said for the cache, and by the call.
+        rows: B of the call.
+    """
+    if before == now or ACTIVE in (before, now):
+        return True
+    each_before, each = (s if isinstance(s, tuple) else (s,) * rows for s in (before, now))
+    # Of other rows than there were (some have ended, or were multiplied), all that can be said is
+    # whether their memories are among those of the cache.
+    return each == each_before or (len(each) != len(each_before) and {*each} <= {*each_before})
 
 
 def _on_host(ids: Tensor) -> bool:

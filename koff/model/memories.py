@@ -8,8 +8,9 @@ a cache, where they stay until a parameter changes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,7 @@ class Memory(nn.Module):
                 weights.fill_(k.to(device), v.to(device))
                 self.kv.append(weights)
             self.kv_filled = kv.init == "normal"
+        self.register_load_state_dict_pre_hook(_before_load)
 
     def lora_at(self, site: Site) -> LoRAWeights | None:
         """Return the LoRA of one linear layer; None if this memory has none there."""
@@ -151,6 +153,52 @@ class Memory(nn.Module):
         for key, weights in self.lora.items():
             yield site_of(key), weights
 
+    def check_filled(self, where: str) -> None:
+        """Refuse to use this memory while its KV part waits for text: it is noise until then.
+
+        Raises:
+            ValueError: it does; ``where`` says who asked.
+        """
+        if not self.kv_filled:
+            raise ValueError(
+                f"{where}: the KV part of memory {self.name!r} must be filled, got one that waits "
+                "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
+            )
+
+    # What ``state_dict`` says of the tensors beside their values, and ``load_state_dict`` takes
+    # over. A tensor, since formats like safetensors hold nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        """Return whether the KV part is filled, and the LoRA's alpha (0 without one): fp64 [2]."""
+        alpha = 0.0 if self.lora_config is None else self.lora_config.alpha
+        return torch.tensor([self.kv_filled, alpha], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take both over: a LoRA computes what it did only with its own alpha."""
+        filled, alpha = state.tolist()
+        self.kv_filled = bool(filled)
+        if self.lora_config is not None and self.lora_config.alpha != alpha:
+            self.lora_config = dataclasses.replace(self.lora_config, alpha=alpha)
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse a learned cache of which nobody knows whether it is filled. If it is not, training
+        begins by overwriting it.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of this memory among them.
+
+        Raises:
+            ValueError: they do not say.
+        """
+        given = any(name.startswith(f"{prefix}kv.") for name in tensors)
+        if given and f"{prefix}_extra_state" not in tensors:
+            raise ValueError(
+                f"load_state_dict: a learned cache must come with {prefix}_extra_state, which says "
+                "whether it is filled, got none; add it: torch.tensor([1.0, alpha]) with the "
+                "LoRA's alpha, [0.0, alpha] for one that still waits for text"
+            )
+
     @property
     def scaling(self) -> float:
         """alpha / r."""
@@ -160,6 +208,11 @@ class Memory(nn.Module):
     def length(self) -> int:
         """Prefix tokens P; 0 without a KV part."""
         return self.kv_config.num_tokens if self.kv_config is not None else 0
+
+
+def _before_load(memory: Memory, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    memory.check_loadable(tensors, prefix)
 
 
 _optimizer_steps = 0

@@ -108,8 +108,9 @@ def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix
             tensors[key] = tensors[key].index_select(arch.NEURON_DIM[name], rows)
 
 
-def before_load(model: PreTrainedModel, *_) -> None:
+def before_load(model: PreTrainedModel, tensors: dict[str, Tensor], prefix: str, *_) -> None:
     """Hook of ``load_state_dict``: what comes is in the original order."""
+    model.koff.check_loadable(tensors, f"{prefix}koff.")
     restore_order(model)
 
 

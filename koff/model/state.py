@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,9 +20,11 @@ from .forward_context import (
     ForwardContext,
     MemoryArgument,
     Running,
+    Said,
     check_names,
     choose_slots,
     resolve_ids,
+    said_by,
 )
 from .gates import Gates
 from .memories import Memory, MemoryBank
@@ -73,11 +77,56 @@ class KoffState(nn.Module):
         self.attention: str | None = None
         self.trainable: list[str] = []
         self.hooks: list = []
+        self.register_load_state_dict_pre_hook(_before_load)
 
     @property
     def memory_names(self) -> tuple[str, ...]:
         """Names of the memories, in order."""
         return tuple(self.memories.names)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything learned, by name: ``state_dict`` without what it says about it."""
+        return {n: t for n, t in self.state_dict().items() if not n.endswith("_extra_state")}
+
+    def get_extra_state(self) -> Tensor:
+        """Return which of the dense model's neurons are there, layer after layer: bool
+        [sum of ``dense_widths``]."""
+        there = [torch.ones(width, dtype=torch.bool) for width in self.dense_widths]
+        for flags, kept in zip(there, self.kept or (), strict=False):
+            flags.zero_()[kept] = True
+        return torch.cat(there)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over which neurons a compacted model's weights are: tensors of one shape may be of
+        others."""
+        if self.kept is not None:
+            self.kept = [there.nonzero()[:, 0] for there in state.cpu().split(self.dense_widths)]
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse tensors that do not say what they mean, before any is loaded.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of koff's among them.
+
+        Raises:
+            ValueError: they do not say, or are of neurons that this model never had.
+        """
+        for memory in self.memories:
+            memory.check_loadable(tensors, f"{prefix}memories.memory_{memory.name}.")
+        if self.gates is not None:
+            self.gates.check_loadable(tensors, f"{prefix}gates.")
+        there = tensors.get(f"{prefix}_extra_state")
+        if self.kept is None or there is None:
+            return
+        widths = [len(kept) for kept in self.kept]
+        fits = there.shape == (sum(self.dense_widths),)
+        if not fits or [int(flags.sum()) for flags in there.split(self.dense_widths)] != widths:
+            raise ValueError(
+                "load_state_dict: the state must be of a model that was pruned from the widths "
+                f"{self.dense_widths} to {widths}, got another; load it into a copy of the model "
+                "it came from"
+            )
 
     def check(self, memory: MemoryArgument, where: str) -> None:
         """Refuse unknown memories; the number of rows is checked when they are known."""
@@ -109,15 +158,40 @@ class KoffState(nn.Module):
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
         """Return the context of one forward of ``rows`` rows; ``memory`` is one of ``named``."""
         if memory is BASE:
-            return ForwardContext()
+            return ForwardContext(said=BASE)
         memories, local = self.choose(memory, rows, device)
-        stacks = self.memories.stacks(memories)
-        gates = self.gates
-        if gates is not None and gates.kept_first:
-            return ForwardContext(memories, local, kept_first=gates, stacks=stacks)
-        # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
-        values = None if gates is None else gates.values()
-        return ForwardContext(memories, local, values, stacks=stacks)
+        self._check_filled(memory, memories, local)
+        context = ForwardContext(memories, local, stacks=self.memories.stacks(memories))
+        if not torch.compiler.is_compiling():  # caches are not followed there
+            context.said = self.said(memory)
+        if self.gates is not None and self.gates.kept_first:
+            context.kept_first = self.gates
+        elif self.gates is not None:
+            # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
+            context.gates = self.gates.values()
+        return context
+
+    def said(self, memory: MemoryArgument) -> Said:
+        """Return what a call said; ``memory`` is one of ``named``."""
+        generation = self.running.generation
+        if generation is None:
+            return said_by(memory, self.memories.roster)
+        if isinstance(memory, Tensor):  # of the ids that generate passes to itself, it knows more
+            memory = generation.memory
+        return said_by(memory, generation.roster)
+
+    def _check_filled(
+        self, memory: MemoryArgument, memories: tuple[Memory, ...], local: Tensor | None
+    ) -> None:
+        """Refuse memories that wait for text, if a row uses them."""
+        waiting = [i for i, m in enumerate(memories) if not m.kv_filled]
+        if not waiting or (self.running.generation is not None and isinstance(memory, Tensor)):
+            return  # generate has looked at the ids that it passes to itself
+        if isinstance(memory, Tensor) and not torch.compiler.is_compiling():
+            used = local.tolist()  # all memories are stacked for ids on a GPU
+            waiting = [i for i in waiting if i in used]
+        if waiting:
+            memories[waiting[0]].check_filled("forward")
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a
@@ -131,6 +205,11 @@ class KoffState(nn.Module):
 
         self.graphs.clear()  # it holds addresses, and memory on the device that may be left
         return super()._apply(move, recurse)
+
+
+def _before_load(state: KoffState, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    state.check_loadable(tensors, prefix)
 
 
 def count_weights(model: PreTrainedModel) -> dict[str, int]:

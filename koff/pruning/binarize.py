@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ from ..model.state import KoffState, count_weights, require_attached
 # Above this share of undecided gates the trainer warns when it rounds them: the mask then closes
 # neurons that the memories were trained with half open, and the loss jumps.
 UNDECIDED_WARNING = 0.2
+# Rounding moves the sum of the widths by half a multiple: less than a thousandth of any real
+# model's neurons. Where it is more than this share of them, the multiple does not suit the widths.
+MISSED_WARNING = 0.02
+
+logger = logging.getLogger("koff")
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ def binarize(
         target: share of MLP neurons to remove; None: the target it was trained to.
         per_layer: "global" ranks all layers together; "uniform" keeps equally many in each layer.
         multiple_of: every kept width becomes a multiple of it (or stays dense), the sum as near the
-            target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls.
+            target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls. A
+            warning says so if that is far from the target.
 
     Returns:
         What was reached.
@@ -228,4 +235,14 @@ def binarize(
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
     gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
     move_kept_first(model)
-    return BinarizeReport(target, sparsity(model), undecided)
+    report = BinarizeReport(target, sparsity(model), undecided)
+    if abs(report.sparsity.mlp - target) > MISSED_WARNING:
+        logger.warning(
+            "koff: %.1f %% of the MLP neurons are removed where %.1f %% were asked for: of %s in a "
+            "layer a multiple of %d stays, or all; take a smaller multiple",
+            100 * report.sparsity.mlp,
+            100 * target,
+            " or ".join(str(width) for width in sorted(set(full))),
+            multiple_of,
+        )
+    return report

@@ -57,11 +57,7 @@ def check_memory(memory: Memory) -> None:
     Raises:
         ValueError: one of these.
     """
-    if not memory.kv_filled:
-        raise ValueError(
-            f"{asker()}: the KV part of memory {memory.name!r} must be filled, got one that waits "
-            "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
-        )
+    memory.check_filled(asker())
     if not all(bool(t.isfinite().all()) for t in memory.state_dict().values()):
         raise ValueError(
             f"{asker()}: memory {memory.name!r} must be finite, got NaN or infinity; lower the "
@@ -74,10 +70,14 @@ def write_memory(
 ) -> None:
     """Write a memory into a new folder, for a backbone that its manifest describes."""
     directory.mkdir(parents=True)
+    # PEFT's Auto classes load the base that an adapter names. On the dense one a memory of a pruned
+    # backbone computes something else, and where its shapes fit (a cache's and attention's do),
+    # nobody would notice.
+    base = manifest.base if manifest.widths == manifest.dense_widths else None
     if memory.lora_config is not None:
-        write_lora(model, memory, directory / LORA, manifest.base)
+        write_lora(model, memory, directory / LORA, base)
     if memory.kv_config is not None:
-        write_kv(model, memory, directory / KV, manifest.base)
+        write_kv(model, memory, directory / KV, base)
     facts = {
         "format": FORMAT,
         "name": memory.name,
@@ -188,7 +188,7 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
         model: that the memory belongs to.
         memory: with a LoRA.
         directory: to make.
-        base: id of the dense model, for PEFT's config.
+        base: id of the model that it belongs on, for PEFT's config; None if it has none.
     """
     from peft import LoraConfig  # peft takes a second to import, and loading a model needs none
 
@@ -333,7 +333,7 @@ def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str 
         model: that the memory belongs to.
         memory: with a learned cache.
         directory: to make.
-        base: id of the dense model, for PEFT's config.
+        base: id of the model that it belongs on, for PEFT's config; None if it has none.
     """
     from peft import CartridgeConfig
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.memory_argument import write_backbone
@@ -62,6 +63,7 @@ def export_merged(
             f"koff.export_merged: the output must be a new or empty folder, got {output}; choose "
             "another"
         )
+    check_tokenizer(tokenizer)
     if isinstance(source, PreTrainedModel):
         model = source
     else:

@@ -40,7 +40,34 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         ValueError: another process (or thread) holds it.
     """
-    path = _lock_file(directory)
+    with contextlib.ExitStack() as held:
+        for path in _lock_files(directory):
+            held.enter_context(_locked(path, directory))
+        yield
+
+
+def check_unlocked(directory: Path) -> None:
+    """Refuse a folder that another process is changing.
+
+    Raises:
+        ValueError: one is.
+    """
+    if any(path.exists() for path in _lock_files(directory)):
+        with locked(directory):
+            pass
+
+
+def _lock_files(directory: Path) -> list[Path]:
+    """In a folder that exists; beside one that does not. If that is made meanwhile, both count."""
+    target = Path(os.path.abspath(directory))  # "." has no name
+    inside, beside = target / LOCK, target.parent / f"{LOCK}-{target.name}"
+    if not target.is_dir():
+        return [beside]
+    return [inside, beside] if beside.exists() else [inside]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, directory: Path) -> Iterator[None]:
     if _held.get(path) == threading.get_ident():
         yield
         return
@@ -53,22 +80,6 @@ def locked(directory: Path) -> Iterator[None]:
         # Its name goes while it is still locked: who opens it now makes a new one.
         path.unlink(missing_ok=True)
         file.close()
-
-
-def check_unlocked(directory: Path) -> None:
-    """Refuse a folder that another process is changing.
-
-    Raises:
-        ValueError: one is.
-    """
-    if _lock_file(directory).exists():
-        with locked(directory):
-            pass
-
-
-def _lock_file(directory: Path) -> Path:
-    target = Path(os.path.abspath(directory))  # "." has no name
-    return target / LOCK if target.is_dir() else target.parent / f"{LOCK}-{target.name}"
 
 
 def _take(path: Path, directory: Path) -> IO[str]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import sys
 from collections.abc import Iterator
 
-import torch.distributed as dist
+from ..errors import asker
+from .space import DiskFull
 
-# How often each thing was done: the same number on every process that does it.
+# How often each thing was begun: the same number on every process that does it.
 _times: collections.Counter[str] = collections.Counter()
 
-# The process that writes needs as long as its disk takes. If it dies the others hear of it: its
+# As long as torch's own collectives wait for a process that does not come.
+_TO_BEGIN = datetime.timedelta(minutes=30)
+# The process that writes may take as long as its disk does. If it dies, the others hear of it: its
 # launcher ends them, or the store that they ask is gone with it.
-_A_WHILE = datetime.timedelta(days=7)
+_TO_END = datetime.timedelta(days=30)
+
+_DONE, _FAILED, _FULL = "done", "failed: ", "full: "
 
 
 @contextlib.contextmanager
@@ -31,9 +37,11 @@ def one_writes(what: str) -> Iterator[bool]:
         Whether this process is the one. The others are to do nothing, and wait behind the block.
 
     Raises:
-        ValueError: on the others, with the first one's words, if it raised an error.
+        ValueError, DiskFull: on the others, with the first one's words, if it raised an error; or
+            if it never came.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    dist = sys.modules.get("torch.distributed")  # who has not imported it is alone
+    if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield True
         return
     # The store through which the processes have found each other.
@@ -41,17 +49,27 @@ def one_writes(what: str) -> Iterator[bool]:
     _times[what] += 1
     key = f"koff/{what}/{_times[what]}"
     if dist.get_rank() == 0:
-        outcome = "ended without an error"
+        store.set(f"{key}/begun", "")
+        outcome = _DONE
         try:
             yield True
         except BaseException as error:
-            outcome = f"failed: {error}"
+            outcome = f"{_FULL if isinstance(error, DiskFull) else _FAILED}{error}"
             raise
         finally:
             store.set(key, outcome)
-    else:
-        yield False
-        store.wait([key], _A_WHILE)
-        outcome = store.get(key).decode()
-        if outcome.startswith("failed: "):
-            raise ValueError(outcome.removeprefix("failed: "))
+        return
+    yield False
+    try:
+        store.wait([f"{key}/begun"], _TO_BEGIN)
+    except RuntimeError:
+        raise ValueError(
+            f"{asker()}: the first process must come here too ({what}), got nobody for half an "
+            "hour; give the same folder on every process"
+        ) from None
+    store.wait([key], _TO_END)
+    outcome = store.get(key).decode()
+    if outcome.startswith(_FULL):
+        raise DiskFull(outcome.removeprefix(_FULL))
+    if outcome.startswith(_FAILED):
+        raise ValueError(outcome.removeprefix(_FAILED))

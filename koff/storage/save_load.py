@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import install
@@ -33,6 +34,7 @@ from .metadata import plain_metadata
 from .processes import one_writes
 from .publish import files_of, new_staging, publish, settle
 from .saved_folder import SavedFolder
+from .space import SMALL_FILES, bytes_of, writing
 
 
 @asked_by("koff.save")
@@ -66,13 +68,15 @@ def save(
 
     Raises:
         ValueError: gates that are not compacted, an adapter around a layer, a KV memory that was
-            never filled, a taken directory, or metadata that JSON cannot hold; nothing is written
-            then.
+            never filled, a taken directory, one that another process is changing, or metadata that
+            JSON cannot hold; nothing is written then.
+        OSError: there is no room for it on the disk; what was there before is as it was.
     """
     directory = Path(directory)
     require_attached(model)
+    check_tokenizer(tokenizer)
     model = whole_model(model)
-    with one_writes(f"koff.save {os.path.abspath(directory)}") as writes:
+    with one_writes(f"koff.save {directory}") as writes:
         if writes:
             metadata = plain_metadata(metadata)
             _check_model(model)
@@ -80,7 +84,10 @@ def save(
             directory.parent.mkdir(parents=True, exist_ok=True)
             with locked(directory):
                 _check_place(directory, overwrite)  # nobody else can change it any more
-                _write(model, directory, tokenizer, metadata)
+                # A model that it replaces goes only when this one is there.
+                needed = bytes_of(model.parameters()) + SMALL_FILES
+                with writing("the model", needed, directory):
+                    _write(model, directory, tokenizer, metadata)
     return directory
 
 

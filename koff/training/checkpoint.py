@@ -62,7 +62,7 @@ def write_checkpoint(state: KoffState, directory: str | Path) -> None:
         state: ``model.koff``.
         directory: an existing folder.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors().items()}
     save_file(tensors, str(Path(directory, WEIGHTS)), metadata={"format": "pt"})
     facts = {
         "format": FORMAT,
@@ -117,7 +117,7 @@ def check_state(state: KoffState, directory: str | Path) -> None:
             f"{filled!r}; {EARLIER}"
         )
     found = File(Path(directory, WEIGHTS)).header()
-    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.state_dict().items()}
+    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.tensors().items()}
     differ = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
     if differ:
         raise ValueError(
@@ -143,7 +143,7 @@ def read_checkpoint(state: KoffState, directory: str | Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"resume: {name} must be finite, got NaN or infinity; {EARLIER}")
-    for name, own in state.state_dict().items():
+    for name, own in state.tensors().items():
         own.copy_(tensors[name])
     if facts["mask_fixed"]:
         # The masks came with the tensors. ``fix_`` also stops the gates' gradients.

@@ -54,11 +54,11 @@ def check_resume(path: Path, state: KoffState, groups: list[dict[str, Any]]) -> 
                 "with save_only_model=True; resume from another"
             )
     _check_pickles(path, files)
-    _check_optimizer(_read_pickle(path / OPTIMIZER), groups)
-    _check_scheduler(_read_pickle(path / SCHEDULER), len(groups))
+    _check_optimizer(read_pickle(path / OPTIMIZER), groups)
+    _check_scheduler(read_pickle(path / SCHEDULER), len(groups))
     for name in files:
         if name.startswith(RNG):
-            _check_rng(name, _read_pickle(path / name))
+            _check_rng(name, read_pickle(path / name))
     _check_trainer_state(File(path / STATE).json())
 
 
@@ -80,7 +80,7 @@ def _check_pickles(path: Path, files: list[str]) -> None:
             )
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
     """Return the tensors and plain values of a pickle, without running anything."""
     try:
         with safe_globals():  # of transformers: the parts of a numpy array, for its RNG state

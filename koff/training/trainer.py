@@ -7,10 +7,11 @@ end. How checkpoints are written is in ``checkpointing``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
+from ..storage.lock import locked
+from ..storage.processes import one_writes
 from ..storage.save_load import save
+from ..storage.space import check_room
 from .checkpoint import last_complete
 from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
@@ -103,6 +107,19 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
             )
+        own = {id(p) for p in state.parameters()}
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+        if others:  # they would get gradients, and no optimiser that steps by them
+            raise ValueError(
+                "KoffTrainer: all but gates and memories must be frozen, got requires_grad on "
+                f"{others[:3]}{' and more' if len(others) > 3 else ''}; call requires_grad_(False) "
+                "on them, or train them by a loop of your own"
+            )
+        if not any(p.requires_grad for p in state.parameters()):
+            raise ValueError(
+                "KoffTrainer: gates or memories must require gradients, got all of them frozen; "
+                "call model.koff.requires_grad_(True) (PEFT freezes whatever is not its own)"
+            )
         self.mixture = build_mixture(
             model,
             self.settings,
@@ -122,6 +139,7 @@ class KoffTrainer(CheckpointingTrainer):
         # never anything to leave out.
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -132,6 +150,9 @@ class KoffTrainer(CheckpointingTrainer):
             data_collator=collate,
             callbacks=[_GateSteps(state), *(callbacks or [])],
         )
+        # transformers switches it off for the training, and in every config that is saved after it.
+        # Nothing here needs that: our forwards say what they want.
+        model.config.use_cache = use_cache
         if state.gates is not None:
             # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
             # gradient s - t needs no reduction: it is the same on every rank.
@@ -148,7 +169,8 @@ class KoffTrainer(CheckpointingTrainer):
         self._group_names: list[str] = []  # of the optimizer's groups
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
-        if open_gates and self._gate_steps() < FEW_GATE_STEPS:
+        few = self._gate_steps() < FEW_GATE_STEPS
+        if open_gates and few and self.is_world_process_zero():
             logger.warning(
                 "koff: %d steps are few for the gates; about %d decide better",
                 self._gate_steps(),
@@ -200,7 +222,9 @@ class KoffTrainer(CheckpointingTrainer):
 
         Raises:
             FileNotFoundError, ValueError: no complete checkpoint, or one that is damaged, hostile
-                or of another model; or a loss that is not finite.
+                or of another model; another run in ``args.output_dir``; or a loss that is not
+                finite.
+            OSError: the disk has no room for a checkpoint.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
@@ -208,11 +232,25 @@ class KoffTrainer(CheckpointingTrainer):
             self._fill_caches()
         self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
         model = self.accelerator.unwrap_model(self.model)
-        vars(model).update(self._bound)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self._bound = _take_bound(model)
+        with self._folder_held():
+            vars(model).update(self._bound)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self._bound = _take_bound(model)
+
+    @contextlib.contextmanager
+    def _folder_held(self) -> Iterator[None]:
+        """Keep other runs out of the folder for checkpoints, if there will be any; there must be
+        room for one."""
+        folder = Path(self.args.output_dir)
+        with contextlib.ExitStack() as held:
+            if self.args.save_strategy != "no":
+                with asked_by("KoffTrainer"), one_writes(f"the run in {folder}"):
+                    if self.args.should_save:
+                        held.enter_context(locked(folder))
+                        check_room("a checkpoint", self.checkpoint_bytes(), folder)
+            yield
 
     def _checked_checkpoint(self, wanted: str | Path | bool) -> str:
         """Return the path of a checkpoint that fits this run, down to the optimiser's moments."""
@@ -285,7 +323,7 @@ class KoffTrainer(CheckpointingTrainer):
             # step on such a loss makes all memories NaN, in the model and then in the checkpoints.
             # Not for each micro-batch, since a sum is finite only if all of its parts are; and of
             # all ranks, since all of them step by one gradient.
-            total = self._mean_over_ranks(self._step_loss)
+            total = float(self._mean_over_ranks(self._step_loss))
             self._step_loss = 0.0
             self._check_finite(total)
         return loss
@@ -349,8 +387,8 @@ class KoffTrainer(CheckpointingTrainer):
         warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
         return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
 
-    def _mean_over_ranks(self, loss: Tensor) -> float:
-        return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
+        return self.accelerator.reduce(loss.detach(), reduction="mean")
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -370,18 +408,18 @@ class KoffTrainer(CheckpointingTrainer):
         """Binarise, and log what it did to the loss of the current batch."""
         inputs = self._prepare_inputs(dict(inputs))
         model.eval()
-        soft = self._mean_over_ranks(self.compute_loss(model, inputs))
+        soft = float(self._mean_over_ranks(self.compute_loss(model, inputs)))
         self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
         )
-        hard = self._mean_over_ranks(self.compute_loss(model, inputs))
+        hard = float(self._mean_over_ranks(self.compute_loss(model, inputs)))
         self._check_finite(hard)
         model.train()
         self.log(
             {"loss_soft_gates": soft, "loss_hard_gates": hard, "undecided_before": report.undecided}
         )
-        if report.undecided > UNDECIDED_WARNING:
+        if report.undecided > UNDECIDED_WARNING and self.is_world_process_zero():
             logger.warning(
                 "koff: %.0f %% of the gates were undecided when the mask was fixed "
                 "(loss %.3f -> %.3f); train them longer or raise gate_learning_rate",
@@ -546,9 +584,9 @@ class KoffTrainer(CheckpointingTrainer):
                 "save_model: the model must be without gates, got gates that are not compacted; "
                 "save what koff.compact(trainer.model) returns with koff.save"
             )
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
+        # Every process comes here: ``save`` lets the first one write.
+        model = self.accelerator.unwrap_model(self.model)
+        save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
 
 
 class _GateSteps(TrainerCallback):

@@ -39,9 +39,9 @@ def test_a_cache_taken_over_as_a_memory_gives_the_logits_of_its_tokens(architect
     fill_from_tokens(model, "a", before)
     assert (model(ids, memory="a").logits - wanted).abs().max() < FP32
     assert (wanted - alone).abs().max() > 0.1
-    assert torch.equal(
-        model.generate(ids, memory="a", max_new_tokens=6, do_sample=False), wanted_tokens
-    )
+    for cache in (None, "static"):
+        asked = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache)
+        assert torch.equal(model.generate(ids, memory="a", **asked), wanted_tokens)
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], 1)
     mask = (torch.arange(15) >= 4).long().expand(3, -1)
     got = model(padded, attention_mask=mask, memory="a").logits[:, 4:]

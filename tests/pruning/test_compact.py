@@ -1,6 +1,7 @@
 """Binarising and compacting: exact counts, reachable widths, the same function."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -196,3 +197,16 @@ def test_gates_that_are_missing_or_not_finite_are_refused():
         model.koff.gates.log_alpha[0][3] = float("nan")
     with pytest.raises(ValueError, match="the gates must be finite, got NaN or inf"):
         koff.binarize(model)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "says"),
+    [(4096, "0.0 % .* 40.0 % .* of 96 in a layer a multiple of 4096 stays"), (1, None), (8, None)],
+)
+def test_a_target_that_is_missed_by_far_is_said(multiple, says, caplog):
+    model = spread(attached("llama", target_sparsity=0.4))
+    report = koff.binarize(model, multiple_of=multiple)
+    assert abs(report.sparsity.mlp - 0.4) <= multiple / 2 / 288 + 1 / 288 or says
+    found = [record.getMessage() for record in caplog.records if record.name == "koff"]
+    assert len(found) == (says is not None)
+    assert says is None or re.search(says, found[0])
