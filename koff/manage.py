@@ -19,10 +19,10 @@ from .model.attach import new_memory, use_koff_attention
 from .model.config import KVConfig, LoRAConfig, check_memory_name
 from .model.prefill import fill_from_random_tokens
 from .model.state import require_attached
-from .storage.adapters import check_kv, check_memory, fill_kv, kv_config
+from .storage.adapters import check_kv, check_memory, fill_kv, kv_config, kv_files
 from .storage.change import drop_memory, put_memory
 from .storage.files import File
-from .storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .storage.layout import ADAPTER_CONFIG
 from .storage.peft_import import import_lora
 from .storage.processes import one_writes
 from .storage.save_load import load
@@ -173,7 +173,8 @@ def import_memory(
             the memory is written.
         name: of the new memory.
         lora: folder of the LORA adapter, or None.
-        kv: folder of the CARTRIDGE adapter, or None.
+        kv: folder of the CARTRIDGE adapter, or None; for a model with recurrent layers the ``kv``
+            folder of a koff memory.
 
     Returns:
         The target.
@@ -209,12 +210,18 @@ def _import_into(
         imported = import_lora(model, Path(lora))
     if kv is not None:
         arch.check_prefix(model)
-        cache = kv_config(File(Path(kv, ADAPTER_CONFIG)).json())
-        weights = File(Path(kv, ADAPTER_WEIGHTS))
+        settings, tensors = (Path(kv, name) for name in kv_files(model))
+        if not settings.exists() and Path(kv, ADAPTER_CONFIG).exists():
+            raise ValueError(
+                f"{asker()}: the learned cache must be koff's own ({settings.name}) for a "
+                "model with recurrent layers, got a CARTRIDGE; it has no states for them"
+            )
+        cache = kv_config(model, File(settings).json())
+        weights = File(tensors)
         check_kv(model, cache, weights.header())  # before what the settings claim is allocated
     # Its initial values are overwritten, so any generator will do.
-    settings = None if imported is None else imported.config
-    memory = new_memory(model, name, settings, cache, torch.Generator())
+    own = None if imported is None else imported.config
+    memory = new_memory(model, name, own, cache, torch.Generator())
     if imported is not None:
         imported.copy_to(memory)
     if cache is not None:

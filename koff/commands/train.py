@@ -38,7 +38,7 @@ from ..training.checkpoint import last_complete
 from ..training.settings import OWN_FIELDS
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
-from .recipe import RECIPE_FILE, Recipe, first_difference, stored_recipe
+from .recipe import RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .tables import write_json
 
 logger = logging.getLogger("koff")
@@ -279,8 +279,9 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
             )
         return None
     with asked_by("koff train"):
-        stored, _ = stored_recipe(output)
-    difference = first_difference(stored, recipe.to_dict())
+        stored, root = stored_recipe(output)
+    # As a recipe: then one of an earlier koff has the defaults of settings that it did not know.
+    difference = first_difference(parse(stored, Path(root)).to_dict(), recipe.to_dict())
     if difference is not None:
         raise ValueError(
             f"koff train: output {output} must hold a run of the same recipe to resume, got one "
@@ -308,12 +309,13 @@ def _is_start(item: Path) -> bool:
 
 
 def check_model(recipe: Recipe) -> PreTrainedConfig:
-    """Load the model's configuration and refuse architectures that koff does not know.
+    """Load the model's configuration, of a multimodal one that of its language model, and refuse
+    architectures that koff does not know.
 
     Raises:
         FileNotFoundError, OSError: no such folder or hub id. ValueError: an unsupported model.
     """
-    config = _load(recipe, AutoConfig)
+    config = _load(recipe, AutoConfig).get_text_config()
     with asked_by("koff train"):
         arch.architecture(config.model_type)
     return config
@@ -326,9 +328,12 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 def load_base(recipe: Recipe) -> PreTrainedModel:
     """Load the dense base model of a recipe, on the CPU."""
-    # Some are published with attention dropout, which attention over a learned cache has not.
-    dropout = {} if recipe.koff.kv is None else {"attention_dropout": 0.0}
-    return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype, **dropout)
+    config = _load(recipe, AutoConfig)
+    if recipe.koff.kv is not None:
+        # Some are published with attention dropout, which attention over a learned cache has not.
+        # Set here, since from_pretrained does not find it in the text part of a multimodal config.
+        config.get_text_config().attention_dropout = 0.0
+    return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
 
 
 def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:

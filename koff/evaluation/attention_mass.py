@@ -36,7 +36,8 @@ class PrefixMass:
 
     Args:
         memory: name of the memory.
-        mass: fp64 [L, Hq, P], mean probability per layer, head and learned token.
+        mass: fp64 [L, Hq, P], mean probability per layer, head and learned token; 0 in layers
+            without attention.
         tokens: number of tokens it is the mean over.
         frozen: how many of the first learned tokens were never trained.
     """
@@ -152,7 +153,8 @@ def mean_mass(
             mask = None if mask is None else mask.to(model.device)
             ids = ids.to(model.device)
             decoder(input_ids=ids, attention_mask=mask, memory=memory, use_cache=False)
-    return torch.stack(sums).cpu() / tokens, tokens
+    shape = next(t.shape for t in sums if t.dim())  # recurrent layers have added nothing
+    return torch.stack([t.expand(shape) for t in sums]).cpu() / tokens, tokens
 
 
 @contextlib.contextmanager

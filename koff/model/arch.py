@@ -50,6 +50,9 @@ class Architecture:
         attention_linears, mlp_linears: names of the linear layers of a decoder layer, which are
             also PEFT's names for a LoRA on them.
         decoder, layers, attention, mlp, rotary: attribute names.
+        recurrent: name of the module that some layers have in the place of attention: it keeps a
+            state instead of keys and values. None: every layer has attention.
+        recurrent_linears: as ``attention_linears``, of such layers.
     """
 
     model_type: str
@@ -62,11 +65,13 @@ class Architecture:
     attention: str = "self_attn"
     mlp: str = "mlp"
     rotary: str = "rotary_emb"
+    recurrent: str | None = None
+    recurrent_linears: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linear layers of a decoder layer."""
-        return self.attention_linears + self.mlp_linears
+        """The linear layers of a decoder layer, whichever kind it is of."""
+        return self.attention_linears + self.recurrent_linears + self.mlp_linears
 
 
 ARCHITECTURES = {
@@ -75,6 +80,13 @@ ARCHITECTURES = {
         Architecture("llama", "LlamaForCausalLM", "LlamaConfig"),
         Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
         Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
+        Architecture(
+            "qwen3_5_text",  # what AutoModelForCausalLM takes out of a multimodal Qwen3.5
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5TextConfig",
+            recurrent="linear_attn",
+            recurrent_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+        ),
         Architecture("mistral", "MistralForCausalLM", "MistralConfig"),
         Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
         Architecture("granite", "GraniteForCausalLM", "GraniteConfig"),
@@ -107,6 +119,21 @@ class Site(NamedTuple):
         return site_key(self)
 
 
+class KVShape(NamedTuple):
+    """Of a layer with attention: Hkv heads of keys and of values, each of width D."""
+
+    heads: int
+    width: int
+
+
+class StateShape(NamedTuple):
+    """Of a recurrent layer: its state [Hv, Dk, Dv], and the last inputs of its convolution
+    [C, K - 1]."""
+
+    state: tuple[int, int, int]
+    conv: tuple[int, int]
+
+
 def site_key(site: Site) -> str:
     """Return a site as text, "0_q_proj": its key in ``Memory.lora``, and so a part of parameters'
     names in checkpoints. A dot, the natural thing to write, would be taken for a path."""
@@ -119,19 +146,36 @@ def site_of(key: str) -> Site:
     return Site(int(layer), linear)
 
 
-def architecture(model_type: str) -> Architecture:
+def architecture(model_type: str, model: nn.Module | None = None) -> Architecture:
     """Return the entry of a model type ("llama", or "koff_llama" for layers of unequal width).
 
+    Args:
+        model_type: as in transformers, or of a narrow backbone.
+        model: of that type, for the message.
+
     Raises:
-        ValueError: not supported; the message names what is.
+        ValueError: not supported; the message names what is, and what the model has instead.
     """
     found = ARCHITECTURES.get(model_type.removeprefix(NARROW_PREFIX))
     if found is None:
+        reason = "use a model of one of these" if model is None else _what_is_missing(model)
         raise ValueError(
             f"{asker()}: the model type must be one of {', '.join(ARCHITECTURES)}, "
-            f"got {model_type!r}; add an entry to koff/model/arch.py if its MLP is gate/up/down"
+            f"got {model_type!r}; {reason}"
         )
     return found
+
+
+def _what_is_missing(model: nn.Module) -> str:
+    """Why a model of another type cannot have koff attached, by the names of its modules."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if names & {"experts", "block_sparse_moe", "router"}:
+        return "its MLPs are mixtures of experts, and gates are for one MLP in a layer"
+    if not (names.issuperset(MLP_LINEARS) or names.issuperset({GATE_UP, "down_proj"})):
+        return "its MLPs are not gated by a gate_proj beside up_proj and down_proj"
+    if not names.issuperset(ATTENTION_LINEARS):
+        return f"its attention has no {', '.join(sorted({*ATTENTION_LINEARS} - names))}"
+    return "its layers look alike, but nobody has checked it: see docs/models.md for a new entry"
 
 
 def stock_classes(model_type: str) -> tuple[type, type]:
@@ -155,9 +199,21 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(decoder(model), architecture(model.config.model_type).layers)
 
 
-def attention(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """Return the attention module of a layer."""
-    return getattr(layer, architecture(model.config.model_type).attention)
+def is_recurrent(layer: nn.Module, model: PreTrainedModel) -> bool:
+    """Return whether a layer keeps a recurrent state instead of keys and values."""
+    name = architecture(model.config.model_type).recurrent
+    return name is not None and hasattr(layer, name)
+
+
+def is_hybrid(model: PreTrainedModel) -> bool:
+    """Return whether some layers of a model are recurrent."""
+    return any(is_recurrent(layer, model) for layer in layers(model))
+
+
+def mixer(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """Return the first module of a layer, which mixes its tokens: attention or a recurrence."""
+    entry = architecture(model.config.model_type)
+    return getattr(layer, entry.recurrent if is_recurrent(layer, model) else entry.attention)
 
 
 def mlp(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
@@ -204,7 +260,9 @@ def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
 
 def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """Yield (name, module) of the linear layers of a decoder layer."""
-    for name in architecture(model.config.model_type).linears:
+    entry = architecture(model.config.model_type)
+    first = entry.recurrent_linears if is_recurrent(layer, model) else entry.attention_linears
+    for name in first + entry.mlp_linears:
         yield name, layer.get_submodule(linear_path(name, model))
 
 
@@ -227,7 +285,9 @@ def layers_path(model: PreTrainedModel) -> str:
 def linear_path(name: str, model: PreTrainedModel) -> str:
     """Return the path of a linear layer within its decoder layer: "self_attn.q_proj"."""
     arch = architecture(model.config.model_type)
-    return f"{arch.attention if name in arch.attention_linears else arch.mlp}.{name}"
+    if name in arch.mlp_linears:
+        return f"{arch.mlp}.{name}"
+    return f"{arch.recurrent if name in arch.recurrent_linears else arch.attention}.{name}"
 
 
 def site_path(site: Site, model: PreTrainedModel) -> str:
@@ -275,7 +335,7 @@ def inverse_frequencies(model: PreTrainedModel) -> Tensor:
 
 def layers_without_rope(model: PreTrainedModel) -> frozenset[int]:
     """Return the numbers of the layers whose attention knows no positions (SmolLM3 has some)."""
-    modules = [attention(layer, model) for layer in layers(model)]
+    modules = [mixer(layer, model) for layer in layers(model)]
     return frozenset(i for i, module in enumerate(modules) if not getattr(module, "use_rope", True))
 
 
@@ -285,6 +345,23 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     # Qwen2's config has no head_dim; Qwen3's is not hidden_size / heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, head_dim
+
+
+def cache_shapes(model: PreTrainedModel) -> list[KVShape | StateShape]:
+    """Return, of each layer, the shapes of what a cache holds of a text."""
+    return [
+        _state_shape(model) if is_recurrent(layer, model) else KVShape(*kv_shape(model))
+        for layer in layers(model)
+    ]
+
+
+def _state_shape(model: PreTrainedModel) -> StateShape:
+    config = model.config
+    heads, width = config.linear_num_value_heads, config.linear_value_head_dim
+    key_width = config.linear_key_head_dim
+    keys = config.linear_num_key_heads * key_width
+    channels = 2 * keys + heads * width  # queries, keys and values go through the convolution
+    return StateShape((heads, key_width, width), (channels, config.linear_conv_kernel_dim - 1))
 
 
 # ---- what koff cannot attach to ----
@@ -311,7 +388,13 @@ def check_supported(model: object, with_kv: bool) -> None:
             "first)"
         )
     config = model.config
-    arch = architecture(config.model_type)
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{asker()}: the model must be a language model alone, got the multimodal "
+            f"{type(model).__name__}; load it with AutoModelForCausalLM, which leaves the other "
+            "parts out"
+        )
+    arch = architecture(config.model_type, model)
     if not hasattr(model, arch.decoder) or model.get_output_embeddings() is None:
         raise TypeError(
             f"{asker()}: the model must be a causal language model like {arch.causal_lm}, "
@@ -338,28 +421,33 @@ def check_supported(model: object, with_kv: bool) -> None:
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     from torch import nn
 
-    module = mlp(layer, model)
-    names = architecture(model.config.model_type).mlp_linears
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+    entry = architecture(model.config.model_type)
+    inside = {path for path, _ in layer.named_modules()}
+    missing = [name for name in entry.linears if linear_path(name, model) not in inside]
+    if missing:
         raise TypeError(
-            f"{asker()}: the MLP of layer {index} must have the linear layers "
-            f"{', '.join(names)}, got {type(module).__name__}; mixtures of experts are not "
-            "supported"
+            f"{asker()}: layer {index} must have the linear layers {', '.join(entry.linears)}, got "
+            f"a {type(layer).__name__} without {', '.join(missing)}; load the model without "
+            "patches that replace them"
         )
+    for name, linear in linears(layer, model):
+        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
+            step = "load the model without quantisation and without replaced layers"
+            if type(linear).__module__.startswith("peft."):
+                step = "take the adapter off first (merge_and_unload() or unload())"
+            raise TypeError(
+                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
+                f"{type(linear).__module__}.{type(linear).__name__}; {step}"
+            )
+    module = mlp(layer, model)
     if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    modules = [layer, module, attention(layer, model)]
+    modules = [layer, module, mixer(layer, model)]
     modules += [linear for _, linear in linears(layer, model)]
     refuse_patched(modules, f"{asker()}: the modules of layer {index}")
-    for name, linear in linears(layer, model):
-        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
-            raise TypeError(
-                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
-                f"got {type(linear).__name__}; detach other adapters and quantisation first"
-            )
 
 
 def refuse_patched(modules: list[nn.Module], whose: str) -> None:
@@ -424,7 +512,10 @@ def check_prefix(model: PreTrainedModel) -> None:
             f"got sliding_window={window}; use kv=None, or set config.sliding_window = None if "
             "prefix and text together are never longer than that, where both are the same"
         )
-    if kinds - {"full_attention"}:
+    known = {"full_attention"}
+    if architecture(config.model_type).recurrent is not None:
+        known.add("linear_attention")
+    if kinds - known:
         raise ValueError(
             f"{asker()}: the attention layers (for KV memories) must all be full attention, "
             f"got {sorted(kinds)}; use kv=None: stock caches truncate a prefix in sliding and "

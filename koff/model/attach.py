@@ -37,6 +37,7 @@ from .neuron_order import (
     restore_order,
 )
 from .prefill import fill_from_random_tokens
+from .recurrent import has_begun, kept_in, run_from, start_of_rows
 from .state import KoffState, is_attached, require_attached
 
 
@@ -162,6 +163,35 @@ class _MLPMixin:
         if link is not None and isinstance(value, nn.Module) and link.state.gates is not None:
             restore_layer(self, link.state.gates, link.layer)
         super().__setattr__(name, value)
+
+
+class _RecurrentMixin:
+    """A recurrent layer that starts where the memories of its rows say."""
+
+    _koff: Link
+
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        link = self._koff
+        context, begun = link.running.context or ForwardContext(), has_begun(self, cache_params)
+        start = None
+        # Behind a cache that has begun, transformers' own forward goes on as it should, but for
+        # padding, which wears a state down: that of rows whose text begins later.
+        if context.memories and (not begun or attention_mask is not None):
+            start = link.bank.start(link.layer, context.memories, context.stacks)
+        if start is not None:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError(
+                    "forward: the rows must be one text each when a recurrent state is learned, "
+                    "got packed documents; pass one document a row"
+                )
+            if begun:
+                start = kept_in(self, cache_params)
+            else:
+                start = start_of_rows(start, context.ids, hidden_states.shape[0])
+            return run_from(self, hidden_states, start, cache_params, attention_mask)
+        return super().forward(
+            hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+        )
 
 
 @dataclass
@@ -297,8 +327,7 @@ def new_memory(
             if site.linear in lora.target_modules:
                 width_out, width_in = module.weight.shape
                 shapes[site] = (width_in, width_out)
-    num_layers, (kv_heads, head_dim) = len(arch.layers(model)), arch.kv_shape(model)
-    return Memory(name, lora, kv, shapes, num_layers, kv_heads, head_dim, model.device, generator)
+    return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
 def install(model: PreTrainedModel, state: KoffState) -> None:
@@ -319,10 +348,13 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         _swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
             _swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
-        module = arch.mlp(layer, model)
+        module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
         _swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
-        arch.attention(layer, model)._koff = link  # for ``koff_attention``
-        computed += [layer, module, arch.attention(layer, model)]
+        if arch.is_recurrent(layer, model):
+            _swap(mixer, _RecurrentMixin, link)
+        else:
+            mixer._koff = link  # for ``koff_attention``
+        computed += [layer, module, mixer]
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
@@ -390,7 +422,11 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for _, linear in arch.linears(layer, model):
             _unswap(linear)
         _unswap(arch.mlp(layer, model))
-        vars(arch.attention(layer, model)).pop("_koff")
+        mixer = arch.mixer(layer, model)
+        if arch.is_recurrent(layer, model):
+            _unswap(mixer)
+        else:
+            vars(mixer).pop("_koff")
         _unswap(layer)
     for hook in state.hooks:
         hook.remove()

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
-from .arch import HALVES, Site, site_key, site_of
+from .arch import HALVES, KVShape, Site, StateShape, site_key, site_of
 from .config import KVConfig, LoRAConfig
+from .recurrent import Start, StateWeights
 
 
 class LoRAWeights(nn.Module):
@@ -75,6 +76,40 @@ class KVWeights(nn.Module):
         self.k.copy_(k[:, frozen:])
         self.v.copy_(v[:, frozen:])
 
+    def parts(self) -> dict[str, Tensor]:
+        """Return the whole tensors by the names that they have on disk."""
+        keys, values = self.full()
+        return {"keys": keys, "values": values}
+
+    def draw_(self, std: float, generator: torch.Generator) -> None:
+        """Fill with N(0, std), in place."""
+        heads, trained, width = self.k.shape
+        shape = (2, heads, trained + self.k_frozen.shape[1], width)
+        self.fill_(*torch.randn(shape, generator=generator) * std)
+
+    def take_(self, layer: Any) -> None:
+        """Take over what a cache of one row kept of this layer, in place."""
+        # Keys post-RoPE at positions 0..P-1, which is what a memory stores.
+        self.fill_(layer.keys[0], layer.values[0])
+
+
+class NoWeights(nn.Module):
+    """Stands for a layer that a memory has nothing for: a recurrent one without
+    ``KVConfig.recurrent_state``."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return no tensors."""
+        return {}
+
+    def fill_(self) -> None:
+        """Do nothing."""
+
+    def draw_(self, std: float, generator: torch.Generator) -> None:
+        """Do nothing."""
+
+    def take_(self, layer: Any) -> None:
+        """Do nothing."""
+
 
 class Memory(nn.Module):
     """One memory.
@@ -84,13 +119,14 @@ class Memory(nn.Module):
         lora: its LoRA config, or None.
         kv: its KV config, or None.
         linear_shapes: (K, N) of every linear layer that carries LoRA.
-        num_layers, kv_heads, head_dim: of the model.
+        cache_shapes: of each layer, what ``arch.cache_shapes`` says of it.
         device: where the parameters live.
         generator: of the initial values.
 
     Attributes:
         lora: ``LoRAWeights`` by ``site_key``; see ``lora_at`` and ``sites``.
-        kv: ``KVWeights`` of each layer; empty without a KV part.
+        kv: of each layer ``KVWeights`` or, if it is recurrent, ``StateWeights`` or ``NoWeights``;
+            empty without a KV part.
         kv_filled: False while the KV part waits for text to be filled from.
     """
 
@@ -100,9 +136,7 @@ class Memory(nn.Module):
         lora: LoRAConfig | None,
         kv: KVConfig | None,
         linear_shapes: dict[Site, tuple[int, int]],
-        num_layers: int,
-        kv_heads: int,
-        head_dim: int,
+        cache_shapes: list[KVShape | StateShape],
         device: torch.device,
         generator: torch.Generator,
     ):
@@ -118,13 +152,15 @@ class Memory(nn.Module):
         self.kv = nn.ModuleList()
         self.kv_filled = kv is None
         if kv is not None:
-            for _ in range(num_layers):
-                weights = KVWeights(kv_heads, kv.num_tokens, kv.num_frozen_tokens, head_dim, device)
-                shape = (2, kv_heads, kv.num_tokens, head_dim)
+            for shape in cache_shapes:
+                if isinstance(shape, KVShape):
+                    sizes = (shape.heads, kv.num_tokens, kv.num_frozen_tokens, shape.width)
+                    weights = KVWeights(*sizes, device)
+                else:
+                    weights = StateWeights(*shape, device) if kv.recurrent_state else NoWeights()
                 # Drawn also where a prefill will take its place: what comes after it in the stream
                 # of a seed is then the same for every init.
-                k, v = torch.randn(shape, generator=generator) * kv.init_std
-                weights.fill_(k.to(device), v.to(device))
+                weights.draw_(kv.init_std, generator)
                 self.kv.append(weights)
             self.kv_filled = kv.init == "normal"
         self.register_load_state_dict_pre_hook(_before_load)
@@ -246,11 +282,13 @@ class Stacks:
     Attributes:
         lora: the LoRA of each site that was asked for; None where no memory has one.
         prefix: the learned cache of each layer that was asked for; None likewise.
+        start: the learned start of each recurrent layer that was asked for; None likewise.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
         self.lora: dict[Site, LoRA | None] = {}
         self.prefix: dict[int, Prefix | None] = {}
+        self.start: dict[int, Start | None] = {}
         # The dictionaries and not the tensors, since assigning a parameter replaces it in there.
         self._holders = [
             holder for m in modules for holder in (m._parameters, m._buffers) if len(holder)
@@ -277,7 +315,8 @@ class Stacks:
     def bytes(self) -> int:
         """Return what the stacks hold, views of single memories included."""
         # Lists at once: another thread's forward may be adding to them.
-        stacks = [*list(self.lora.values()), *list(self.prefix.values())]
+        found = [list(part.values()) for part in (self.lora, self.prefix, self.start)]
+        stacks = [stack for part in found for stack in part]
         return sum(t.nbytes for stack in stacks if stack is not None for t in stack)
 
 
@@ -502,6 +541,36 @@ class MemoryBank(nn.Module):
             k.append(_padded(key, 1, longest, like))
             v.append(_padded(value, 1, longest, like))
         return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
+
+    def start(
+        self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
+    ) -> Start | None:
+        """Return the stacked learned start of one recurrent layer.
+
+        Args:
+            layer: its number.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
+
+        Returns:
+            state [M, Hv, Dk, Dv] and conv [M, C, K - 1], zeros where a memory has none; None if no
+            memory has one.
+        """
+        if stacks is None or torch.is_grad_enabled():
+            return self._make_start(layer, memories)
+        if layer not in stacks.start:
+            stacks.start[layer] = self._make_start(layer, memories)
+        return stacks.start[layer]
+
+    def _make_start(self, layer: int, memories: tuple[Memory, ...]) -> Start | None:
+        found = [memory.kv[layer] if memory.length else None for memory in memories]
+        weights = [w if isinstance(w, StateWeights) else None for w in found]
+        like = next((w for w in weights if w is not None), None)
+        if like is None:
+            return None
+        state = [torch.zeros_like(like.state) if w is None else w.state for w in weights]
+        conv = [torch.zeros_like(like.conv) if w is None else w.conv for w in weights]
+        return Start(_stack(state), _stack(conv))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -413,8 +413,12 @@ def write_backbone(
     """
     if state_dict is None:
         state_dict = {k: v for k, v in model.state_dict().items() if not k.startswith("koff.")}
-    # The method of the class that the mixin stands in front of.
-    super(KoffModelMixin, model).save_pretrained(directory, state_dict=state_dict)
+    # The method of the class that the mixin stands in front of. Under the model's own names, also
+    # where it came out of a checkpoint of another layout, as a multimodal one has it: in that the
+    # language model alone would not be found again.
+    super(KoffModelMixin, model).save_pretrained(
+        directory, state_dict=state_dict, save_original_format=False
+    )
 
 
 class _EndOfPositions(StoppingCriteria):

@@ -44,9 +44,8 @@ def fill_from_tokens(
     model.eval()
     model(input_ids=ids, past_key_values=cache, use_cache=True, memory=BASE)
     model.train(training)
-    # The cache holds keys post-RoPE at positions 0..P-1, which is what a memory stores.
     for weights, layer in zip(memory.kv, cache.layers, strict=True):
-        weights.fill_(layer.keys[0].float(), layer.values[0].float())
+        weights.take_(layer)
     memory.kv_filled = True
 
 

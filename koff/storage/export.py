@@ -84,6 +84,12 @@ def export_merged(
             f"got {name!r}; correct the name"
         )
     memory = state.memories[name]
+    if memory.kv_config is not None and arch.is_hybrid(model):
+        raise ValueError(
+            f"koff.export_merged: the memory must have no learned cache where layers are "
+            f"recurrent, got {name!r} on {model.config.model_type}: PEFT's CARTRIDGE has no place "
+            "for their states, and the weights alone would be another model; use koff.save"
+        )
     with _new_folder(output.absolute()) as staging:
         write_backbone(model, staging, merged_weights(model, name))
         if tokenizer is not None:

@@ -397,6 +397,11 @@ class KoffTrainer(CheckpointingTrainer):
                 f"{loss}; lower the learning rates or check the data"
             )
 
+    def _loss_over_ranks(self, model, inputs) -> float:
+        """Return the mean loss of the tokens that count in all ranks' batches."""
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        return float(self._mean_over_ranks(self.compute_loss(model, inputs, False, count)))
+
     # ---- the mask is fixed amid the steps ----
 
     def _gate_steps(self) -> int:
@@ -408,12 +413,12 @@ class KoffTrainer(CheckpointingTrainer):
         """Binarise, and log what it did to the loss of the current batch."""
         inputs = self._prepare_inputs(dict(inputs))
         model.eval()
-        soft = float(self._mean_over_ranks(self.compute_loss(model, inputs)))
+        soft = self._loss_over_ranks(model, inputs)
         self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
         )
-        hard = float(self._mean_over_ranks(self.compute_loss(model, inputs)))
+        hard = self._loss_over_ranks(model, inputs)
         self._check_finite(hard)
         model.train()
         self.log(

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.models import HYBRID, multimodal
 
+import koff
 from koff.commands.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
-from koff.commands.train import check_output, last_checkpoint
+from koff.commands.train import check_model, check_output, last_checkpoint, load_base
 from koff.data.sources import Completion
+from koff.model import arch
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -245,6 +248,10 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
         check_output(out, recipe)
     (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": recipe.to_dict()}), "utf-8")
     assert check_output(out, recipe) is None
+    earlier = recipe.to_dict()  # of a koff that did not know a setting yet
+    del earlier["koff"]["kv"]["recurrent_state"]
+    (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": earlier}), "utf-8")
+    assert check_output(out, recipe) is None
     for step, complete in ((5, True), (10, True), (15, False)):
         folder = out / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -262,6 +269,16 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
         check_output(out, recipe)
     with pytest.raises(ValueError, match="must be a folder, got a file"):
         check_output(out / "notes.txt", recipe)
+
+
+def test_of_a_multimodal_model_the_language_model_is_looked_at(tmp_path):
+    multimodal().save_pretrained(tmp_path)
+    recipe = minimal(model=str(tmp_path))
+    config = check_model(recipe)
+    assert config.model_type == HYBRID and config.max_position_embeddings == 256
+    model = load_base(recipe)
+    assert type(model) is arch.stock_classes(HYBRID)[1]
+    koff.attach(model, recipe.koff)
 
 
 def test_last_checkpoint_of_nothing_is_none(tmp_path):
@@ -282,5 +299,5 @@ def test_shipped_recipes_parse(path):
 
 def test_shipped_recipes_are_there():
     names = {path.stem for path in RECIPES}
-    large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b"}
+    large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "qwen3.5-4b"}
     assert large | {"docs-llama"} <= names

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support import recorded_graph
-from support.models import NAMES, attached, tokens
+from support.models import HYBRID, NAMES, attached, tokens
 
 import koff
 from koff.model.forward_context import BASE
@@ -72,8 +72,9 @@ def share_between_threads(model):
 
 
 def test_forwards_in_threads_use_their_own_memory():
-    for parts in ({}, dict(kv=None, target_sparsity=0.2)):
-        assert wrong_forwards(attached("llama", **parts)) == 0
+    models = (("llama", {}), ("llama", dict(kv=None, target_sparsity=0.2)), (HYBRID, {}))
+    for architecture, parts in models:
+        assert wrong_forwards(attached(architecture, **parts)) == 0
 
 
 def test_forwards_of_one_shared_state_would_be_seen():

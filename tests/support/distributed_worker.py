@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from support.models import NAMES, tiny, tokens
-from support.trainings import DOMAINS, GENERAL, LORA, arguments
+from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +31,8 @@ EVALUATED = {name: DOMAINS[name][:3] for name in ("en", "es")}
 RUNS = {
     "mixed": {},
     "accumulated": dict(gradient_accumulation_steps=2, batching="single"),
+    # Rows count differently, and so do micro-batches and ranks.
+    "labelled": dict(gradient_accumulation_steps=2, domains=ANSWERS),
     "checkpointed": dict(gradient_checkpointing=True, fix_mask_at=0.75, max_grad_norm=0.1),
 }
 
@@ -52,7 +54,7 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def make(folder: Path, mode: str, **changes) -> koff.KoffTrainer:
+def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTrainer:
     config = koff.KoffConfig(NAMES, target_sparsity=0.4, lora=LORA, kv=koff.KVConfig(5, "text"))
     model = koff.attach(tiny("llama", initializer_range=0.3), config)
     args = arguments(folder)  # from here on there is a process group
@@ -67,7 +69,7 @@ def make(folder: Path, mode: str, **changes) -> koff.KoffTrainer:
         fsdp=mode == "fsdp" and ranks() > 1,
     )
     args = arguments(folder, **{**settings, **changes})
-    data = dict(train_datasets=DOMAINS, general_datasets=GENERAL, eval_datasets=EVALUATED)
+    data = dict(train_datasets=domains, general_datasets=GENERAL, eval_datasets=EVALUATED)
     return koff.KoffTrainer(model, args, **data)
 
 

@@ -4,25 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import NAMES
-from support.trainings import DOMAINS, arguments, documents, fresh, learned
+from support.trainings import ANSWERS, BLOCK, DOMAINS, arguments, fresh, learned
 
 import koff
-
-BLOCK = 16
-
-
-def answers(seed):
-    """Records of 15 to 16 tokens, so that each fills a block, of which the last 4 to 10 count."""
-    generator = torch.Generator().manual_seed(seed)
-    records = []
-    for document in documents(seed):
-        given, short = (int(torch.randint(*r, (), generator=generator)) for r in ((6, 11), (0, 2)))
-        ids = document["input_ids"][: BLOCK - short]
-        records.append({"input_ids": ids, "labels": [-100] * given + ids[given:]})
-    return records
-
-
-ANSWERS = {name: answers(seed) for seed, name in enumerate(NAMES)}
 
 
 def trainer(folder, domains=ANSWERS, model=None, **changes):
