@@ -223,6 +223,15 @@ class SavedModel:
                 f"got {facts.get('backbone_sha256')}; a memory works only on the backbone it was "
                 "trained with"
             )
+        adapter = ("adapter_config.json", "adapter_model.safetensors")
+        known = {f"{place}/{part}/{file}" for part in ("lora", "kv") for file in adapter}
+        own = {file for file in self.files if file.startswith(f"{place}/")}
+        others = sorted(own - known - {f"{place}/memory.json"})
+        if others:  # koff's caches of recurrent layers, for one
+            raise ValueError(
+                f"koff_vllm: memory {name!r} must consist of a LoRA and learned keys, got "
+                f"{others[0]} too; vLLM cannot serve it"
+            )
         lora, kv = (f"{place}/{part}/adapter_model.safetensors" for part in ("lora", "kv"))
         if not self.files.keys() & {lora, kv}:
             raise _damaged(f"memory {name!r} must have a LoRA or a KV part, got none")

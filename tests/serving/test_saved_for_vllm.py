@@ -120,6 +120,14 @@ def variant(directory):
     reseal(directory)
 
 
+def more(directory):
+    """A memory with a part that vLLM knows nothing of."""
+    facts = json.loads((directory / "koff.json").read_text())
+    (directory / "memories/en/kv/cache.safetensors").write_bytes(b"")
+    edit(directory / "koff.json", files=facts["files"] | {"memories/en/kv/cache.safetensors": ""})
+    reseal(directory)
+
+
 def link(directory):
     """A file of the folder that lies elsewhere."""
     path = directory / "memories/en/kv/adapter_model.safetensors"
@@ -158,6 +166,7 @@ DAMAGES = {
         "the learned cache of memory 'en' must be",
     ),
     "nan": (lambda d: (nan(d / KV), reseal(d)), "must be finite"),
+    "another part": (more, "must consist of a LoRA and learned keys, got memories/en/kv/cache.s"),
     "variant": (variant, "must describe a plain LoRA"),
     "link": (link, "must lie in its folder, got a link"),
 }
