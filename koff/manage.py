@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,13 +19,15 @@ from .model.attach import new_memory, use_koff_attention
 from .model.config import KVConfig, LoRAConfig, check_memory_name
 from .model.prefill import fill_from_random_tokens
 from .model.state import require_attached
-from .storage.adapters import check_kv, check_memory, fill_kv, kv_config
+from .storage.adapters import check_kv, check_memory, fill_kv, kv_config, kv_files
 from .storage.change import drop_memory, put_memory
 from .storage.files import File
-from .storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .storage.layout import ADAPTER_CONFIG
 from .storage.peft_import import import_lora
+from .storage.processes import one_writes
 from .storage.save_load import load
 from .storage.saved_folder import open_saved
+from .storage.space import SMALL_FILES, bytes_of, check_room, room_kept
 from .training.arguments import KoffTrainingArguments
 from .training.trainer import KoffTrainer
 
@@ -75,7 +78,7 @@ def add_memory(
     # transformers' Trainer makes its output folder, whether it writes checkpoints or not.
     with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
         args = args or KoffTrainingArguments(place, save_strategy="no")
-        writes = learn(
+        learn(
             model,
             name,
             lora=config.lora if lora == "same" else lora,
@@ -88,9 +91,12 @@ def add_memory(
                 **trainer,
             ),
             seed=args.seed,
+            folder=folder,
         )
-    if folder is not None and writes:
-        put_memory(folder, model, name)
+    if folder is not None:
+        with one_writes(f"koff.add_memory {folder} {name}") as writes:
+            if writes:
+                put_memory(folder, model, name)
     return target
 
 
@@ -103,7 +109,8 @@ def learn(
     kv: KVConfig | None,
     make_trainer: Callable[[PreTrainedModel], Trainer],
     seed: int,
-) -> bool:
+    folder: Path | None = None,
+) -> None:
     """Give a model a new memory and train it alone, in place.
 
     Args:
@@ -112,12 +119,10 @@ def learn(
         lora, kv: its parts; not both None.
         make_trainer: makes the trainer of the model, which then holds the new memory alone.
         seed: of the initial values.
-
-    Returns:
-        Whether this process is the one that writes files.
+        folder: where the memory will be written, and has room kept for it; None: nowhere.
 
     Raises:
-        ValueError: gates that are still open, or a memory without parts.
+        ValueError: gates that are still open, or a memory without parts. OSError: no room.
     """
     state = model.koff
     if state.gates is not None and not state.gates.fixed:
@@ -131,21 +136,25 @@ def learn(
         )
     if kv is not None:
         arch.check_prefix(model)
+        arch.check_dropout(model)
     generator = torch.Generator().manual_seed(seed)
     memory = new_memory(model, name, lora, kv, generator)
     was_training = model.training  # the trainer leaves it in train mode
+    kept = nullcontext()
+    if folder is not None:
+        needed = bytes_of(memory.parameters()) + 2 * SMALL_FILES
+        check_room(f"memory {name!r}", needed, folder)
+        kept = room_kept(needed, folder)
     try:
         # The others are out of the model meanwhile: no gradient and no weight decay can reach them.
         # If training fails, they come back without the new one.
-        with state.memories.only(memory):
+        with state.memories.only(memory), kept:
             use_koff_attention(model)
             if kv is not None and kv.init == "tokens":
                 fill_from_random_tokens(model, name, generator)
-            trainer = make_trainer(model)
-            trainer.train()
+            make_trainer(model).train()
     finally:
         model.train(was_training)
-    return trainer.is_world_process_zero()
 
 
 @torch.no_grad()
@@ -164,7 +173,8 @@ def import_memory(
             the memory is written.
         name: of the new memory.
         lora: folder of the LORA adapter, or None.
-        kv: folder of the CARTRIDGE adapter, or None.
+        kv: folder of the CARTRIDGE adapter, or None; for a model with recurrent layers the ``kv``
+            folder of a koff memory.
 
     Returns:
         The target.
@@ -179,29 +189,46 @@ def import_memory(
                 f"{asker()}: the memory must have a LoRA or a KV part, got neither; give lora= or "
                 "kv="
             )
-        folder = check_new_name(target, name)
-        model = target if folder is None else load(folder)
-        imported = cache = None
-        if lora is not None:
-            imported = import_lora(model, Path(lora))
-        if kv is not None:
-            arch.check_prefix(model)
-            cache = kv_config(File(Path(kv, ADAPTER_CONFIG)).json())
-            weights = File(Path(kv, ADAPTER_WEIGHTS))
-            check_kv(model, cache, weights.header())  # before what the settings claim is allocated
-        # Its initial values are overwritten, so any generator will do.
-        settings = None if imported is None else imported.config
-        memory = new_memory(model, name, settings, cache, torch.Generator())
-        if imported is not None:
-            imported.copy_to(memory)
-        if cache is not None:
-            fill_kv(model, memory, weights.tensors())
-        check_memory(memory)
-        model.koff.memories.add(memory)
-        use_koff_attention(model)  # it may be the first memory with a KV part
-        if folder is not None:
-            put_memory(folder, model, name)
+        if not isinstance(target, (str, Path)):
+            check_new_name(target, name)
+            _import_into(target, name, lora, kv)
+            return target
+        with one_writes(f"koff.import_memory {target} {name}") as writes:
+            if writes:
+                folder = check_new_name(target, name)
+                model = load(folder)
+                _import_into(model, name, lora, kv)
+                put_memory(folder, model, name)
         return target
+
+
+def _import_into(
+    model: PreTrainedModel, name: str, lora: str | Path | None, kv: str | Path | None
+) -> None:
+    imported = cache = None
+    if lora is not None:
+        imported = import_lora(model, Path(lora))
+    if kv is not None:
+        arch.check_prefix(model)
+        settings, tensors = (Path(kv, name) for name in kv_files(model))
+        if not settings.exists() and Path(kv, ADAPTER_CONFIG).exists():
+            raise ValueError(
+                f"{asker()}: the learned cache must be koff's own ({settings.name}) for a "
+                "model with recurrent layers, got a CARTRIDGE; it has no states for them"
+            )
+        cache = kv_config(model, File(settings).json())
+        weights = File(tensors)
+        check_kv(model, cache, weights.header())  # before what the settings claim is allocated
+    # Its initial values are overwritten, so any generator will do.
+    own = None if imported is None else imported.config
+    memory = new_memory(model, name, own, cache, torch.Generator())
+    if imported is not None:
+        imported.copy_to(memory)
+    if cache is not None:
+        fill_kv(model, memory, weights.tensors())
+    check_memory(memory)
+    model.koff.memories.add(memory)
+    use_koff_attention(model)  # it may be the first memory with a KV part
 
 
 @asked_by("koff.remove_memory")
@@ -220,15 +247,18 @@ def remove_memory(target: Target, name: str) -> Target:
             such memory; nothing has changed then.
     """
     folder = Path(target) if isinstance(target, (str, Path)) else None
-    names = _memory_names(target, folder)
-    if name not in names:
-        raise KeyError(
-            f"koff.remove_memory: the memory must be one of {names}, got {name!r}; correct the name"
-        )
-    if folder is not None:
-        drop_memory(folder, name)
-    else:
-        target.koff.memories.remove(name)
+    with one_writes(f"koff.remove_memory {target} {name}") if folder else nullcontext(True) as here:
+        if here:
+            names = _memory_names(target, folder)
+            if name not in names:
+                raise KeyError(
+                    f"koff.remove_memory: the memory must be one of {names}, got {name!r}; correct "
+                    "the name"
+                )
+            if folder is not None:
+                drop_memory(folder, name)
+            else:
+                target.koff.memories.remove(name)
     return target
 
 

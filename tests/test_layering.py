@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.imports import ROOT, imports_of, top, tree_of
 
-PACKAGES = ("koffkernels", "koff", "bench")
+PACKAGES = ("koffkernels", "koff", "koff_vllm", "bench")
 FILES = [p for name in PACKAGES for p in sorted((ROOT / name).rglob("*.py"))]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
@@ -48,6 +48,14 @@ DIRECTION = {
         ("koffkernels.layers", "koffkernels.modules", "koffkernels.warmup"),
         ("koffkernels",),
     ),
+    "koff_vllm": (
+        ("koff_vllm.saved", "koff_vllm.samples", "koff_vllm.configs"),
+        ("koff_vllm.requests",),
+        ("koff_vllm.server",),
+        ("koff_vllm.plugin",),
+        ("koff_vllm.connector", "koff_vllm.models"),
+        ("koff_vllm",),
+    ),
 }
 LEVELS = {room: i for rows in DIRECTION.values() for i, row in enumerate(rows) for room in row}
 # The only folders that import triton and koffkernels' kernels.
@@ -59,7 +67,7 @@ def inside(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-IN_ROOMS = [p for p in FILES if inside(p).startswith(("koff/", "koffkernels/"))]
+IN_ROOMS = [p for p in FILES if inside(p).startswith(("koff/", "koffkernels/", "koff_vllm/"))]
 every_file = pytest.mark.parametrize("path", FILES, ids=inside)
 every_file_in_a_room = pytest.mark.parametrize("path", IN_ROOMS, ids=inside)
 every_test = pytest.mark.parametrize("path", TESTS, ids=inside)
@@ -108,8 +116,15 @@ def test_layering_imports(path):
     if package == "koffkernels":
         outside = top(names) - set(sys.stdlib_module_names)
         assert outside <= {"torch", "triton", "koffkernels"}
+    if package == "koff_vllm":
+        # vLLM's processes load it, which have a transformers of their own.
+        outside = top(names) - set(sys.stdlib_module_names)
+        configs = {"transformers"} if path.name == "configs.py" else set()
+        assert outside <= {"safetensors", "torch", "vllm", "koff_vllm"} | configs
     if package == "koff":
         assert "bench" not in top(names)
+        if "koff_vllm" in top(names):
+            assert inside(path) == "koff/commands/serve.py", "koff's other rooms know no server"
         private = {name for name in names if name.startswith("koffkernels._")}
         assert not private, f"private to koffkernels: {private}"
     assert "tests" not in top(names)
@@ -187,6 +202,13 @@ def test_layering_imports_without_the_extras(package):
 def test_layering_koffkernels_needs_only_torch():
     blocked = (*BLOCKED, "koff", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
     assert "koffkernels" in import_bare("koffkernels", blocked)
+
+
+def test_layering_koff_vllm_is_light():
+    """Every process of vLLM imports it, also those that serve something else."""
+    blocked = (*BLOCKED, "koff", "koffkernels", "transformers", "peft", "vllm", "tokenizers")
+    brought = import_bare("koff_vllm", blocked)
+    assert brought - set(sys.stdlib_module_names) <= {"koff_vllm", "safetensors", "numpy"}
 
 
 def test_layering_koffkernels_imports_nothing_heavy():

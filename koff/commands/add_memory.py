@@ -11,6 +11,7 @@ from ..errors import asked_by
 from ..manage import check_new_name, learn
 from ..storage.change import put_memory
 from ..storage.layout import current
+from ..storage.processes import one_writes
 from ..storage.save_load import load
 from ..storage.saved_folder import open_saved
 from .recipe import Recipe, apply_overrides, parse
@@ -88,23 +89,25 @@ def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Pat
     model = load(directory, dtype=recipe.dtype)
     with tempfile.TemporaryDirectory(prefix="koff-add-") as place:
         arguments = training_arguments(recipe, place, device)
-        writes = learn(
+        learn(
             model,
             name,
             lora=recipe.koff.lora,
             kv=recipe.koff.kv,
             make_trainer=lambda model: make_trainer(model, prepared, arguments, f"memory {name}"),
             seed=recipe.seed,
+            folder=directory,
         )
-    if writes:
-        values = recipe.to_dict()
-        record = {
-            "train": values["train"],
-            "general": values["general"],
-            "seed": values["seed"],
-            "source": recipe.data_names()[name],
-            "data": values["data"][name],
-            "root": str(recipe.root),
-        }
-        put_memory(directory, model, name, record)
+    values = recipe.to_dict()
+    record = {
+        "train": values["train"],
+        "general": values["general"],
+        "seed": values["seed"],
+        "source": recipe.data_names()[name],
+        "data": values["data"][name],
+        "root": str(recipe.root),
+    }
+    with one_writes(f"{_WHERE} {directory} {name}") as writes:
+        if writes:
+            put_memory(directory, model, name, record)
     return directory

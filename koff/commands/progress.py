@@ -1,13 +1,18 @@
-"""Progress of a training run on the terminal: one bar, or a line for each log where the output is
-no terminal."""
+"""Progress of a training run: its plan, and one bar on a terminal; elsewhere the time that it will
+take, once that is known, and a line for each log."""
 
 from __future__ import annotations
 
+import datetime
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+# Steps before the time is estimated. The first is left out: it compiles, allocates, warms up.
+_TIMED_AFTER = 3
 
 _SHOWN = {"loss": "loss {:.3f}", "sparsity_mlp": "sparsity {:.1%}", "undecided": "undecided {:.0%}"}
 
@@ -25,10 +30,15 @@ class TrainProgress(TrainerCallback):
         self.label = label
         self.bar: Progress | None = None
         self.task: Any = None
+        self.first: tuple[int, float] | None = None  # step and time after the first step
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the bar on the process that writes."""
-        if state.is_world_process_zero and self.console.is_terminal:
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Say what will be done and start the bar, on the process that writes."""
+        if not state.is_world_process_zero:
+            return
+        self.first = None
+        self._print(f"{self.label}: {_plan(args, state, model)}")
+        if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -46,9 +56,11 @@ class TrainProgress(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Move the bar."""
+        """Move the bar, or say once how long the run will take."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
+        elif state.is_world_process_zero:
+            self._estimate(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the latest numbers."""
@@ -60,11 +72,42 @@ class TrainProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, facts=facts)
         else:
-            step = f"{self.label} {state.global_step}/{state.max_steps}  {facts}"
-            self.console.print(step, markup=False, highlight=False)
+            self._print(f"{self.label} {state.global_step}/{state.max_steps}  {facts}")
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def _estimate(self, state) -> None:
+        if self.first is None:
+            self.first = (state.global_step, time.perf_counter())
+            return
+        step, started = self.first
+        if state.global_step - step + 1 == _TIMED_AFTER:
+            seconds = (time.perf_counter() - started) / (state.global_step - step)
+            left = datetime.timedelta(
+                seconds=round(seconds * (state.max_steps - state.global_step))
+            )
+            self._print(f"{self.label}: {seconds:.2g} s a step, about {left} left")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _plan(args, state, model) -> str:
+    """Return a run's steps, tokens and parameters in words."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = f"{state.max_steps} steps"
+    if state.global_step:
+        steps += f", from step {state.global_step} on,"
+    tokens = state.max_steps * rows * args.block_size
+    model = getattr(model, "module", model)  # of DDP
+    learned = sum(p.numel() for p in model.koff.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - learned
+    processes = f" on {args.world_size} processes" if args.world_size > 1 else ""
+    return (
+        f"{steps} of {rows} x {args.block_size} tokens ({tokens:,} in all){processes}; "
+        f"{learned:,} parameters learn, {frozen:,} are frozen"
+    )

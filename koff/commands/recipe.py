@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.sources import DataSource, check_source
+from ..data.sources import Completion, DataSource, check_source
 from ..errors import asker
 from ..model.config import KoffConfig
 from ..storage.files import File
@@ -28,7 +28,7 @@ _MOST_SEED = (1 << 32) - 1
 # Far beyond any run: a slip of the keyboard is refused here, and not by an overflow in a schedule.
 _MOST_STEPS = 10**9
 
-Columns = str | tuple[str, ...]
+Columns = str | tuple[str, ...] | Completion
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class HubSource:
 
 @dataclass(frozen=True)
 class DomainData:
-    """The splits of one domain: local paths or hub datasets, and the column that holds the text."""
+    """The splits of one domain: local paths or hub datasets, and the columns that hold what is
+    learned, as in ``DataSource``."""
 
     train: str | HubSource
     validation: str | HubSource | None = None
@@ -224,7 +225,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         FileNotFoundError: no such file.
         KeyError, ValueError: malformed YAML, unknown keys, wrong types or values.
     """
-    import yaml
+    from .strict_yaml import read_yaml
 
     path, shipped = Path(path), shipped_recipes()
     start = path.parent
@@ -236,14 +237,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             )
         path, start = shipped[str(path)], Path.cwd()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bad dates, bad UTF-8
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(
-            f"recipe: {path}{line} must be valid YAML, got {getattr(error, 'problem', error)}; "
-            "correct the file"
+            f"recipe: {path} must be UTF-8 text, got a byte that is not ({error.reason} at "
+            f"{error.start}); convert the file"
         ) from None
+    values = read_yaml(text, f"recipe: {path}")
     if not isinstance(values, Mapping):
         raise ValueError(
             f"recipe: {path} must hold a mapping of keys to values, got {type(values).__name__}; "
@@ -268,9 +268,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     Raises:
         ValueError: a text without "=", malformed YAML, or a path through something without keys.
     """
-    import yaml
+    from .strict_yaml import read_yaml
 
-    result = json.loads(json.dumps(values, default=str))  # a deep copy; YAML's dates become texts
+    result = json.loads(json.dumps(values))  # a deep copy
     for text in overrides:
         key_path, equals, value = text.partition("=")
         keys = key_path.strip().split(".")
@@ -289,12 +289,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                     f"got {inner!r}; correct the key"
                 )
             place = inner
-        try:
-            place[keys[-1]] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise ValueError(
-                f"recipe: the value of {key_path} must be valid YAML, got {value!r}; quote it"
-            ) from None
+        place[keys[-1]] = read_yaml(value, f"recipe: the value of {key_path}")
     return result
 
 

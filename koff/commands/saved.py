@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.sources import DataSource, load_documents
+from ..data.sources import DataSource, Document, load_documents
 from ..errors import asked_by
 from ..storage.files import File
 from ..storage.hub import resolve
@@ -183,16 +183,19 @@ def evaluate_run(
     return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
 
 
-def _first(texts: list[str], tokenizer: Any, tokens: int | None) -> list[str]:
-    """Return the first texts, whole, that hold ``tokens`` tokens together; None: all of them."""
+def _first(documents: list[Document], tokenizer: Any, tokens: int | None) -> list[Document]:
+    """Return the first documents, whole, that hold ``tokens`` tokens together; None: all."""
     if tokens is None:
-        return texts
-    chosen: list[str] = []
-    for text in texts:
+        return documents
+    chosen: list[Document] = []
+    for document in documents:
         if tokens <= 0:
             break
-        chosen.append(text)
-        tokens -= len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        chosen.append(document)
+        # A prompt and its completion are two texts of one record.
+        texts = [document] if isinstance(document, str) else list(document.values())
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens -= sum(map(len, ids))
     return chosen
 
 

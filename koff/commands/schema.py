@@ -145,7 +145,10 @@ def _describe(option: Any) -> str:
 
 
 def _wrong(path: str, rule: str, value: Any) -> ValueError:
+    # YAML has numbers and truth values that were meant as texts: 3.10, no, on.
+    quotable = "a text" in rule and isinstance(value, bool | int | float)
+    step = "quote it if it is a text" if quotable else "correct the value"
     return ValueError(
         f"recipe: {path or 'the recipe'} must be {rule}, got {value!r} "
-        f"({type(value).__name__}); correct the value"
+        f"({type(value).__name__}); {step}"
     )

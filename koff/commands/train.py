@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import logging
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +31,16 @@ from ..model.attach import attach
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
 from ..storage.layout import MARKER, current
+from ..storage.lock import LOCK, check_unlocked, locked
+from ..storage.processes import one_writes
 from ..storage.save_load import save
+from ..storage.space import SMALL_FILES, DiskFull, bytes_of, check_room, room_kept
 from ..training.arguments import KoffTrainingArguments
 from ..training.checkpoint import last_complete
 from ..training.settings import OWN_FIELDS
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
-from .recipe import RECIPE_FILE, Recipe, first_difference, stored_recipe
+from .recipe import RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .tables import write_json
 
 logger = logging.getLogger("koff")
@@ -80,32 +85,35 @@ def run(
         The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: a recipe that cannot run; nothing was written.
+        FileNotFoundError, KeyError, ValueError: a recipe that cannot run, or a folder that another
+            run is using; nothing was written. OSError: the disk has no room for what is to come,
+            or in the end for the model. Then what was learned lies in a checkpoint: the same
+            command, given again, saves it.
     """
     output = Path(output)
     prepared = prepare(recipe, check_output(output, recipe))
     model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
     trainer = make_trainer(model, prepared, arguments, label)
-    # From here on files are written: by one process of a distributed run alone.
-    writes = trainer.is_world_process_zero()
-    if writes:
-        if prepared.checkpoint is None and (output / RECIPE_FILE).exists():
-            logger.warning(
-                "koff train: the run in %s left no checkpoint: it starts from the beginning; "
-                "train.save_every writes checkpoints",
-                output,
-            )
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RECIPE_FILE, {"root": str(recipe.root), "recipe": recipe.to_dict()})
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=prepared.checkpoint)
-    log = {"seconds": time.perf_counter() - started, "resumed_from": prepared.checkpoint}
-    log |= finish(trainer.model, recipe)
-    if writes:
-        if not list(output.glob(f"{CHECKPOINTS}/*")) and (output / CHECKPOINTS).is_dir():
-            (output / CHECKPOINTS).rmdir()  # transformers makes it even if nothing is saved
-        write_json(output / LOG_FILE, log | {"history": trainer.state.log_history})
+    with contextlib.ExitStack() as held, asked_by("koff train"):
+        # From here on files are written: by one process of a distributed run alone.
+        with one_writes(f"koff train {output}") as writes:
+            if writes:
+                if prepared.checkpoint is None and (output / RECIPE_FILE).exists():
+                    logger.warning(
+                        "koff train: the run in %s left no checkpoint: it starts from the "
+                        "beginning; train.save_every writes checkpoints",
+                        output,
+                    )
+                output.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(output))
+                check_room("the run", room_for(trainer, recipe), output)
+                facts = {"root": str(recipe.root), "recipe": recipe.to_dict()}
+                write_json(output / RECIPE_FILE, facts)
+        started = time.perf_counter()
+        _train(trainer, output, prepared.checkpoint)
+        log = {"seconds": time.perf_counter() - started, "resumed_from": prepared.checkpoint}
+        model, facts = finish(trainer.model, recipe)
         metadata = {
             "base": recipe.model,
             "revision": recipe.revision,
@@ -113,8 +121,42 @@ def run(
             "data": recipe.data_names(),
             "general": recipe.data_names(general=True),
         }
-        save(trainer.model, output, tokenizer=prepared.tokenizer, metadata=metadata)
+        if writes:
+            write_json(output / LOG_FILE, log | facts | {"history": trainer.state.log_history})
+        save(model, output, tokenizer=prepared.tokenizer, metadata=metadata)
+        if writes and not recipe.train.save_every:
+            shutil.rmtree(output / CHECKPOINTS)  # it kept what was learned until now
     return output
+
+
+def _train(trainer: KoffTrainer, output: Path, checkpoint: str | None) -> None:
+    """Train, with a checkpoint at the end in any case, also if the disk fills up on the way."""
+    try:
+        with contextlib.ExitStack() as kept:
+            if trainer.is_world_process_zero():
+                kept.enter_context(room_kept(trainer.checkpoint_bytes() + SMALL_FILES, output))
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except DiskFull:
+        if trainer.state.global_step:
+            trainer.save_checkpoint()  # in the room that was kept
+        raise
+    if trainer.args.save_strategy == "no":
+        trainer.save_checkpoint()
+
+
+def room_for(trainer: KoffTrainer, recipe: Recipe) -> int:
+    """Return how many bytes a run needs for its checkpoints and, at its end, for the model."""
+    model, state, train = trainer.model, trainer.koff, recipe.train
+    base = bytes_of(p for name, p in model.named_parameters() if not name.startswith("koff."))
+    if state.gates is not None:
+        mlps = bytes_of(w for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
+        base -= int(state.gates.target * mlps)
+    # A new checkpoint is there before the oldest goes, and there is room for one that is not asked
+    # for.
+    made = train.steps // train.save_every + 1 if train.save_every else 0
+    checkpoints = min(made, train.keep_checkpoints + 1) + 1
+    memories = bytes_of(state.memories.parameters())
+    return base + memories + checkpoints * trainer.checkpoint_bytes() + SMALL_FILES
 
 
 def make_trainer(
@@ -151,24 +193,24 @@ def make_trainer(
     return trainer
 
 
-def finish(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """Fix the mask and remove the closed neurons, in place.
+def finish(model: PreTrainedModel, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Fix the mask and remove the closed neurons, in place where the model is not sharded.
 
     Args:
         model: the trained koff model.
         recipe: its recipe.
 
     Returns:
-        What was reached, ready for JSON; empty for a recipe without gates.
+        The narrow model, and what was reached, ready for JSON; nothing for a recipe without gates.
     """
     if recipe.koff.target_sparsity == 0:
-        return {}
+        return model, {}
     facts = {}
     if not sparsity(model).hard:  # else the trainer fixed the mask on the way
         report = binarize(model, multiple_of=recipe.train.width_multiple_of)
         facts["binarize"] = asdict(report)
-    compact(model, inplace=True)
-    return facts | {"sparsity": asdict(sparsity(model))}
+    model = compact(model, inplace=True)
+    return model, facts | {"sparsity": asdict(sparsity(model))}
 
 
 def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
@@ -221,6 +263,8 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
         raise ValueError(
             f"koff train: output {output} must be a folder, got a file; choose another"
         )
+    with asked_by("koff train"):
+        check_unlocked(output)
     if not output.exists() or not any(output.iterdir()):
         return None
     if (current(output) / MARKER).exists():
@@ -237,8 +281,9 @@ def check_output(output: Path, recipe: Recipe) -> str | None:
             )
         return None
     with asked_by("koff train"):
-        stored, _ = stored_recipe(output)
-    difference = first_difference(stored, recipe.to_dict())
+        stored, root = stored_recipe(output)
+    # As a recipe: then one of an earlier koff has the defaults of settings that it did not know.
+    difference = first_difference(parse(stored, Path(root)).to_dict(), recipe.to_dict())
     if difference is not None:
         raise ValueError(
             f"koff train: output {output} must hold a run of the same recipe to resume, got one "
@@ -260,18 +305,19 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _is_start(item: Path) -> bool:
     """Whether a run that was killed at its very beginning leaves this: an empty folder for
-    checkpoints, or a recipe.json under its temporary name."""
+    checkpoints, a lock that nobody holds, or a recipe.json under its temporary name."""
     empty = item.name == CHECKPOINTS and item.is_dir() and not any(item.iterdir())
-    return empty or item.name.startswith(f".{RECIPE_FILE}.")
+    return empty or item.name == LOCK or item.name.startswith(f".{RECIPE_FILE}.")
 
 
 def check_model(recipe: Recipe) -> PreTrainedConfig:
-    """Load the model's configuration and refuse architectures that koff does not know.
+    """Load the model's configuration, of a multimodal one that of its language model, and refuse
+    architectures that koff does not know.
 
     Raises:
         FileNotFoundError, OSError: no such folder or hub id. ValueError: an unsupported model.
     """
-    config = _load(recipe, AutoConfig)
+    config = _load(recipe, AutoConfig).get_text_config()
     with asked_by("koff train"):
         arch.architecture(config.model_type)
     return config
@@ -284,9 +330,14 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 def load_base(recipe: Recipe) -> PreTrainedModel:
     """Load the dense base model of a recipe, on the CPU."""
+    config = _load(recipe, AutoConfig)
+    if recipe.koff.kv is not None:
+        # Some are published with attention dropout, which attention over a learned cache has not.
+        # Set here, since from_pretrained does not find it in the text part of a multimodal config.
+        config.get_text_config().attention_dropout = 0.0
     if recipe.gguf_file is None:
-        return _load(recipe, AutoModelForCausalLM, dtype=recipe.dtype)
-    model = _load(recipe, AutoModelForCausalLM, dtype="float32")
+        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
+    model = _load(recipe, AutoModelForCausalLM, config=config, dtype="float32")
     return _plain(model, torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
 
 

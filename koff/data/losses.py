@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .records import IGNORED
+
 # Logits of one piece. All at once they would lie in fp32 several times over (log-softmax, softmax,
 # the teacher's): for large vocabularies more than everything else. 2^18 of them are 1 MiB in fp32,
 # which stays in a CPU core's cache; 2^25 are 128 MiB, enough work to fill a GPU.
@@ -14,14 +16,18 @@ PIECE_CPU, PIECE_GPU = 2**18, 2**25
 
 
 def token_losses(
-    logits: Tensor, ids: Tensor, teacher: Tensor | None = None
+    logits: Tensor, labels: Tensor, teacher: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return -log q(token t + 1) and KL(p || q) = sum_v p_v (log p_v - log q_v) of each position t
-    but the last, q the model's distribution given the tokens up to t and p the teacher's.
+    but the last, q the model's distribution given the tokens up to t and p the teacher's; 0 where
+    token t + 1 does not count.
+
+    Both count at the same positions: what the labels leave out is given and never written, and a
+    divergence there would teach the model to write it.
 
     Args:
         logits: [B, T, V], any floating dtype.
-        ids: int64 [B, T].
+        labels: int64 [B, T], the tokens; -100 at those that do not count.
         teacher: logits [B, T, V] without gradient, or None.
 
     Returns:
@@ -29,13 +35,18 @@ def token_losses(
 
     Source: Hinton et al. 2015 (arXiv 1503.02531), temperature 1.
     """
-    # Every position is computed: leaving the last out would copy the logits. Its label is a
-    # placeholder, and its loss is cut off below, so that it gets no gradient either.
-    labels = F.pad(ids[:, 1:], (0, 1), value=0).flatten()
+    # Every position is computed: leaving some out would copy the logits. Labels that are none are
+    # placeholders, and their losses are masked below, so that they get no gradient either.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     flat = None if teacher is None else teacher.flatten(0, 1)
-    losses, divergences = _TokenLosses.apply(logits.flatten(0, 1), labels, flat)
-    losses = losses.view(ids.shape)[:, :-1]
-    return losses, None if divergences is None else divergences.view(ids.shape)[:, :-1]
+    losses, divergences = _TokenLosses.apply(
+        logits.flatten(0, 1), targets.flatten().clamp(min=0), flat
+    )
+    counts = targets != IGNORED
+    losses = (losses.view(labels.shape) * counts)[:, :-1]
+    if divergences is not None:
+        divergences = (divergences.view(labels.shape) * counts)[:, :-1]
+    return losses, divergences
 
 
 class _TokenLosses(torch.autograd.Function):

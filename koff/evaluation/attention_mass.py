@@ -9,6 +9,7 @@ Nothing in the usual path knows about it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from ..model.state import require_attached
 from .perplexity import check_sizes, evaluating
 
 _WATCHED = "koff_watched"  # the second implementation's name in transformers' registry
+# The registry is of the process, so one thread measures at a time, of whatever model.
+_one_measures = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth
@@ -36,7 +39,8 @@ class PrefixMass:
 
     Args:
         memory: name of the memory.
-        mass: fp64 [L, Hq, P], mean probability per layer, head and learned token.
+        mass: fp64 [L, Hq, P], mean probability per layer, head and learned token; 0 in layers
+            without attention.
         tokens: number of tokens it is the mean over.
         frozen: how many of the first learned tokens were never trained.
     """
@@ -90,13 +94,13 @@ def prefix_attention_mass(
     """Measure how much attention the tokens of a text give to a memory's learned keys.
 
     For a query i the mass on learned token p is softmax(scale q_i [K_prefix; K]^T + mask)_p, in
-    fp32; the mean is over all tokens of all blocks. Blocks are those of ``koff.evaluate``.
+    fp32; the mean is over all tokens of all blocks, whether they count in losses or not. Blocks are
+    those of ``koff.evaluate``.
 
     Args:
         model: an attached or loaded koff model.
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        documents: texts, records with "text" or "input_ids", a ``datasets.Dataset`` of these, or
-            ``PackedBlocks``.
+        documents: as ``koff.data.blocks.pack`` takes them.
         memory: name of a memory with a KV part.
         block_size: tokens per block; with the prefix at most what the model has positions for.
         batch_size: blocks per forward; probabilities of one layer take [B, Hq, T, P + T] fp32.
@@ -112,15 +116,20 @@ def prefix_attention_mass(
     if not isinstance(memory, str):
         raise TypeError(f"prefix_attention_mass: memory must be a name, got {memory!r}; pass one")
     state.check(memory, "prefix_attention_mass")
+    state.memories[memory].check_filled("prefix_attention_mass")
     config = state.memories[memory].kv_config
     if config is None:
         raise ValueError(
             f"prefix_attention_mass: memory {memory!r} must have a KV part, got LoRA alone; choose "
             "one trained with koff.kv"
         )
-    check_sizes(model, block_size, batch_size)
-    blocks = pack(documents, tokenizer, block_size).blocks
-    mass, tokens = mean_mass(model, memory, ((ids, None) for ids in blocks.split(batch_size)))
+    check_sizes(model, block_size, batch_size, prefix=config.num_tokens)
+    data = pack(documents, tokenizer, block_size)
+    # What fills a block up behind the documents' own tokens is padding.
+    real = torch.arange(block_size) < data.lengths[:, None]  # [N, T]
+    masks = [None if rows.all() else rows.long() for rows in real.split(batch_size)]
+    batches = zip(data.blocks.split(batch_size), masks, strict=True)
+    mass, tokens = mean_mass(model, memory, batches)
     return PrefixMass(memory, mass, tokens, config.num_frozen_tokens)
 
 
@@ -147,7 +156,8 @@ def mean_mass(
             mask = None if mask is None else mask.to(model.device)
             ids = ids.to(model.device)
             decoder(input_ids=ids, attention_mask=mask, memory=memory, use_cache=False)
-    return torch.stack(sums).cpu() / tokens, tokens
+    shape = next(t.shape for t in sums if t.dim())  # recurrent layers have added nothing
+    return torch.stack([t.expand(shape) for t in sums]).cpu() / tokens, tokens
 
 
 @contextlib.contextmanager
@@ -155,32 +165,38 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
     """Let every attention layer add, inside, what its queries give to the prefix to its entry of
     ``sums``, summed over rows and queries: [Hq, P]."""
 
+    measuring = threading.get_ident()
+
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
         # The next layer sees what it always sees: the output is that of koff's own attention.
         out = koff_attention(module, query, key, value, mask, **kwargs)
+        if threading.get_ident() != measuring:  # calls of other threads pass through here meanwhile
+            return out
         link = module._koff
-        context = link.scope.context
+        context = link.running.context
         bounds = mask_to_bounds(mask)
-        prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
+        prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
         # [B, Hq, T, P + S], the learned keys first: query [B, Hq, T, D] and key [B, Hkv, S, D] are
         # rotated already, and the prefix is moved to the positions before them.
         weights, _ = attention_weights(
             query, key, value, prefix, context.ids, bounds, kwargs.get("scaling")
         )
         given = weights[..., : prefix.k.shape[2]] * _is_token(query, bounds)
-        sums[link.scope.index] = sums[link.scope.index] + given.double().sum((0, 2))
+        sums[link.layer] = sums[link.layer] + given.double().sum((0, 2))
         return out
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_WATCHED, watched)
-    AttentionMaskInterface.register(_WATCHED, koff_mask)
-    model.set_attn_implementation(_WATCHED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        # The name stays in the registry, but ``watched`` must go from it: it holds on to the sums.
-        AttentionInterface.register(_WATCHED, koff_attention)
+    with _one_measures:
+        before = model.config._attn_implementation
+        AttentionInterface.register(_WATCHED, watched)
+        AttentionMaskInterface.register(_WATCHED, koff_mask)
+        model.set_attn_implementation(_WATCHED)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
+            # The name stays in the registry, but ``watched`` must go from it: it holds on to the
+            # sums.
+            AttentionInterface.register(_WATCHED, koff_attention)
 
 
 def _is_token(query: Tensor, bounds: RowBounds | None) -> Tensor:

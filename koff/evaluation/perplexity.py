@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from ..data.blocks import pack
+from ..data.blocks import PackedBlocks, pack
 from ..data.losses import token_losses
+from ..data.records import IGNORED
 from ..errors import asked_by, asker
 
 # math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
 _MOST_NATS = 700
+# The models that are being measured: the modes of their modules before, and how many threads do.
+_measured: dict[torch.nn.Module, tuple[list[tuple[torch.nn.Module, bool]], int]] = {}
+_switching = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,27 @@ def evaluate(
 ) -> list[EvalRow]:
     """Measure perplexity and bits per byte on every dataset with every memory.
 
-    Protocol: the documents of a split are written as BOS text EOS, concatenated in order and cut
-    into blocks of ``block_size`` tokens, the last partial block dropped (``koff.data.blocks``).
-    Each block is one forward from an empty cache; its tokens 2..T are scored, each given the tokens
-    before it in the block. With the mean negative log-likelihood m over all scored tokens, in nats
-    and summed in float64,
+    Protocol: the documents of a split are packed in order into blocks of ``block_size`` tokens
+    (``koff.data.blocks.pack``; texts as BOS text EOS, the last partial block dropped). Each block
+    is one forward from an empty cache; those of its tokens 2..T that count are scored, each given
+    all tokens before it in the block. All tokens of a text count; of a prompt with its completion,
+    of a chat and of token ids with labels, the completion, the assistant's turns and the labelled
+    ones. With the mean negative log-likelihood m over all scored tokens, in nats and summed in
+    float64,
 
-        perplexity = exp(m),   bits per byte = m / ln 2 * tokens per byte of the whole split.
+        perplexity = exp(m),   bits per byte = m / ln 2 * tokens that count per byte of their text.
 
     Gates are deterministic, dropout is off; the model's mode is restored.
 
     Args:
         model: a koff model, or any causal LM of transformers (measured without memory, as "base").
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        datasets: domain -> documents: texts, records with "text" or "input_ids", a
+        datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
+            ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
             ``datasets.Dataset`` of these, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
-        block_size: tokens per block, at most what the model has positions for.
+        block_size: tokens per block; with the longest prefix at most what the model has positions
+            for.
         batch_size: blocks per forward; a different one may change the last digits.
         split: what to write into the rows.
 
@@ -95,7 +104,11 @@ def evaluate(
         )
     if not datasets:
         raise ValueError("evaluate: datasets must not be empty, got {}; pass documents")
-    check_sizes(model, block_size, batch_size)
+    used = [] if state is None else [state.memories[name] for name in chosen if name is not None]
+    for memory in used:
+        memory.check_filled("evaluate")
+    longest = max((memory.length for memory in used), default=0)
+    check_sizes(model, block_size, batch_size, prefix=longest)
     packed = {}
     for domain, documents in datasets.items():  # all of them, before the first forward
         what = f"dataset {domain!r}"
@@ -107,7 +120,7 @@ def evaluate(
             for memory in chosen:
                 # A plain transformers model has no such argument.
                 argument = {} if state is None else {"memory": memory}
-                nats = _mean_nats(model, data.blocks, batch_size, argument)
+                nats, tokens = _mean_nats(model, data, batch_size, argument)
                 row = EvalRow(
                     variant="base" if state is None else "koff",
                     memory=memory,
@@ -115,7 +128,7 @@ def evaluate(
                     split=split,
                     perplexity=math.inf if nats > _MOST_NATS else math.exp(nats),
                     bits_per_byte=nats / math.log(2) * data.tokens_per_byte,
-                    tokens=_scored(data.blocks),
+                    tokens=tokens,
                 )
                 rows.append(row)
     return rows
@@ -143,30 +156,34 @@ def _choose_memories(
 
 
 def _mean_nats(
-    model: Any, blocks: torch.Tensor, batch_size: int, argument: dict[str, Any]
-) -> float:
-    """Return the mean negative log-likelihood of tokens 2..T of every block of int64 [N, T]."""
+    model: Any, data: PackedBlocks, batch_size: int, argument: dict[str, Any]
+) -> tuple[float, int]:
+    """Return the mean negative log-likelihood of the tokens that count, and how many those are."""
     device = next(model.parameters()).device
     # On the device, and read once at the end. In fp64, since in fp32 a sum over millions of tokens
     # would round away part of each further batch.
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in blocks.split(batch_size):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False, **argument).logits
-        total += token_losses(logits, batch)[0].double().sum()
-    return total.item() / _scored(blocks)
-
-
-def _scored(blocks: torch.Tensor) -> int:
-    """Return how many tokens of blocks [N, T] are scored: all but the first of each."""
-    return blocks.shape[0] * (blocks.shape[1] - 1)
+    tokens = 0
+    for first in range(0, len(data), batch_size):
+        rows = slice(first, first + batch_size)
+        labels = data.labels(rows)
+        tokens += int((labels != IGNORED).sum())
+        logits = model(input_ids=data.blocks[rows].to(device), use_cache=False, **argument).logits
+        total += token_losses(logits, labels.to(device))[0].double().sum()
+    return total.item() / tokens, tokens
 
 
 # ---- what other measurements and the trainer use too ----
 
 
-def check_sizes(model: Any, block_size: int, batch_size: int) -> None:
+def check_sizes(model: Any, block_size: int, batch_size: int, prefix: int = 0) -> None:
     """Refuse a batch without rows, or blocks beyond the model's positions.
+
+    Args:
+        model: a causal LM.
+        block_size: T.
+        batch_size: B.
+        prefix: learned tokens in front of a block.
 
     Raises:
         ValueError: one of these.
@@ -177,10 +194,11 @@ def check_sizes(model: Any, block_size: int, batch_size: int) -> None:
             "usual"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and block_size > limit:
+    if limit is not None and prefix + block_size > limit:
+        got = f"{prefix} + {block_size}" if prefix else block_size
         raise ValueError(
-            f"{asker()}: block_size must be at most the model's {limit} positions, got "
-            f"{block_size}; choose a smaller block_size"
+            f"{asker()}: {'prefix + ' if prefix else ''}block_size must be at most the model's "
+            f"{limit} positions, got {got}; choose a smaller block_size"
         )
 
 
@@ -206,12 +224,24 @@ def check_vocabulary(model: Any, blocks: torch.Tensor, what: str) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode inside, and give every module its own mode back after."""
-    # Not model.train(): a user may have left single modules in evaluation mode on purpose.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Switch to evaluation mode inside, and give every module its own mode back after.
+
+    Where several threads measure one model, the first to begin switches it, and the last to end
+    switches it back.
+    """
+    with _switching:
+        # Not model.train() in the end: a user may have left single modules in evaluation mode on
+        # purpose.
+        modes, threads = _measured.get(model, ([(m, m.training) for m in model.modules()], 0))
+        _measured[model] = modes, threads + 1
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _switching:
+            modes, threads = _measured.pop(model)
+            if threads > 1:
+                _measured[model] = modes, threads - 1
+            else:
+                for module, training in modes:
+                    module.training = training

@@ -113,10 +113,12 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
         done.replaced[path] = name
         done._modules.append(module)
     if not done.replaced:
+        found = "; ".join(f"{path}: {why}" for path, why in done.left.items())
         raise ValueError(
-            "koff.apply_kernels: the model must have gated MLPs (gate_proj, up_proj, down_proj) or "
-            f"PEFT LoRA layers, got none that fits in {type(model).__name__}; "
-            + (f"{next(iter(done.left.items()))}" if done.left else "use the model as it is")
+            f"koff.apply_kernels: the model must have gated MLPs ({', '.join(MLP_LINEARS)}) or "
+            f"PEFT LoRA layers, got none that fits in {type(model).__name__}"
+            + (f" ({found})" if found else "")
+            + "; use it as it is"
         )
     return done
 
@@ -324,7 +326,7 @@ class _KernelMLP:
     _koff_activation: str
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        linears = self.gate_proj, self.up_proj, self.down_proj
+        linears = [getattr(self, name) for name in MLP_LINEARS]
         try:
             if args or kwargs:
                 raise _Unfit

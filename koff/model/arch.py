@@ -50,6 +50,9 @@ class Architecture:
         attention_linears, mlp_linears: names of the linear layers of a decoder layer, which are
             also PEFT's names for a LoRA on them.
         decoder, layers, attention, mlp, rotary: attribute names.
+        recurrent: name of the module that some layers have in the place of attention: it keeps a
+            state instead of keys and values. None: every layer has attention.
+        recurrent_linears: as ``attention_linears``, of such layers.
     """
 
     model_type: str
@@ -62,11 +65,13 @@ class Architecture:
     attention: str = "self_attn"
     mlp: str = "mlp"
     rotary: str = "rotary_emb"
+    recurrent: str | None = None
+    recurrent_linears: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linear layers of a decoder layer."""
-        return self.attention_linears + self.mlp_linears
+        """The linear layers of a decoder layer, whichever kind it is of."""
+        return self.attention_linears + self.recurrent_linears + self.mlp_linears
 
 
 ARCHITECTURES = {
@@ -75,6 +80,13 @@ ARCHITECTURES = {
         Architecture("llama", "LlamaForCausalLM", "LlamaConfig"),
         Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config"),
         Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config"),
+        Architecture(
+            "qwen3_5_text",  # what AutoModelForCausalLM takes out of a multimodal Qwen3.5
+            "Qwen3_5ForCausalLM",
+            "Qwen3_5TextConfig",
+            recurrent="linear_attn",
+            recurrent_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+        ),
         Architecture("mistral", "MistralForCausalLM", "MistralConfig"),
         Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
         Architecture("granite", "GraniteForCausalLM", "GraniteConfig"),
@@ -107,6 +119,21 @@ class Site(NamedTuple):
         return site_key(self)
 
 
+class KVShape(NamedTuple):
+    """Of a layer with attention: Hkv heads of keys and of values, each of width D."""
+
+    heads: int
+    width: int
+
+
+class StateShape(NamedTuple):
+    """Of a recurrent layer: its state [Hv, Dk, Dv], and the last inputs of its convolution
+    [C, K - 1]."""
+
+    state: tuple[int, int, int]
+    conv: tuple[int, int]
+
+
 def site_key(site: Site) -> str:
     """Return a site as text, "0_q_proj": its key in ``Memory.lora``, and so a part of parameters'
     names in checkpoints. A dot, the natural thing to write, would be taken for a path."""
@@ -119,19 +146,36 @@ def site_of(key: str) -> Site:
     return Site(int(layer), linear)
 
 
-def architecture(model_type: str) -> Architecture:
+def architecture(model_type: str, model: nn.Module | None = None) -> Architecture:
     """Return the entry of a model type ("llama", or "koff_llama" for layers of unequal width).
 
+    Args:
+        model_type: as in transformers, or of a narrow backbone.
+        model: of that type, for the message.
+
     Raises:
-        ValueError: not supported; the message names what is.
+        ValueError: not supported; the message names what is, and what the model has instead.
     """
     found = ARCHITECTURES.get(model_type.removeprefix(NARROW_PREFIX))
     if found is None:
+        reason = "use a model of one of these" if model is None else _what_is_missing(model)
         raise ValueError(
             f"{asker()}: the model type must be one of {', '.join(ARCHITECTURES)}, "
-            f"got {model_type!r}; add an entry to koff/model/arch.py if its MLP is gate/up/down"
+            f"got {model_type!r}; {reason}"
         )
     return found
+
+
+def _what_is_missing(model: nn.Module) -> str:
+    """Why a model of another type cannot have koff attached, by the names of its modules."""
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if names & {"experts", "block_sparse_moe", "router"}:
+        return "its MLPs are mixtures of experts, and gates are for one MLP in a layer"
+    if not (names.issuperset(MLP_LINEARS) or names.issuperset({GATE_UP, "down_proj"})):
+        return "its MLPs are not gated by a gate_proj beside up_proj and down_proj"
+    if not names.issuperset(ATTENTION_LINEARS):
+        return f"its attention has no {', '.join(sorted({*ATTENTION_LINEARS} - names))}"
+    return "its layers look alike, but nobody has checked it: see docs/models.md for a new entry"
 
 
 def stock_classes(model_type: str) -> tuple[type, type]:
@@ -155,9 +199,21 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(decoder(model), architecture(model.config.model_type).layers)
 
 
-def attention(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """Return the attention module of a layer."""
-    return getattr(layer, architecture(model.config.model_type).attention)
+def is_recurrent(layer: nn.Module, model: PreTrainedModel) -> bool:
+    """Return whether a layer keeps a recurrent state instead of keys and values."""
+    name = architecture(model.config.model_type).recurrent
+    return name is not None and hasattr(layer, name)
+
+
+def is_hybrid(model: PreTrainedModel) -> bool:
+    """Return whether some layers of a model are recurrent."""
+    return any(is_recurrent(layer, model) for layer in layers(model))
+
+
+def mixer(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """Return the first module of a layer, which mixes its tokens: attention or a recurrence."""
+    entry = architecture(model.config.model_type)
+    return getattr(layer, entry.recurrent if is_recurrent(layer, model) else entry.attention)
 
 
 def mlp(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
@@ -179,10 +235,11 @@ def mlp_linears(module: nn.Module) -> dict[str, nn.Linear]:
 def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Return gate [I, H], up [I, H] and down [H, I] of an MLP: its parameters, or views of them
     where gate and up are one."""
-    fused = module._modules.get(GATE_UP)  # in every forward, and a failing getattr is slow
+    modules = module._modules  # every forward of every layer asks, and torch's getattr is slow
+    fused, down = modules.get(GATE_UP), modules["down_proj"].weight
     if fused is not None:
-        return (*fused.weight.chunk(2), module.down_proj.weight)
-    return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
+        return (*fused.weight.chunk(2), down)
+    return modules["gate_proj"].weight, modules["up_proj"].weight, down
 
 
 def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
@@ -201,9 +258,15 @@ def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
     return torch.cat([neurons, neurons + width]) if linear == GATE_UP else neurons
 
 
+def _linear_names(layer: nn.Module, model: PreTrainedModel) -> tuple[str, ...]:
+    entry = architecture(model.config.model_type)
+    first = entry.recurrent_linears if is_recurrent(layer, model) else entry.attention_linears
+    return first + entry.mlp_linears
+
+
 def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     """Yield (name, module) of the linear layers of a decoder layer."""
-    for name in architecture(model.config.model_type).linears:
+    for name in _linear_names(layer, model):
         yield name, layer.get_submodule(linear_path(name, model))
 
 
@@ -226,7 +289,9 @@ def layers_path(model: PreTrainedModel) -> str:
 def linear_path(name: str, model: PreTrainedModel) -> str:
     """Return the path of a linear layer within its decoder layer: "self_attn.q_proj"."""
     arch = architecture(model.config.model_type)
-    return f"{arch.attention if name in arch.attention_linears else arch.mlp}.{name}"
+    if name in arch.mlp_linears:
+        return f"{arch.mlp}.{name}"
+    return f"{arch.recurrent if name in arch.recurrent_linears else arch.attention}.{name}"
 
 
 def site_path(site: Site, model: PreTrainedModel) -> str:
@@ -274,7 +339,7 @@ def inverse_frequencies(model: PreTrainedModel) -> Tensor:
 
 def layers_without_rope(model: PreTrainedModel) -> frozenset[int]:
     """Return the numbers of the layers whose attention knows no positions (SmolLM3 has some)."""
-    modules = [attention(layer, model) for layer in layers(model)]
+    modules = [mixer(layer, model) for layer in layers(model)]
     return frozenset(i for i, module in enumerate(modules) if not getattr(module, "use_rope", True))
 
 
@@ -284,6 +349,23 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     # Qwen2's config has no head_dim; Qwen3's is not hidden_size / heads.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, head_dim
+
+
+def cache_shapes(model: PreTrainedModel) -> list[KVShape | StateShape]:
+    """Return, of each layer, the shapes of what a cache holds of a text."""
+    return [
+        _state_shape(model) if is_recurrent(layer, model) else KVShape(*kv_shape(model))
+        for layer in layers(model)
+    ]
+
+
+def _state_shape(model: PreTrainedModel) -> StateShape:
+    config = model.config
+    heads, width = config.linear_num_value_heads, config.linear_value_head_dim
+    key_width = config.linear_key_head_dim
+    keys = config.linear_num_key_heads * key_width
+    channels = 2 * keys + heads * width  # queries, keys and values go through the convolution
+    return StateShape((heads, key_width, width), (channels, config.linear_conv_kernel_dim - 1))
 
 
 # ---- what koff cannot attach to ----
@@ -310,7 +392,13 @@ def check_supported(model: object, with_kv: bool) -> None:
             "first)"
         )
     config = model.config
-    arch = architecture(config.model_type)
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{asker()}: the model must be a language model alone, got the multimodal "
+            f"{type(model).__name__}; load it with AutoModelForCausalLM, which leaves the other "
+            "parts out"
+        )
+    arch = architecture(config.model_type, model)
     if not hasattr(model, arch.decoder) or model.get_output_embeddings() is None:
         raise TypeError(
             f"{asker()}: the model must be a causal language model like {arch.causal_lm}, "
@@ -337,27 +425,33 @@ def check_supported(model: object, with_kv: bool) -> None:
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     from torch import nn
 
-    module = mlp(layer, model)
-    names = architecture(model.config.model_type).mlp_linears
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+    names = _linear_names(layer, model)
+    inside = {path for path, _ in layer.named_modules()}
+    missing = [name for name in names if linear_path(name, model) not in inside]
+    if missing:
         raise TypeError(
-            f"{asker()}: the MLP of layer {index} must have the linear layers "
-            f"{', '.join(names)}, got {type(module).__name__}; mixtures of experts are not "
-            "supported"
+            f"{asker()}: layer {index} must have the linear layers {', '.join(names)}, got "
+            f"a {type(layer).__name__} without {', '.join(missing)}; load the model without "
+            "patches that replace them"
         )
+    for name, linear in linears(layer, model):
+        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
+            step = "load the model without quantisation and without replaced layers"
+            if type(linear).__module__.startswith("peft."):
+                step = "take the adapter off first (merge_and_unload() or unload())"
+            raise TypeError(
+                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
+                f"{type(linear).__module__}.{type(linear).__name__}; {step}"
+            )
+    module = mlp(layer, model)
     if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(
             f"{asker()}: the MLP of layer {index} must have no bias, got mlp_bias=True; use "
             "another model"
         )
-    modules = [module, attention(layer, model), *(linear for _, linear in linears(layer, model))]
+    modules = [layer, module, mixer(layer, model)]
+    modules += [linear for _, linear in linears(layer, model)]
     refuse_patched(modules, f"{asker()}: the modules of layer {index}")
-    for name, linear in linears(layer, model):
-        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
-            raise TypeError(
-                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, "
-                f"got {type(linear).__name__}; detach other adapters and quantisation first"
-            )
 
 
 def refuse_patched(modules: list[nn.Module], whose: str) -> None:
@@ -386,6 +480,21 @@ def refuse_patched(modules: list[nn.Module], whose: str) -> None:
     )
 
 
+def check_dropout(model: PreTrainedModel) -> None:
+    """Refuse to train a KV memory under attention dropout, which attention over one does not have.
+
+    Raises:
+        ValueError: the layers' dropout.
+    """
+    # The layers took it over when they were made: changing the config would do nothing.
+    dropout = max(getattr(module, "attention_dropout", 0.0) for module in decoder(model).modules())
+    if dropout > 0:
+        raise ValueError(
+            f"{asker()}: attention dropout must be 0 with KV memories, got {dropout}; load the "
+            "model with attention_dropout=0.0"
+        )
+
+
 def check_prefix(model: PreTrainedModel) -> None:
     """Refuse a model under which a KV memory could not be exact.
 
@@ -407,7 +516,10 @@ def check_prefix(model: PreTrainedModel) -> None:
             f"got sliding_window={window}; use kv=None, or set config.sliding_window = None if "
             "prefix and text together are never longer than that, where both are the same"
         )
-    if kinds - {"full_attention"}:
+    known = {"full_attention"}
+    if architecture(config.model_type).recurrent is not None:
+        known.add("linear_attention")
+    if kinds - known:
         raise ValueError(
             f"{asker()}: the attention layers (for KV memories) must all be full attention, "
             f"got {sorted(kinds)}; use kv=None: stock caches truncate a prefix in sliding and "

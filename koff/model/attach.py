@@ -1,6 +1,6 @@
 """Attach gates and memories to a transformers model in place, and take them off again.
 
-Classes are swapped for subclasses of the same name (linear layers, MLPs, attention, the model
+Classes are swapped for subclasses of the same name (linear layers, MLPs, decoder layers, the model
 itself), parameters keep their names, and everything learned lives in one submodule, ``model.koff``.
 Base weights are frozen and never changed, but for the order of the MLP's neurons once the mask is
 fixed (``neuron_order``), which ``detach`` undoes.
@@ -9,11 +9,10 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from ..errors import asked_by, asker
 from . import arch, attention
 from .arch import Site
 from .config import KoffConfig, KVConfig, LoRAConfig
-from .forward_context import ForwardContext, LayerScope, MemoryArgument
+from .forward_context import ForwardContext, MemoryArgument, Running
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
 from .neuron_order import (
@@ -38,26 +37,50 @@ from .neuron_order import (
     restore_order,
 )
 from .prefill import fill_from_random_tokens
+from .recurrent import has_begun, kept_in, run_from, start_of_rows
 from .state import KoffState, is_attached, require_attached
 
 
 @dataclass
 class Link:
-    """How a swapped module of a layer reaches what a forward needs.
+    """How a module of a layer reaches what a forward needs.
 
     Args:
         bank: the model's memories.
-        scope: the layer's current context.
+        running: where it finds the context of the call that its layer is in.
+        layer: number of the layer.
         site: of a linear layer: where its LoRA is.
         activation: of an MLP: the kernels' name of it.
         state: of an MLP: the model's, whose gates say how its neurons are ordered.
     """
 
     bank: MemoryBank
-    scope: LayerScope
+    running: Running
+    layer: int
     site: Site | None = None
     activation: str | None = None
     state: KoffState | None = None
+
+
+class _LayerMixin:
+    """A decoder layer, whose modules find the context of its call while it runs.
+
+    The layer and not the model sets it, since a checkpointed layer is recomputed in backward: later
+    than other calls, and on a GPU in a thread of autograd's. transformers passes the decoder's
+    keyword arguments on to its layers, and keeps them with what is to be recomputed.
+    """
+
+    _koff: Link
+
+    def forward(self, *args, koff_context: ForwardContext | None = None, **kwargs):
+        running = self._koff.running
+        before, running.context = running.context, koff_context
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            # Nothing is left for the next call: a layer that somebody calls on its own has no
+            # memory, and nothing keeps this forward's tensors alive.
+            running.context = before
 
 
 class _LinearMixin:
@@ -67,9 +90,9 @@ class _LinearMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, lora = link.scope.context, None
-        if context.slots:
-            lora = link.bank.lora(link.site, context.slots, context.stacks)
+        context, lora = link.running.context, None
+        if context is not None and context.memories:
+            lora = link.bank.lora(link.site, context.memories, context.stacks)
         if lora is None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
@@ -78,7 +101,7 @@ class _LinearMixin:
 def _is_plain(linear: nn.Module) -> bool:
     """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
     for its call."""
-    return type(linear) is _subclass(_LinearMixin, nn.Linear) and not (
+    return type(linear) is _PLAIN_LINEAR and not (
         linear._forward_pre_hooks
         or linear._forward_hooks
         or linear._backward_pre_hooks
@@ -88,7 +111,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 class _MLPMixin:
-    """The gated MLP with gates and memories; the last user of its layer's context.
+    """The gated MLP with gates and memories.
 
     Its linear layers are not called: one operation takes their weights. Where somebody put an
     adapter around one, or hooks on it, they are called as in transformers.
@@ -98,15 +121,15 @@ class _MLPMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, index = link.scope.context, link.scope.index
+        context, index = link.running.context or ForwardContext(), link.layer
         kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
         *first, down = arch.mlp_linears(self).values()
         if _is_plain(down) and all(map(_is_plain, first)):
             weights, lora = arch.mlp_weights(self), None
-            if context.slots:
+            if context.memories:
                 lora = GatedMLPLoRA(
                     *(
-                        link.bank.lora(Site(index, name), context.slots, context.stacks)
+                        link.bank.lora(Site(index, name), context.memories, context.stacks)
                         for name in arch.MLP_LINEARS
                     )
                 )
@@ -131,9 +154,6 @@ class _MLPMixin:
             gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
             h = ACTIVATIONS[link.activation](gate) * up
             y = down(h if gates is None else (h * gates).to(h.dtype))
-        # Not left for the next call: a layer that somebody calls on its own has no memory, and
-        # nothing keeps this forward's tensors alive.
-        link.scope.context = link.scope.idle
         return y
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -141,19 +161,37 @@ class _MLPMixin:
         may hold weights of the original order, or be merged before any forward."""
         link = self.__dict__.get("_koff")
         if link is not None and isinstance(value, nn.Module) and link.state.gates is not None:
-            restore_layer(self, link.state.gates, link.scope.index)
+            restore_layer(self, link.state.gates, link.layer)
         super().__setattr__(name, value)
 
 
-class _AttentionMixin:
-    """Attention that takes the forward's context and makes it the layer's: it is the first of its
-    layer to run, also when a checkpointed layer is recomputed in backward."""
+class _RecurrentMixin:
+    """A recurrent layer that starts where the memories of its rows say."""
 
     _koff: Link
 
-    def forward(self, *args, koff_context=None, **kwargs):
-        self._koff.scope.context = koff_context or ForwardContext()
-        return super().forward(*args, **kwargs)
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        link = self._koff
+        context, begun = link.running.context or ForwardContext(), has_begun(self, cache_params)
+        start = None
+        # Behind a cache that has begun, transformers' own forward goes on as it should, but for
+        # padding, which wears a state down: that of rows whose text begins later.
+        if context.memories and (not begun or attention_mask is not None):
+            start = link.bank.start(link.layer, context.memories, context.stacks)
+        if start is not None:
+            if kwargs.get("cu_seq_lens_q") is not None:
+                raise ValueError(
+                    "forward: the rows must be one text each when a recurrent state is learned, "
+                    "got packed documents; pass one document a row"
+                )
+            if begun:
+                start = kept_in(self, cache_params)
+            else:
+                start = start_of_rows(start, context.ids, hidden_states.shape[0])
+            return run_from(self, hidden_states, start, cache_params, attention_mask)
+        return super().forward(
+            hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
+        )
 
 
 @dataclass
@@ -163,14 +201,29 @@ class PatchCheck:
     It would run in the place of koff's, and leave the mask or the memories out without a word.
 
     Args:
-        modules: MLP and attention of every layer.
+        modules: every layer, with its MLP and attention.
     """
 
     modules: list[nn.Module]
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
-            arch.refuse_patched(self.modules, "forward: MLPs and attention")
+            arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    """How a module is pickled and copied: its class is found under no name, but made of two that
+    are."""
+    _, mixin, cls = type(module).__mro__[:3]
+    _, _, *state = object.__reduce_ex__(module, protocol)
+    return _blank, (mixin, cls), *state
+
+
+def _blank(mixin: type, cls: type) -> nn.Module:
+    """A module of a swapped class that waits for its state."""
+    if mixin is KoffModelMixin:
+        attention.register()  # by whoever attached it; this may be another process
+    return nn.Module.__new__(_subclass(mixin, cls))
 
 
 @functools.cache
@@ -178,9 +231,14 @@ def _subclass(mixin: type, cls: type) -> type:
     """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
     string. Cached, so that modules of one class are of one class afterwards, too."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body["__reduce_ex__"] = _reduce
     if mixin is KoffModelMixin:
         body["forward"] = KoffModelMixin.forward_with_signature(cls)
     return type(cls.__name__, (mixin, cls), body)
+
+
+# What attach makes of ``nn.Linear``; looked at in every forward, where torch.compile can see it.
+_PLAIN_LINEAR = _subclass(_LinearMixin, nn.Linear)
 
 
 def _swap(module: nn.Module, mixin: type, link: Link | None) -> None:
@@ -220,14 +278,17 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         raise TypeError(
             f"attach: config must be a koff.KoffConfig, got {type(config).__name__}; pass one"
         )
-    with asked_by("attach"):
-        arch.check_supported(model, config.kv is not None and bool(config.memories))
-        if config.lora is not None:  # under the names of this model, which is what is saved
-            config = dataclasses.replace(config, lora=config.lora.on(model))
     generator = torch.Generator().manual_seed(config.seed)
-    state = KoffState(model, config, generator)
-    for name in config.memories:
-        state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
+    with asked_by("attach"):
+        with_kv = config.kv is not None and bool(config.memories)
+        arch.check_supported(model, with_kv)
+        if with_kv:
+            arch.check_dropout(model)
+        if config.lora is not None:  # under the names of this model, which is what is saved
+            config = replace(config, lora=config.lora.on(model))
+        state = KoffState(model, config, generator)
+        for name in config.memories:
+            state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
     install(model, state)
     if config.kv is not None and config.kv.init == "tokens":
         for name in config.memories:
@@ -249,7 +310,16 @@ def new_memory(
         name: of the memory.
         lora, kv: its parts; not both None.
         generator: of the initial values.
+
+    Raises:
+        ValueError: its learned tokens leave no position for a token.
     """
+    limit = model.config.max_position_embeddings
+    if kv is not None and kv.num_tokens >= limit:
+        raise ValueError(
+            f"{asker()}: num_tokens of the KV part must be less than max_position_embeddings "
+            f"({limit}), got {kv.num_tokens}; shorten the memory"
+        )
     shapes = {}
     if lora is not None:
         lora = lora.on(model)
@@ -257,8 +327,7 @@ def new_memory(
             if site.linear in lora.target_modules:
                 width_out, width_in = module.weight.shape
                 shapes[site] = (width_in, width_out)
-    num_layers, (kv_heads, head_dim) = len(arch.layers(model)), arch.kv_shape(model)
-    return Memory(name, lora, kv, shapes, num_layers, kv_heads, head_dim, model.device, generator)
+    return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
 def install(model: PreTrainedModel, state: KoffState) -> None:
@@ -275,20 +344,24 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     model.koff = state
     computed = []  # modules whose forward is koff's alone
     for index, layer in enumerate(arch.layers(model)):
-        scope = LayerScope(index)
+        link = Link(state.memories, state.running, index)
+        _swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            _swap(linear, _LinearMixin, Link(state.memories, scope, site=Site(index, name)))
-        link = Link(state.memories, scope, activation=arch.activation(model), state=state)
-        _swap(arch.mlp(layer, model), _MLPMixin, link)
-        _swap(arch.attention(layer, model), _AttentionMixin, Link(state.memories, scope))
-        computed += [arch.mlp(layer, model), arch.attention(layer, model)]
+            _swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
+        module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
+        _swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
+        if arch.is_recurrent(layer, model):
+            _swap(mixer, _RecurrentMixin, link)
+        else:
+            mixer._koff = link  # for ``koff_attention``
+        computed += [layer, module, mixer]
     inner = arch.decoder(model)
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
     state.hooks = [
         inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
-        inner.register_forward_hook(tag_cache),
+        inner.register_forward_hook(tag_cache, with_kwargs=True),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
         model.register_state_dict_post_hook(in_original_order),
         model.register_load_state_dict_pre_hook(before_load),
@@ -304,9 +377,8 @@ def require_own(linears: Iterable[nn.Module]) -> None:
     Raises:
         TypeError: the first one that is not: an adapter's, for instance.
     """
-    own = _subclass(_LinearMixin, nn.Linear)
     for linear in linears:
-        if type(linear) is not own:
+        if type(linear) is not _PLAIN_LINEAR:
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "
@@ -320,8 +392,9 @@ def use_koff_attention(model: PreTrainedModel) -> None:
     # Only then, and once: without a prefix the user's own choice does, and ``detach`` restores it.
     if state.attention is None and any(memory.length for memory in state.memories):
         attention.register()
-        state.attention = model.config._attn_implementation
-        model.set_attn_implementation(attention.NAME)
+        with state.running.changing(asker()):
+            state.attention = model.config._attn_implementation
+            model.set_attn_implementation(attention.NAME)
 
 
 @asked_by("detach")
@@ -339,21 +412,32 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         TypeError, ValueError: koff is not attached, or an adapter lies around a layer.
     """
     state = require_attached(model)
+    if type(model).__mro__[1] is not KoffModelMixin:
+        raise ValueError(
+            f"detach: the model must be as attach left it, got a {type(model).__name__}, which "
+            "FSDP shards; detach what koff.compact or koff.load returns"
+        )
     require_own(linear for _, linear in arch.sites(model))
-    restore_order(model)  # while there is still somebody who knows it
-    for layer in arch.layers(model):
-        for _, linear in arch.linears(layer, model):
-            _unswap(linear)
-        _unswap(arch.mlp(layer, model))
-        _unswap(arch.attention(layer, model))
-    for hook in state.hooks:
-        hook.remove()
-    _unswap(model)
-    if state.attention is not None:
-        model.set_attn_implementation(state.attention)
-    del model.koff
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in state.trainable)
+    with state.running.changing("detach"):
+        restore_order(model)  # while there is still somebody who knows it
+        for layer in arch.layers(model):
+            for _, linear in arch.linears(layer, model):
+                _unswap(linear)
+            _unswap(arch.mlp(layer, model))
+            mixer = arch.mixer(layer, model)
+            if arch.is_recurrent(layer, model):
+                _unswap(mixer)
+            else:
+                vars(mixer).pop("_koff")
+            _unswap(layer)
+        for hook in state.hooks:
+            hook.remove()
+        _unswap(model)
+        if state.attention is not None:
+            model.set_attn_implementation(state.attention)
+        del model.koff
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in state.trainable)
     return model
 
 
@@ -361,6 +445,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTrainedModel]:
     """Make a memory the default of every forward inside the ``with`` block, for code that cannot
     pass it.
+
+    It holds for the thread or asyncio task that enters the block, as ``torch.no_grad`` does for a
+    thread. A thread that is started inside sees nothing of it: pass ``memory=`` there, or start it
+    with ``asyncio.to_thread`` or ``contextvars.copy_context().run``.
 
     Args:
         model: an attached model.
@@ -372,8 +460,13 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
     with asked_by("use_memory"):
         state = require_attached(model)
     state.check(memory, "use_memory")
-    with state.using(memory):
-        yield model
+    # Inside of a generate (in a callback), what is said here comes before what that was asked for.
+    generation, state.running.generation = state.running.generation, None
+    try:
+        with state.active.set(memory):
+            yield model
+    finally:
+        state.running.generation = generation
 
 
 def set_base_class(model: PreTrainedModel, cls: type) -> None:

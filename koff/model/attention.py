@@ -20,6 +20,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from koffkernels import RowBounds, prefix_attention
 from koffkernels.reference import visible_keys
 
+from .forward_context import ForwardContext
+
 # What ``config._attn_implementation`` says while koff's attention is in use.
 NAME = "koff"
 
@@ -163,8 +165,8 @@ def koff_attention(
         ValueError: a mask or a dropout that attention under a prefix does not have.
     """
     link = module._koff
-    context = link.scope.context
-    prefix = link.bank.prefix(link.scope.index, context.slots, context.stacks)
+    context = link.running.context or ForwardContext()
+    prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
     if prefix is None:
         mask = _sdpa_mask_of(attention_mask, query, key, context.masks)
         return sdpa_attention_forward(
@@ -177,8 +179,8 @@ def koff_attention(
         )
     if dropout != 0.0:
         raise ValueError(
-            f"koff attention: attention dropout must be 0 with KV memories, got {dropout}; set "
-            "config.attention_dropout = 0"
+            f"koff attention: attention dropout must be 0 with KV memories, got {dropout}; load "
+            "the model with attention_dropout=0.0"
         )
     if "bounds" not in context.masks:
         context.masks["bounds"] = mask_to_bounds(attention_mask)  # the same in every layer

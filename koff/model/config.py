@@ -148,7 +148,8 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """The learned-cache part of every memory: keys and values [Hkv, P, D] per layer.
+    """The learned-cache part of every memory: keys and values [Hkv, P, D] of each layer with
+    attention, and the state that each recurrent layer starts from (docs/math.md).
 
     Args:
         num_tokens: P, how many learned tokens stand before the sequence. Rows and cache together
@@ -160,12 +161,16 @@ class KVConfig:
         num_frozen_tokens: how many of the first tokens are never trained. Models use the first
             token of a text as a sink for attention that has nowhere to go; one frozen token leaves
             it to them, as in Cartridges (arXiv 2506.06266).
+        recurrent_state: whether the layers that keep a state instead of keys and values (three of
+            four in Qwen3.5) have a learned one, too. Without it only layers with attention see the
+            prefix, and a prefill does not stand for its text. Other models have no such layer.
     """
 
     num_tokens: int = 128
     init: str = "text"
     init_std: float = 0.02
     num_frozen_tokens: int = 1
+    recurrent_state: bool = True
 
     @asked_by("KVConfig")
     def __post_init__(self) -> None:
@@ -183,6 +188,11 @@ class KVConfig:
             raise ValueError(
                 f"KVConfig: num_frozen_tokens must lie in 0..{self.num_tokens - 1}, got {frozen}; "
                 "leave at least one token to train"
+            )
+        if not isinstance(self.recurrent_state, bool):
+            raise TypeError(
+                f"KVConfig: recurrent_state must be true or false, got {self.recurrent_state!r}; "
+                "change it"
             )
 
 

@@ -13,11 +13,17 @@ step depends on is in one of three places, and is looked at before a replay:
 - all else is compared: arguments, the memory, settings of the model and of torch.
 
 What does not fit (a prompt, beams, other caches) runs as it always did.
+
+Several generates may run side by side, in threads. A step is captured for one cache, so each of
+them replays graphs of its own, with buffers of its own. Captures alone need the device to
+themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,8 +39,8 @@ from transformers.utils import ModelOutput
 
 from koffkernels import dispatch, routes
 
-from .forward_context import ACTIVE
-from .memories import MemoryBank, Stacks
+from .forward_context import ACTIVE, Generation
+from .memories import Memory, MemoryBank, Stacks, stream_of
 
 if TYPE_CHECKING:
     from .state import KoffState
@@ -46,9 +52,42 @@ MOST_GRAPHS = 4
 DEVICES = ("cuda",)
 
 
+class _Alone:
+    """Lets a capture run while no other generate of this process does.
+
+    While torch captures, its random generator of the device works for the capture alone, and
+    whoever samples a token elsewhere gets an error.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()  # held during a capture
+        self._generates = 0
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Count one generate inside the ``with`` block; wait for a capture to end before it."""
+        with self._lock:
+            self._generates += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._generates -= 1
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[bool]:
+        """Let no generate begin inside the ``with`` block; gives whether only the caller's runs."""
+        with self._lock:
+            yield self._generates == 1
+
+
+ALONE = _Alone()
+
+
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all captures: cuBLAS keeps a workspace for every stream that it was ever called on.
+def _side_stream(device: torch.device, replayed_on: int | None) -> torch.cuda.Stream:
+    # cuBLAS keeps a workspace for every stream that it was ever called on. So one does for all
+    # captures that are replayed on one stream, but no two streams may write to one workspace.
     return torch.cuda.Stream(device)
 
 
@@ -71,7 +110,7 @@ def capture(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
             out = what()
         return graph, out
 
-    stream = _side_stream(device)
+    stream = _side_stream(device, stream_of(device))
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
             graph, out = record(step)
@@ -89,6 +128,7 @@ class _Step:
     """A captured decode step.
 
     Args:
+        setting: of the model, as ``_setting_of`` has it: one object for all that are equal.
         key: what it was captured under.
         cache: the cache's tensors.
         stacks: of the memories in use; held, since the graph has their addresses.
@@ -96,8 +136,10 @@ class _Step:
         replay: runs it.
         kind, output: class and fields of what the model returns, but for the cache: that must be
             able to die, and take this with it.
+        user: the generate that replays it; None between two.
     """
 
+    setting: tuple
     key: tuple
     cache: list[Tensor]
     stacks: Stacks | None
@@ -105,21 +147,19 @@ class _Step:
     replay: Callable[[], None]
     kind: type[ModelOutput]
     output: dict[str, Tensor]
+    user: Decoding | None = None
 
 
 class DecodeGraphs:
-    """The captured decode steps of one model."""
+    """The captured decode steps of one model, and the static cache that waits for the next
+    generate."""
 
     def __init__(self):
-        self._steps: WeakKeyDictionary[Cache, _Step] = WeakKeyDictionary()
-        self._setting: tuple | None = None
-        # Key and stacks of the last step that ran eagerly. Kernels are compiled and memories are
-        # stacked when they are first used, neither of which can be captured: so a step is captured
-        # right after its like has run, and one whose arguments change from step to step never is.
-        self._warm: tuple[tuple, Stacks | None] | None = None
-        self._broken = False
-        self._current: Cache | None = None  # what the generate that runs was given
-        self._spare: Cache | None = None  # what the one before gave back
+        self.lock = threading.Lock()  # held while any of these changes
+        self.steps: WeakKeyDictionary[Cache, _Step] = WeakKeyDictionary()
+        self.spare: Cache | None = None
+        self._setting: tuple | None = None  # the one that was used last
+        self._broken: tuple | None = None  # the one under which a capture failed
 
     # A copy of the model has tensors of its own, and captures its own steps.
 
@@ -129,27 +169,41 @@ class DecodeGraphs:
     def __reduce__(self) -> tuple:
         return DecodeGraphs, ()
 
-    def caller(self, model: PreTrainedModel) -> Callable[..., ModelOutput]:
-        """Return what ``generate`` is to call in place of the model, until it ends.
+    def decoding(self, model: PreTrainedModel) -> Decoding | None:
+        """Return what one generate is to call for its steps in place of the model; None if no step
+        of it can be captured.
 
         Args:
             model: an attached model.
         """
         setting = _setting_of(model)
         if setting is None:
-            return model.__call__
-        if setting != self._setting:
-            self.clear()
-            self._setting = setting
-        return functools.partial(self._call, model)
+            return None
+        with self.lock:
+            if setting != self._setting:
+                self._clear()
+                self._setting = setting
+            if self._broken is not None:
+                return None
+            return Decoding(self, model, self._setting)
 
     def clear(self) -> None:
         """Drop every captured step, and whatever is kept for the next."""
-        self._steps.clear()
-        self._warm, self._spare, self._broken = None, None, False
+        with self.lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        self.steps.clear()
+        self.spare, self._broken = None, None
+
+    def give_up(self, setting: tuple) -> None:
+        """Capture no more under a setting; another one is tried again."""
+        with self.lock:
+            self._clear()
+            self._setting = self._broken = setting
 
     def cache_for(self, model: PreTrainedModel, fresh: Cache, rows: int | None) -> Cache:
-        """Return a static cache for a generate: that of the one before if it is like ``fresh``,
+        """Return a static cache for a generate: that of an earlier one if it is like ``fresh``,
         emptied, for which a step is captured already.
 
         Args:
@@ -157,56 +211,107 @@ class DecodeGraphs:
             fresh: what transformers made; nothing is allocated in it yet.
             rows: B.
         """
-        old, self._spare = self._spare, None
-        if old is not None and _alike(old, fresh, rows) and _setting_of(model) == self._setting:
+        with self.lock:
+            old, self.spare = self.spare, None
+            step = None if old is None else self.steps.get(old)
+        if step is not None and _alike(old, fresh, rows) and _setting_of(model) == step.setting:
             old.reset()
-            fresh = old
-        self._current = fresh
+            return old
         return fresh
 
-    def finish(self, returned: Any) -> None:
-        """Keep the cache of a generate that ended, if nobody else has it.
+    def finish(self, generation: Generation, returned: Any) -> None:
+        """Let go of the step of a generate that ended, and keep its cache if nobody else has it.
 
         Args:
+            generation: that ended.
             returned: by generate. Token ids alone leave the cache to us; a whole output holds it.
         """
-        if isinstance(returned, Tensor) and self._current in self._steps:
-            self._spare = self._current
-        self._current = None
+        cache, decoding = generation.static_cache, generation.decoding
+        with self.lock:
+            if decoding is not None and decoding.step is not None:
+                decoding.step.user = None
+            if isinstance(returned, Tensor) and cache in self.steps:
+                self.spare = cache
 
-    def _call(self, model: PreTrainedModel, **inputs) -> ModelOutput:
+
+class Decoding:
+    """The decode steps of one generate: called in place of the model.
+
+    Args:
+        graphs: of the model.
+        model: an attached model.
+        setting: of the model.
+    """
+
+    def __init__(self, graphs: DecodeGraphs, model: PreTrainedModel, setting: tuple):
+        self._graphs, self._model, self._setting = graphs, model, setting
+        self.step: _Step | None = None
+        # Key and stacks of the last step that ran eagerly. Kernels are compiled and memories are
+        # stacked when they are first used, neither of which can be captured: so a step is captured
+        # right after its like has run, and one whose arguments change from step to step never is.
+        self._warm: tuple[tuple, Stacks | None] | None = None
+        self._broken = False
+
+    def __call__(self, **inputs) -> ModelOutput:
+        model = self._model
         state, cache = model.koff, inputs.get("past_key_values")
         tensors = _cache_tensors(cache)
         found = None if tensors is None else _key_of(state, inputs, tensors)
         if found is None or self._broken:
             return model(**inputs)
-        key, slots = found
-        step = self._steps.get(cache)
+        key, memories = found
+        if self.step is None:
+            self._take(cache)
+        step = self.step
         if step is not None:
             if (
                 step.key == key
                 and all(map(is_, step.cache, tensors))
-                and state.memories.are_stacked(slots, step.stacks)
+                and state.memories.are_stacked(memories, step.stacks)
             ):
                 return _replay(step, inputs)
-            del self._steps[cache]
-        stacks = state.memories.stacks(slots)
+            self._drop(cache)
+        stacks = state.memories.stacks(memories)
+        if memories and stacks is None:  # another stream has them, and a graph would hold none
+            return model(**inputs)
         if self._warm is None or self._warm[0] != key or self._warm[1] is not stacks:
             out = model(**inputs)
             self._warm = (key, stacks)
             return out
-        step = self._captured(model, inputs, key, tensors, stacks)
-        return model(**inputs) if step is None else _replay(step, inputs)
+        with ALONE.capturing() as alone:
+            # With others beside it, this generate goes on without a graph until it is alone.
+            if alone and self._make_room():
+                self._capture(inputs, key, tensors, stacks)
+        return model(**inputs) if self.step is None else _replay(self.step, inputs)
 
-    def _captured(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, Any],
-        key: tuple,
-        tensors: list[Tensor],
-        stacks: Stacks | None,
-    ) -> _Step | None:
-        """Capture one step; None if that failed, and nothing has changed."""
+    def _take(self, cache: Cache) -> None:
+        """Take over the step that an earlier generate captured for this cache."""
+        with self._graphs.lock:
+            step = self._graphs.steps.get(cache)
+            if step is not None and step.user is None and step.setting is self._setting:
+                self.step, step.user = step, self
+
+    def _drop(self, cache: Cache) -> None:
+        self.step = None
+        with self._graphs.lock:
+            self._graphs.steps.pop(cache, None)
+
+    def _make_room(self) -> bool:
+        """Drop the oldest steps, so that one more can be kept; False if others use them all."""
+        with self._graphs.lock:
+            steps = self._graphs.steps
+            for cache, step in list(steps.items()):
+                if len(steps) < MOST_GRAPHS:
+                    break
+                if step.user is None:
+                    del steps[cache]
+            return len(steps) < MOST_GRAPHS
+
+    def _capture(
+        self, inputs: dict[str, Any], key: tuple, tensors: list[Tensor], stacks: Stacks | None
+    ) -> None:
+        """Capture one step; if that fails, nothing has changed."""
+        model = self._model
         # A capture runs nothing, so that the cache's tokens are not counted either. One that breaks
         # on the way should not have, too, but a wrong count would be a wrong text.
         counts = [t.clone() for t in tensors if t.dim() == 0]
@@ -220,8 +325,8 @@ class DecodeGraphs:
         except Exception as error:
             for count, before in zip((t for t in tensors if t.dim() == 0), counts, strict=True):
                 count.copy_(before)
-            self.clear()
-            self._broken = True  # until the setting is another
+            self._broken = True
+            self._graphs.give_up(self._setting)
             warnings.warn(
                 f"generate: this model's decode steps run without a CUDA graph, since one could "
                 f"not be captured ({type(error).__name__}: {error}); disable_compile=True does not "
@@ -229,13 +334,13 @@ class DecodeGraphs:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return None
+            return
         fields = {"logits": out.logits}
-        step = _Step(key, tensors, stacks, buffers, replay, type(out), fields)
-        while len(self._steps) >= MOST_GRAPHS:
-            del self._steps[next(iter(self._steps))]
-        self._steps[cache] = step
-        return step
+        self.step = _Step(
+            self._setting, key, tensors, stacks, buffers, replay, type(out), fields, user=self
+        )
+        with self._graphs.lock:
+            self._graphs.steps[cache] = self.step
 
 
 def _replay(step: _Step, inputs: dict[str, Any]) -> ModelOutput:
@@ -283,25 +388,29 @@ def _alike(old: Cache, fresh: Cache, rows: int | None) -> bool:
 
 def _key_of(
     state: KoffState, inputs: dict[str, Any], tensors: list[Tensor]
-) -> tuple[tuple, tuple[int, ...]] | None:
+) -> tuple[tuple, tuple[Memory, ...]] | None:
     """What a step depends on beside tensors, and the memories that it stacks; None for a call that
     is no plain decode step."""
     ids, keys = inputs.get("input_ids"), tensors[0]
     if (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled(keys.device.type)
-        or state.bypassed
         or not isinstance(ids, Tensor)
         or tuple(ids.shape) != (keys.shape[0], 1)
     ):
         return None
-    memory = inputs.get("memory", ACTIVE)
-    memory = state.active if memory is ACTIVE else memory
+    memory = state.named(inputs.get("memory", ACTIVE))
     # A list of names becomes a tensor inside of the forward; generate passes one.
     if not (memory is None or isinstance(memory, (str, Tensor))):
         return None
-    slots, _ = state.choose(memory, ids.shape[0], ids.device)
-    key = [slots, torch.is_inference_mode_enabled(), keys.shape, keys.dtype]
+    memories, _ = state.choose(memory, ids.shape[0], ids.device)
+    key = [
+        memories,
+        stream_of(keys.device),
+        torch.is_inference_mode_enabled(),
+        keys.shape,
+        keys.dtype,
+    ]
     for name, value in inputs.items():
         if name == "past_key_values":
             continue
@@ -315,7 +424,7 @@ def _key_of(
             key.append((name, type(value), value))
         else:
             return None
-    return tuple(key), slots
+    return tuple(key), memories
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

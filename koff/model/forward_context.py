@@ -1,8 +1,12 @@
-"""What one forward uses: which memory each row has, and the gate values.
+"""What one call uses: which memory each row has, and the gate values.
 
-It is made once, at the model's boundary, and travels with the call as an argument, so that a
-recomputed layer, a second forward before the first one's backward, and accumulation over different
-memories all see the call that they belong to.
+A ``ForwardContext`` is made once, at the model's boundary, and travels with the call as an argument
+down to the decoder layers. So a layer that is recomputed (in whatever thread backward runs), a
+second forward before the first one's backward, and forwards that run side by side in other threads
+all see the call that they belong to.
+
+The modules of a layer get no such argument from transformers. While a layer runs, they find its
+context in ``Running``, which every thread has of its own.
 
 The checks here run in every forward, also in a compiled one: they are told who asks (``where``) and
 do not look it up.
@@ -10,31 +14,42 @@ do not look it up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import enum
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from .gates import Gates
-from .memories import Stacks
+from .memories import Memory, Roster, Stacks
+
+if TYPE_CHECKING:
+    from .decode_graph import Decoding
 
 
-class _Active:
-    """Stands for "the memory set by use_memory, or none".
+class Unnamed(enum.Enum):
+    """What a ``memory`` argument can say beside names and None, which asks for no memory."""
 
-    The default of every ``memory`` argument. It cannot be None, which asks for no memory.
-    """
+    ACTIVE = "the memory of use_memory, or none"
+    BASE = "the base model: no memory, and every gate open"
 
     def __repr__(self) -> str:
-        return "<active memory>"
-
-    def __deepcopy__(self, memo) -> _Active:
-        return self  # it is recognised by ``is``
+        return f"<{self.value}>"
 
 
-ACTIVE = _Active()
-MemoryArgument = str | Sequence[str | None] | Tensor | _Active | None
+ACTIVE = Unnamed.ACTIVE  # the default of every ``memory`` argument
+BASE = Unnamed.BASE  # for a model that is its own teacher, and to fill a learned cache
+MemoryArgument = str | Sequence[str | None] | Tensor | Unnamed | None
+# What a call said: one memory for all rows, or the name of each row's. ACTIVE: it cannot be known.
+Said = str | tuple[str | None, ...] | Unnamed | None
 
 
 @dataclass
@@ -42,41 +57,191 @@ class ForwardContext:
     """State of one forward.
 
     Args:
-        slots: ids of the memories in use, in stacking order; () for none.
-        ids: int64 [B], each row's index into ``slots`` or -1; None if every row uses ``slots[0]``.
+        memories: those in use, in stacking order; () for none. The memories themselves: whatever is
+            added to the model or taken out of it meanwhile, this forward ends with what it began.
+        ids: int64 [B], each row's index into ``memories`` or -1; None if every row uses the first.
         gates: z [I] of each layer, or None for all open.
         kept_first: gates that are fixed, where layers' kept neurons stand first: only these are
             computed. ``gates`` is None then.
         stacks: where layers find what earlier forwards stacked; None: they stack for themselves.
+        said: what a cache that this forward fills was filled under; see ``said_by``.
         masks: attention masks built on demand, shared by the layers.
     """
 
-    slots: tuple[int, ...] = ()
+    memories: tuple[Memory, ...] = ()
     ids: Tensor | None = None
     gates: list[Tensor] | None = None
     kept_first: Gates | None = None
     stacks: Stacks | None = None
+    said: Said = None
     masks: dict = field(default_factory=dict)
 
 
-class LayerScope:
-    """The context of the (re)computation that a decoder layer is in.
+@dataclass
+class Generation:
+    """What lasts one ``generate``.
 
-    The MLP and the linear layers get no keyword arguments in transformers; attention does, also
-    when a checkpointed layer is recomputed. So attention, the first of a layer, leaves the context
-    here, and the MLP, the last, takes it away again: a layer that is called on its own finds none.
+    Args:
+        memory: of its rows: what a forward that says nothing uses.
+        roster: the model's memories at its beginning, by which names and ids are understood.
+        rooms: of each row, how many tokens the positions have room for behind prefix and prompt;
+            None for a row without a prefix.
+        ends: where rows end for that reason, each at its own length of ``input_ids``, int64 [B].
+        static_cache: the static cache that it was given.
+        decoding: its decode steps, where they may be captured.
+        prompt_cache: the static cache that the prompt was read into.
+        first_keys: the first visible key of each row of the prompt, int64 [B, 1, 1, 1]; every later
+            one is visible too. None: to be looked up in the mask.
     """
 
-    def __init__(self, index: int):
-        self.index = index
-        self.idle = ForwardContext()
-        self.context = self.idle
+    memory: MemoryArgument
+    roster: Roster
+    rooms: tuple[int | None, ...] = ()
+    ends: Tensor | None = None
+    static_cache: Cache | None = None
+    decoding: Decoding | None = None
+    prompt_cache: Cache | None = None
+    first_keys: Tensor | None = None
 
-    def __deepcopy__(self, memo) -> LayerScope:
-        return LayerScope(self.index)  # a copy of a model is in no forward
+
+class Calls:
+    """The calls of one model that run, in all threads, so that it is not changed beneath them.
+
+    Calls take no lock for it. Each thread counts its own and then looks whether a change is under
+    way; whoever changes the model says so and then looks at the counts. One of them sees the other.
+
+    Attributes:
+        lock: held while a thread is added, and while one changes the model.
+        threads: the counts.
+        change: what is being done to the model, or None.
+    """
+
+    class OfThread:
+        """The count of one thread; ``Running`` holds it, so it dies with the thread."""
+
+        running = 0
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.threads: WeakSet[Calls.OfThread] = WeakSet()
+        self.change: str | None = None
+
+    def __reduce__(self) -> tuple:
+        return Calls, ()  # none runs of a copy
 
 
-def check_names(memory: object, names: list[str], where: str) -> None:
+class Running(threading.local):
+    """What the current thread runs at this moment, of one model.
+
+    A thread runs one layer at a time and one ``generate`` at a time, also under asyncio: neither
+    gives way to another task. Whoever enters one puts the outer one back when it ends.
+
+    Attributes:
+        context: of the decoder layer that runs; None outside of layers, and in one that somebody
+            calls on its own.
+        generation: the ``generate`` that runs, or None.
+        calls: those of all threads.
+    """
+
+    # In __init__, which every thread runs at its first look: torch.compile would take a default of
+    # the class for the value.
+    def __init__(self, calls: Calls):
+        self.context: ForwardContext | None = None
+        self.generation: Generation | None = None
+        self.calls = calls
+        self._own = Calls.OfThread()
+        with calls.lock:
+            calls.threads.add(self._own)
+
+    def __reduce__(self) -> tuple:
+        return Running, (self.calls,)  # a copy of a model runs nothing
+
+    def begin(self) -> None:
+        """Count a call of this thread, which must ``end`` once for it; wait for a change of the
+        model to end first."""
+        while True:
+            self._own.running += 1
+            if self.calls.change is None:
+                return
+            self._own.running -= 1
+            with self.calls.lock:
+                pass
+
+    def end(self) -> None:
+        """Count a call of this thread that has ended."""
+        self._own.running -= 1
+
+    @contextlib.contextmanager
+    def changing(self, what: str) -> Iterator[None]:
+        """Change the model inside the ``with`` block; calls that would begin in it wait.
+
+        Args:
+            what: who asks.
+
+        Raises:
+            RuntimeError: a call runs, in another thread or (as in a hook) in this one.
+        """
+        with self.calls.lock:
+            self.calls.change = what
+            try:
+                running = sum(thread.running for thread in self.calls.threads)
+                if running:
+                    raise RuntimeError(
+                        f"{what}: no call of the model must run meanwhile, got {running} that do; "
+                        "wait for them"
+                    )
+                yield
+            finally:
+                self.calls.change = None
+
+
+class ActiveMemory:
+    """The memory that ``use_memory`` set, of each thread and each asyncio task its own."""
+
+    def __init__(self):
+        # Taken out of the context again at the end of each block, so it does not outlive the model.
+        self._memory: ContextVar[MemoryArgument] = ContextVar("koff_active", default=ACTIVE)
+        self._lock = threading.Lock()
+        self._blocks = 0
+        # Whether any thread is in a block. torch.compile can follow this, but no context variable.
+        self.anywhere = False
+
+    def __reduce__(self) -> tuple:
+        return ActiveMemory, ()  # a copy of a model is in no block
+
+    def get(self) -> MemoryArgument:
+        """Return the memory of the current thread or task; None if it set none."""
+        if not self.anywhere:
+            return None
+        memory = self._memory.get()
+        if memory is not ACTIVE:
+            return memory
+        warnings.warn(
+            "koff: a call that names no memory runs without one, while use_memory holds in another "
+            "thread or task only; pass memory= to the call, or call use_memory where it runs",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+    @contextlib.contextmanager
+    def set(self, memory: MemoryArgument) -> Iterator[None]:
+        """Make ``memory`` the one of the current thread or task inside the ``with`` block."""
+        self._count(1)
+        token = self._memory.set(memory)
+        try:
+            yield
+        finally:
+            self._count(-1)
+            self._memory.reset(token)
+
+    def _count(self, by: int) -> None:
+        with self._lock:
+            self._blocks += by
+            self.anywhere = self._blocks > 0
+
+
+def check_names(memory: object, names: Sequence[str], where: str) -> None:
     """Refuse a name that is not among the model's memories.
 
     Raises:
@@ -94,6 +259,37 @@ def check_names(memory: object, names: list[str], where: str) -> None:
         raise KeyError(
             f"{where}: a memory must be one of the model's ({known}), got {memory!r}; check it"
         )
+
+
+def said_by(memory: MemoryArgument, roster: Roster) -> Said:
+    """Return what a memory argument said, to be compared with what another call said.
+
+    Args:
+        memory: a valid one; not ``ACTIVE``.
+        roster: the model's memories.
+    """
+    if isinstance(memory, Tensor):
+        if not _on_host(memory):
+            return ACTIVE
+        memory = [None if i < 0 else roster.names[i] for i in memory.tolist()]
+    if memory is None or isinstance(memory, (str, Unnamed)):
+        return memory
+    return memory[0] if len(set(memory)) == 1 else tuple(memory)
+
+
+def goes_on(before: Said, now: Said, rows: int) -> bool:
+    """Return whether a call may go on with a cache that another one filled.
+
+    Args:
+        before, now: what was said for the cache, and by the call.
+        rows: B of the call.
+    """
+    if before == now or ACTIVE in (before, now):
+        return True
+    each_before, each = (s if isinstance(s, tuple) else (s,) * rows for s in (before, now))
+    # Of other rows than there were (some have ended, or were multiplied), all that can be said is
+    # whether their memories are among those of the cache.
+    return each == each_before or (len(each) != len(each_before) and {*each} <= {*each_before})
 
 
 def _on_host(ids: Tensor) -> bool:
@@ -120,7 +316,7 @@ def _resolve_tensor(memory: Tensor, rows: int, count: int, where: str) -> list[i
 
 
 def resolve_ids(
-    memory: MemoryArgument, rows: int, names: list[str], where: str
+    memory: MemoryArgument, rows: int, names: Sequence[str], where: str
 ) -> list[int] | int | Tensor:
     """Return the ids that a memory argument means.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class Gates(nn.Module):
             )
             # Not saved: it follows from the mask, and saved weights are in the original order.
             self.register_buffer(f"order_{index}", None, persistent=False)
+        self.register_load_state_dict_pre_hook(_before_load)
         self.target = target
         self.fixed = False
         self._held: list[Tensor] | None = None  # see held_open
@@ -209,3 +210,46 @@ class Gates(nn.Module):
         self.fixed = False
         for p in (*self.log_alpha, self.multiplier):
             p.requires_grad_(True)
+
+    # What ``state_dict`` says of the masks beside their values, and ``load_state_dict`` takes over.
+    # A tensor, since formats like safetensors hold nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        """Return ``fixed``, bool []."""
+        return torch.tensor(self.fixed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take ``fixed`` over, after the masks themselves."""
+        if bool(state):
+            self.fix_(self.masks)
+        elif self.fixed:
+            self.unfix_()
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse masks of which nobody knows whether they are fixed.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of these gates among them.
+
+        Raises:
+            ValueError: they do not say.
+        """
+        given = any(name.startswith(prefix) for name in tensors)
+        if given and f"{prefix}_extra_state" not in tensors:
+            raise ValueError(
+                f"load_state_dict: gates must come with {prefix}_extra_state, which says whether "
+                "their mask is fixed, got none; add it: torch.tensor(True) if the model was "
+                "binarised, else torch.tensor(False)"
+            )
+
+
+def _before_load(gates: Gates, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    gates.check_loadable(tensors, prefix)
+    if gates.kept_first:  # a hook of the whole model would have put the neurons back before
+        raise ValueError(
+            "load_state_dict: gates must be loaded by the model whose neurons their mask has "
+            "ordered, got a call on a part of it; put 'koff.' in front of the names and call "
+            "model.load_state_dict(..., strict=False)"
+        )

@@ -8,7 +8,10 @@ a cache, where they stay until a parameter changes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from koffkernels import LoRA, Prefix
 
-from .arch import HALVES, Site, site_key, site_of
+from .arch import HALVES, KVShape, Site, StateShape, site_key, site_of
 from .config import KVConfig, LoRAConfig
+from .recurrent import Start, StateWeights
 
 
 class LoRAWeights(nn.Module):
@@ -72,6 +76,40 @@ class KVWeights(nn.Module):
         self.k.copy_(k[:, frozen:])
         self.v.copy_(v[:, frozen:])
 
+    def parts(self) -> dict[str, Tensor]:
+        """Return the whole tensors by the names that they have on disk."""
+        keys, values = self.full()
+        return {"keys": keys, "values": values}
+
+    def draw_(self, std: float, generator: torch.Generator) -> None:
+        """Fill with N(0, std), in place."""
+        heads, trained, width = self.k.shape
+        shape = (2, heads, trained + self.k_frozen.shape[1], width)
+        self.fill_(*torch.randn(shape, generator=generator) * std)
+
+    def take_(self, layer: Any) -> None:
+        """Take over what a cache of one row kept of this layer, in place."""
+        # Keys post-RoPE at positions 0..P-1, which is what a memory stores.
+        self.fill_(layer.keys[0], layer.values[0])
+
+
+class NoWeights(nn.Module):
+    """Stands for a layer that a memory has nothing for: a recurrent one without
+    ``KVConfig.recurrent_state``."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return no tensors."""
+        return {}
+
+    def fill_(self) -> None:
+        """Do nothing."""
+
+    def draw_(self, std: float, generator: torch.Generator) -> None:
+        """Do nothing."""
+
+    def take_(self, layer: Any) -> None:
+        """Do nothing."""
+
 
 class Memory(nn.Module):
     """One memory.
@@ -81,13 +119,14 @@ class Memory(nn.Module):
         lora: its LoRA config, or None.
         kv: its KV config, or None.
         linear_shapes: (K, N) of every linear layer that carries LoRA.
-        num_layers, kv_heads, head_dim: of the model.
+        cache_shapes: of each layer, what ``arch.cache_shapes`` says of it.
         device: where the parameters live.
         generator: of the initial values.
 
     Attributes:
         lora: ``LoRAWeights`` by ``site_key``; see ``lora_at`` and ``sites``.
-        kv: ``KVWeights`` of each layer; empty without a KV part.
+        kv: of each layer ``KVWeights`` or, if it is recurrent, ``StateWeights`` or ``NoWeights``;
+            empty without a KV part.
         kv_filled: False while the KV part waits for text to be filled from.
     """
 
@@ -97,9 +136,7 @@ class Memory(nn.Module):
         lora: LoRAConfig | None,
         kv: KVConfig | None,
         linear_shapes: dict[Site, tuple[int, int]],
-        num_layers: int,
-        kv_heads: int,
-        head_dim: int,
+        cache_shapes: list[KVShape | StateShape],
         device: torch.device,
         generator: torch.Generator,
     ):
@@ -115,15 +152,18 @@ class Memory(nn.Module):
         self.kv = nn.ModuleList()
         self.kv_filled = kv is None
         if kv is not None:
-            for _ in range(num_layers):
-                weights = KVWeights(kv_heads, kv.num_tokens, kv.num_frozen_tokens, head_dim, device)
-                shape = (2, kv_heads, kv.num_tokens, head_dim)
+            for shape in cache_shapes:
+                if isinstance(shape, KVShape):
+                    sizes = (shape.heads, kv.num_tokens, kv.num_frozen_tokens, shape.width)
+                    weights = KVWeights(*sizes, device)
+                else:
+                    weights = StateWeights(*shape, device) if kv.recurrent_state else NoWeights()
                 # Drawn also where a prefill will take its place: what comes after it in the stream
                 # of a seed is then the same for every init.
-                k, v = torch.randn(shape, generator=generator) * kv.init_std
-                weights.fill_(k.to(device), v.to(device))
+                weights.draw_(kv.init_std, generator)
                 self.kv.append(weights)
             self.kv_filled = kv.init == "normal"
+        self.register_load_state_dict_pre_hook(_before_load)
 
     def lora_at(self, site: Site) -> LoRAWeights | None:
         """Return the LoRA of one linear layer; None if this memory has none there."""
@@ -149,6 +189,52 @@ class Memory(nn.Module):
         for key, weights in self.lora.items():
             yield site_of(key), weights
 
+    def check_filled(self, where: str) -> None:
+        """Refuse to use this memory while its KV part waits for text: it is noise until then.
+
+        Raises:
+            ValueError: it does; ``where`` says who asked.
+        """
+        if not self.kv_filled:
+            raise ValueError(
+                f"{where}: the KV part of memory {self.name!r} must be filled, got one that waits "
+                "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
+            )
+
+    # What ``state_dict`` says of the tensors beside their values, and ``load_state_dict`` takes
+    # over. A tensor, since formats like safetensors hold nothing else.
+
+    def get_extra_state(self) -> Tensor:
+        """Return whether the KV part is filled, and the LoRA's alpha (0 without one): fp64 [2]."""
+        alpha = 0.0 if self.lora_config is None else self.lora_config.alpha
+        return torch.tensor([self.kv_filled, alpha], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take both over: a LoRA computes what it did only with its own alpha."""
+        filled, alpha = state.tolist()
+        self.kv_filled = bool(filled)
+        if self.lora_config is not None and self.lora_config.alpha != alpha:
+            self.lora_config = dataclasses.replace(self.lora_config, alpha=alpha)
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse a learned cache of which nobody knows whether it is filled. If it is not, training
+        begins by overwriting it.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of this memory among them.
+
+        Raises:
+            ValueError: they do not say.
+        """
+        given = any(name.startswith(f"{prefix}kv.") for name in tensors)
+        if given and f"{prefix}_extra_state" not in tensors:
+            raise ValueError(
+                f"load_state_dict: a learned cache must come with {prefix}_extra_state, which says "
+                "whether it is filled, got none; add it: torch.tensor([1.0, alpha]) with the "
+                "LoRA's alpha, [0.0, alpha] for one that still waits for text"
+            )
+
     @property
     def scaling(self) -> float:
         """alpha / r."""
@@ -158,6 +244,11 @@ class Memory(nn.Module):
     def length(self) -> int:
         """Prefix tokens P; 0 without a KV part."""
         return self.kv_config.num_tokens if self.kv_config is not None else 0
+
+
+def _before_load(memory: Memory, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    memory.check_loadable(tensors, prefix)
 
 
 _optimizer_steps = 0
@@ -181,6 +272,14 @@ def _edits(tensors: list[Tensor]) -> list[int]:
         return [-1 if t.is_inference() else t._version for t in tensors]
 
 
+def stream_of(device: torch.device) -> int | None:
+    """Return the number of the current thread's current stream on a GPU; None without a GPU, and
+    during a capture, which has a stream of its own for what is known of another."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 class Stacks:
     """What layers have stacked, without autograd, of the memories of one forward: made when a layer
     first asks, and valid until a tensor of these memories changes.
@@ -188,14 +287,19 @@ class Stacks:
     Args:
         modules: everything whose tensors the stacks are made of.
 
+        stream: of the device, on which they are made; see ``stream_of``.
+
     Attributes:
         lora: the LoRA of each site that was asked for; None where no memory has one.
         prefix: the learned cache of each layer that was asked for; None likewise.
+        start: the learned start of each recurrent layer that was asked for; None likewise.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]):
+    def __init__(self, modules: Iterable[nn.Module], stream: int | None = None):
+        self.stream = stream
         self.lora: dict[Site, LoRA | None] = {}
         self.prefix: dict[int, Prefix | None] = {}
+        self.start: dict[int, Start | None] = {}
         # The dictionaries and not the tensors, since assigning a parameter replaces it in there.
         self._holders = [
             holder for m in modules for holder in (m._parameters, m._buffers) if len(holder)
@@ -221,7 +325,9 @@ class Stacks:
 
     def bytes(self) -> int:
         """Return what the stacks hold, views of single memories included."""
-        stacks = [*self.lora.values(), *self.prefix.values()]
+        # Lists at once: another thread's forward may be adding to them.
+        found = [list(part.values()) for part in (self.lora, self.prefix, self.start)]
+        stacks = [stack for part in found for stack in part]
         return sum(t.nbytes for stack in stacks if stack is not None for t in stack)
 
 
@@ -229,7 +335,8 @@ class _StackCache:
     """The ``Stacks`` of each mix of memories that forwards used, the last used last."""
 
     def __init__(self):
-        self.mixes: dict[tuple[int, ...], Stacks] = {}
+        self.mixes: dict[tuple[Memory, ...], Stacks] = {}
+        self.lock = threading.Lock()
 
     # A copy of the model has parameters of its own, and makes its own stacks.
 
@@ -240,18 +347,29 @@ class _StackCache:
         return _StackCache, ()
 
 
+class Roster(NamedTuple):
+    """The memories of a model at one moment, in order; a memory's position is its id."""
+
+    names: tuple[str, ...] = ()
+    memories: tuple[Memory, ...] = ()
+
+
 class MemoryBank(nn.Module):
-    """All memories of a model, in order; a memory's position is its id.
+    """All memories of a model.
 
     Args:
         inverse_frequencies: [R / 2], of the model's RoPE.
         without_rope: numbers of the layers whose keys know no positions.
+
+    Attributes:
+        roster: the memories. It is replaced as a whole, so that a call that took it at its
+            beginning understands names and ids by it to its end.
     """
 
     def __init__(self, inverse_frequencies: Tensor, without_rope: frozenset[int] = frozenset()):
         super().__init__()
         self._without_rope = without_rope
-        self.names: list[str] = []
+        self.roster = Roster()
         self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
         self.register_buffer(
@@ -261,16 +379,23 @@ class MemoryBank(nn.Module):
     def add(self, memory: Memory) -> None:
         """Append a memory. Its module name is mangled, so that names such as "keys" or "training"
         work."""
-        self.names.append(memory.name)
         self.add_module(f"memory_{memory.name}", memory)
+        names, memories = self.roster
+        self.roster = Roster((*names, memory.name), (*memories, memory))
 
     def remove(self, name: str) -> Memory:
         """Take a memory out, and return it."""
-        self.names.remove(name)
-        memory = getattr(self, f"memory_{name}")
+        memory = self[name]
+        others = [m for m in self.roster.memories if m is not memory]
+        self.roster = Roster(tuple(m.name for m in others), tuple(others))
         delattr(self, f"memory_{name}")
-        self._stacks = _StackCache()  # the ids of those behind it are others now
+        self._stacks = _StackCache()  # or it would be held on to
         return memory
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the memories, in order."""
+        return list(self.roster.names)
 
     @contextlib.contextmanager
     def only(self, memory: Memory) -> Iterator[None]:
@@ -279,7 +404,7 @@ class MemoryBank(nn.Module):
         The others are out of the model meanwhile, so that nothing can reach them. They come back
         after it, and the new one stays, as the last, if the block ends well.
         """
-        others = [self.remove(name) for name in tuple(self.names)]
+        others = [self.remove(name) for name in self.names]
         self.add(memory)
         stays = []
         try:
@@ -291,55 +416,57 @@ class MemoryBank(nn.Module):
                 self.add(back.to(self.inverse_frequencies.device))
 
     def __getitem__(self, which: str | int) -> Memory:
-        name = self.names[which] if isinstance(which, int) else which
-        return getattr(self, f"memory_{name}")
+        names, memories = self.roster
+        return memories[which if isinstance(which, int) else names.index(which)]
 
-    def __iter__(self):
-        return (self[name] for name in self.names)
+    def __iter__(self) -> Iterator[Memory]:
+        return iter(self.roster.memories)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.roster.names)
 
-    def stacks(self, slots: tuple[int, ...]) -> Stacks | None:
+    def stacks(self, memories: tuple[Memory, ...]) -> Stacks | None:
         """Return where the layers of a forward find and leave what they stack of these memories.
 
         The same object comes back as long as its memories do not change: asking once per forward
         takes the place of a look at the parameters in every layer.
 
         Args:
-            slots: ids of the memories.
+            memories: those of the forward.
 
         Returns:
-            None with autograd, where a stack belongs to one backward, and while compiling, where it
-            is part of a graph: then every layer makes its own.
+            None with autograd, where a stack belongs to one backward, while compiling, where it is
+            part of a graph, and on another stream of a GPU than the one it is made on, which would
+            read it without waiting: then every layer makes its own.
         """
-        if not slots or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not memories or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        mixes = self._stacks.mixes
-        found = mixes.pop(slots, None)
-        if found is None or not found.valid():
-            # Every memory alone and all of them together fit, as often as they come by turns; of
-            # other mixes, those that were not used for the longest time are dropped.
-            most = 2 * sum(p.nbytes for p in self.parameters())
-            held = sum(mix.bytes() for mix in mixes.values())
-            while mixes and held > most:
-                held -= mixes.pop(next(iter(mixes))).bytes()
-            memories = [self[slot] for slot in slots]
-            found = Stacks([self, *(m for memory in memories for m in memory.modules())])
-        mixes[slots] = found
-        return found
+        mixes, stream = self._stacks.mixes, stream_of(self.inverse_frequencies.device)
+        with self._stacks.lock:
+            found = mixes.pop(memories, None)
+            if found is None or not found.valid():
+                # Every memory alone and all of them together fit, as often as they come by turns;
+                # of other mixes, those that were not used for the longest time are dropped.
+                most = 2 * sum(p.nbytes for p in self.parameters())
+                held = sum(mix.bytes() for mix in mixes.values())
+                while mixes and held > most:
+                    held -= mixes.pop(next(iter(mixes))).bytes()
+                modules = [self, *(m for memory in memories for m in memory.modules())]
+                found = Stacks(modules, stream)
+            mixes[memories] = found
+        return found if stream is None or stream == found.stream else None
 
-    def are_stacked(self, slots: tuple[int, ...], stacks: Stacks | None) -> bool:
-        """Return whether ``stacks`` is what ``stacks(slots)`` would give, as far as can be said in
-        no time: a tensor that was exchanged and not edited is found by the next call of that.
+    def are_stacked(self, memories: tuple[Memory, ...], stacks: Stacks | None) -> bool:
+        """Return whether ``stacks`` is what ``stacks(memories)`` would give, as far as can be said
+        in no time: a tensor that was exchanged and not edited is found by the next call of that.
 
         Args:
-            slots: ids of the memories.
+            memories: those of the forward.
             stacks: that were given for these; None if there are none.
         """
-        if not slots:
+        if not memories:
             return stacks is None
-        return self._stacks.mixes.get(slots) is stacks and stacks.unedited()
+        return self._stacks.mixes.get(memories) is stacks and stacks.unedited()
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor, made once: making one on a GPU waits for everything the GPU still has to
@@ -353,13 +480,15 @@ class MemoryBank(nn.Module):
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
 
-    def lora(self, site: Site, slots: tuple[int, ...], stacks: Stacks | None = None) -> LoRA | None:
+    def lora(
+        self, site: Site, memories: tuple[Memory, ...], stacks: Stacks | None = None
+    ) -> LoRA | None:
         """Return the stacked LoRA of one linear layer for the given memories.
 
         Args:
             site: of the linear layer.
-            slots: ids of the memories.
-            stacks: of this forward, with the same ids; None: make it anew.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
@@ -367,13 +496,13 @@ class MemoryBank(nn.Module):
         """
         # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
         if stacks is None or torch.is_grad_enabled():
-            return self._make_lora(site, slots)
-        if site not in stacks.lora:
-            stacks.lora[site] = self._make_lora(site, slots)
+            return self._make_lora(site, memories)
+        if site not in stacks.lora:  # two threads may both make it, and get the same
+            stacks.lora[site] = self._make_lora(site, memories)
         return stacks.lora[site]
 
-    def _make_lora(self, site: Site, slots: tuple[int, ...]) -> LoRA | None:
-        found = [self[slot].matrices(site) for slot in slots]
+    def _make_lora(self, site: Site, memories: tuple[Memory, ...]) -> LoRA | None:
+        found = [memory.matrices(site) for memory in memories]
         like = next((pair for pair in found if pair is not None), None)
         if like is None:
             return None
@@ -383,37 +512,37 @@ class MemoryBank(nn.Module):
             for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
         )
         scaling = tuple(
-            0.0 if pair is None else self[slot].scaling
-            for pair, slot in zip(found, slots, strict=True)
+            0.0 if pair is None else memory.scaling
+            for pair, memory in zip(found, memories, strict=True)
         )
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
     def prefix(
-        self, layer: int, slots: tuple[int, ...], stacks: Stacks | None = None
+        self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
     ) -> Prefix | None:
         """Return the stacked learned cache of one layer, keys moved to positions -P..-1.
 
         Args:
             layer: its number.
-            slots: ids of the memories.
-            stacks: of this forward, with the same ids; None: make it anew.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
 
         Returns:
             k, v [M, Hkv, P, D] with zeros behind a shorter prefix, and lengths [M]; None if no
             memory has one.
         """
         if stacks is None or torch.is_grad_enabled():
-            return self._make_prefix(layer, slots)
+            return self._make_prefix(layer, memories)
         if layer not in stacks.prefix:
-            stacks.prefix[layer] = self._make_prefix(layer, slots)
+            stacks.prefix[layer] = self._make_prefix(layer, memories)
         return stacks.prefix[layer]
 
-    def _make_prefix(self, layer: int, slots: tuple[int, ...]) -> Prefix | None:
-        lengths = tuple(self[slot].length for slot in slots)
+    def _make_prefix(self, layer: int, memories: tuple[Memory, ...]) -> Prefix | None:
+        lengths = tuple(memory.length for memory in memories)
         if not any(lengths):
             return None
         weights = [
-            self[slot].kv[layer] if p else None for slot, p in zip(slots, lengths, strict=True)
+            memory.kv[layer] if p else None for memory, p in zip(memories, lengths, strict=True)
         ]
         longest = max(lengths)
         like = next(w for w in weights if w is not None).k
@@ -425,6 +554,36 @@ class MemoryBank(nn.Module):
             k.append(_padded(key, 1, longest, like))
             v.append(_padded(value, 1, longest, like))
         return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
+
+    def start(
+        self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
+    ) -> Start | None:
+        """Return the stacked learned start of one recurrent layer.
+
+        Args:
+            layer: its number.
+            memories: M of them.
+            stacks: of this forward, with the same memories; None: make it anew.
+
+        Returns:
+            state [M, Hv, Dk, Dv] and conv [M, C, K - 1], zeros where a memory has none; None if no
+            memory has one.
+        """
+        if stacks is None or torch.is_grad_enabled():
+            return self._make_start(layer, memories)
+        if layer not in stacks.start:
+            stacks.start[layer] = self._make_start(layer, memories)
+        return stacks.start[layer]
+
+    def _make_start(self, layer: int, memories: tuple[Memory, ...]) -> Start | None:
+        found = [memory.kv[layer] if memory.length else None for memory in memories]
+        weights = [w if isinstance(w, StateWeights) else None for w in found]
+        like = next((w for w in weights if w is not None), None)
+        if like is None:
+            return None
+        state = [torch.zeros_like(like.state) if w is None else w.state for w in weights]
+        conv = [torch.zeros_like(like.conv) if w is None else w.conv for w in weights]
+        return Start(_stack(state), _stack(conv))
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -463,5 +622,5 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     angle = inverse_frequencies.double() * shift
     cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
     half = len(angle)
-    low, high, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
+    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

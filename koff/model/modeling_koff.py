@@ -23,6 +23,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -50,8 +52,13 @@ class NarrowMixin:
         for layer, width in zip(self.model.layers, sizes, strict=True):
             own = copy.copy(config)
             own.intermediate_size = width
-            layer.mlp = type(layer.mlp)(own)
+            layer.mlp = self.make_mlp(type(layer.mlp), own)
         self.init_weights()  # of the new MLPs; the rest is marked as done
+
+    @staticmethod
+    def make_mlp(cls, config):
+        """Return an MLP as wide as a config says."""
+        return cls(config)
 
 
 class KoffLlamaConfig(LlamaConfig):
@@ -156,3 +163,21 @@ class KoffPhi3ForCausalLM(NarrowMixin, Phi3ForCausalLM):
     """Phi3ForCausalLM with narrow MLPs."""
 
     config_class = KoffPhi3Config
+
+
+class KoffQwen3_5TextConfig(Qwen3_5TextConfig):
+    """Qwen3_5TextConfig with one MLP width per layer."""
+
+    model_type = "koff_qwen3_5_text"
+    intermediate_sizes: list | None = None
+
+
+class KoffQwen3_5ForCausalLM(NarrowMixin, Qwen3_5ForCausalLM):
+    """Qwen3_5ForCausalLM with narrow MLPs."""
+
+    config_class = KoffQwen3_5TextConfig
+
+    @staticmethod
+    def make_mlp(cls, config):
+        """Return an MLP as wide as a config says."""
+        return cls(config, config.intermediate_size)

@@ -108,9 +108,11 @@ def in_original_order(model: PreTrainedModel, tensors: dict[str, Tensor], prefix
             tensors[key] = tensors[key].index_select(arch.NEURON_DIM[name], rows)
 
 
-def before_load(model: PreTrainedModel, *_) -> None:
+def before_load(model: PreTrainedModel, tensors: dict[str, Tensor], prefix: str, *_) -> None:
     """Hook of ``load_state_dict``: what comes is in the original order."""
-    restore_order(model)
+    model.koff.check_loadable(tensors, f"{prefix}koff.")
+    with model.koff.running.changing("load_state_dict"):
+        restore_order(model)
 
 
 def after_load(model: PreTrainedModel, _) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from .forward_context import BASE
+
 
 @torch.no_grad()
 def fill_from_tokens(
@@ -23,8 +25,7 @@ def fill_from_tokens(
 
     Source: Cartridges (arXiv 2506.06266), initialisation from text.
     """
-    state = model.koff
-    memory = state.memories[name]
+    memory = model.koff.memories[name]
     if memory.length == 0:
         raise ValueError(
             f"the KV initialisation of memory {name!r}: the memory must have a KV part, got none; "
@@ -41,12 +42,10 @@ def fill_from_tokens(
     cache = DynamicCache(config=model.config)
     training = model.training
     model.eval()
-    with state.bypass():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, memory=BASE)
     model.train(training)
-    # The cache holds keys post-RoPE at positions 0..P-1, which is what a memory stores.
     for weights, layer in zip(memory.kv, cache.layers, strict=True):
-        weights.fill_(layer.keys[0].float(), layer.values[0].float())
+        weights.take_(layer)
     memory.kv_filled = True
 
 

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import asker
 from . import arch
@@ -18,47 +15,22 @@ from .config import MAX_SPARSITY, KoffConfig
 from .decode_graph import DecodeGraphs
 from .forward_context import (
     ACTIVE,
+    BASE,
+    ActiveMemory,
+    Calls,
     ForwardContext,
     MemoryArgument,
+    Running,
+    Said,
     check_names,
     choose_slots,
     resolve_ids,
+    said_by,
 )
 from .gates import Gates
-from .memories import MemoryBank
+from .memories import Memory, MemoryBank
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-class _Turn:
-    """A lock that one thread may take again, and that a copy of the model gets anew: a lock itself
-    can be neither copied nor pickled."""
-
-    def __init__(self):
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple:
-        return _Turn, ()
-
-
-@dataclass
-class Prompt:
-    """What ``generate`` knows of the prompt that it has read into a static cache.
-
-    Args:
-        cache: the cache.
-        first_keys: the first visible key of each row, int64 [B, 1, 1, 1]; every later one is
-            visible too. None: to be looked up in the mask.
-    """
-
-    cache: Cache | None = None
-    first_keys: Tensor | None = None
 
 
 class KoffState(nn.Module):
@@ -75,10 +47,8 @@ class KoffState(nn.Module):
         gates: ``Gates`` or None (no sparsity, or already compacted).
         memories: ``MemoryBank``.
         active: the memory set by ``use_memory``.
-        turn: held while ``generate`` runs: a model does one forward at a time, since layers leave
-            the context of theirs in its modules.
+        running: the layer and the ``generate`` that the current thread runs.
         graphs: decode steps that ``generate`` captured.
-        prompt: what ``generate`` knows of its prompt while it runs; else None.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
         attention: the model's attention implementation before koff's took its place; None if it
@@ -101,20 +71,63 @@ class KoffState(nn.Module):
         if config.target_sparsity > 0 and with_gates:
             target = _neuron_target(model, config.target_sparsity, config.sparsity_scope)
             self.gates = Gates(self.dense_widths, target, model.device, generator)
-        self.active: MemoryArgument = None
-        self.turn = _Turn()
+        self.active = ActiveMemory()
+        self.running = Running(Calls())
         self.graphs = DecodeGraphs()
-        self.prompt: Prompt | None = None
-        self.bypassed = False
         self.kept: list[Tensor] | None = None
         self.attention: str | None = None
         self.trainable: list[str] = []
         self.hooks: list = []
+        self.register_load_state_dict_pre_hook(_before_load)
 
     @property
     def memory_names(self) -> tuple[str, ...]:
         """Names of the memories, in order."""
         return tuple(self.memories.names)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything learned, by name: ``state_dict`` without what it says about it."""
+        return {n: t for n, t in self.state_dict().items() if not n.endswith("_extra_state")}
+
+    def get_extra_state(self) -> Tensor:
+        """Return which of the dense model's neurons are there, layer after layer: bool
+        [sum of ``dense_widths``]."""
+        there = [torch.ones(width, dtype=torch.bool) for width in self.dense_widths]
+        for flags, kept in zip(there, self.kept or (), strict=False):
+            flags.zero_()[kept] = True
+        return torch.cat(there)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over which neurons a compacted model's weights are: tensors of one shape may be of
+        others."""
+        if self.kept is not None:
+            self.kept = [there.nonzero()[:, 0] for there in state.cpu().split(self.dense_widths)]
+
+    def check_loadable(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuse tensors that do not say what they mean, before any is loaded.
+
+        Args:
+            tensors: that are about to be loaded.
+            prefix: of the names of koff's among them.
+
+        Raises:
+            ValueError: they do not say, or are of neurons that this model never had.
+        """
+        for memory in self.memories:
+            memory.check_loadable(tensors, f"{prefix}memories.memory_{memory.name}.")
+        if self.gates is not None:
+            self.gates.check_loadable(tensors, f"{prefix}gates.")
+        there = tensors.get(f"{prefix}_extra_state")
+        if self.kept is None or there is None:
+            return
+        widths = [len(kept) for kept in self.kept]
+        fits = there.shape == (sum(self.dense_widths),)
+        if not fits or [int(flags.sum()) for flags in there.split(self.dense_widths)] != widths:
+            raise ValueError(
+                "load_state_dict: the state must be of a model that was pruned from the widths "
+                f"{self.dense_widths} to {widths}, got another; load it into a copy of the model "
+                "it came from"
+            )
 
     def check(self, memory: MemoryArgument, where: str) -> None:
         """Refuse unknown memories; the number of rows is checked when they are known."""
@@ -124,46 +137,62 @@ class KoffState(nn.Module):
         elif not isinstance(memory, Tensor):
             check_names(memory, self.memories.names, where)
 
+    def named(self, memory: MemoryArgument) -> MemoryArgument:
+        """Return what a ``memory`` argument means here: what ``ACTIVE`` stands for in this thread
+        or task, and anything else as it is."""
+        if memory is not ACTIVE:
+            return memory
+        generation = self.running.generation
+        return self.active.get() if generation is None else generation.memory
+
     def choose(
         self, memory: MemoryArgument, rows: int, device: torch.device
-    ) -> tuple[tuple[int, ...], Tensor | None]:
+    ) -> tuple[tuple[Memory, ...], Tensor | None]:
         """Return the memories that a forward of ``rows`` rows stacks and each row's place among
-        them, as in ``ForwardContext``; ``memory`` is not ``ACTIVE``."""
-        ids = resolve_ids(memory, rows, self.memories.names, "memory")
-        return choose_slots(ids, len(self.memories), device)
+        them, as in ``ForwardContext``; ``memory`` is one of ``named``."""
+        generation = self.running.generation
+        roster = self.memories.roster if generation is None else generation.roster
+        ids = resolve_ids(memory, rows, roster.names, "memory")
+        slots, local = choose_slots(ids, len(roster.names), device)
+        return tuple([roster.memories[slot] for slot in slots]), local
 
     def context(self, memory: MemoryArgument, rows: int, device: torch.device) -> ForwardContext:
-        """Return the context of one forward of ``rows`` rows."""
-        if self.bypassed:
-            return ForwardContext()
-        memory = self.active if memory is ACTIVE else memory
-        slots, local = self.choose(memory, rows, device)
-        stacks = self.memories.stacks(slots)
-        gates = self.gates
-        if gates is not None and gates.kept_first:
-            return ForwardContext(slots, local, kept_first=gates, stacks=stacks)
-        # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
-        values = None if gates is None else gates.values()
-        return ForwardContext(slots, local, values, stacks=stacks)
+        """Return the context of one forward of ``rows`` rows; ``memory`` is one of ``named``."""
+        if memory is BASE:
+            return ForwardContext(said=BASE)
+        memories, local = self.choose(memory, rows, device)
+        self._check_filled(memory, memories, local)
+        context = ForwardContext(memories, local, stacks=self.memories.stacks(memories))
+        if not torch.compiler.is_compiling():  # caches are not followed there
+            context.said = self.said(memory)
+        if self.gates is not None and self.gates.kept_first:
+            context.kept_first = self.gates
+        elif self.gates is not None:
+            # Drawn here and not in the layers: a layer that is recomputed must see the same sample.
+            context.gates = self.gates.values()
+        return context
 
-    @contextlib.contextmanager
-    def using(self, memory: MemoryArgument) -> Iterator[None]:
-        """Make ``memory`` the default inside the ``with`` block."""
-        before, self.active = self.active, memory
-        try:
-            yield
-        finally:
-            self.active = before
+    def said(self, memory: MemoryArgument) -> Said:
+        """Return what a call said; ``memory`` is one of ``named``."""
+        generation = self.running.generation
+        if generation is None:
+            return said_by(memory, self.memories.roster)
+        if isinstance(memory, Tensor):  # of the ids that generate passes to itself, it knows more
+            memory = generation.memory
+        return said_by(memory, generation.roster)
 
-    @contextlib.contextmanager
-    def bypass(self) -> Iterator[None]:
-        """Compute as the base model does inside the ``with`` block: gates open, no memory. This is
-        how a model is its own teacher, and how a learned cache is first filled."""
-        before, self.bypassed = self.bypassed, True
-        try:
-            yield
-        finally:
-            self.bypassed = before
+    def _check_filled(
+        self, memory: MemoryArgument, memories: tuple[Memory, ...], local: Tensor | None
+    ) -> None:
+        """Refuse memories that wait for text, if a row uses them."""
+        waiting = [i for i, m in enumerate(memories) if not m.kv_filled]
+        if not waiting or (self.running.generation is not None and isinstance(memory, Tensor)):
+            return  # generate has looked at the ids that it passes to itself
+        if isinstance(memory, Tensor) and not torch.compiler.is_compiling():
+            used = local.tolist()  # all memories are stacked for ids on a GPU
+            waiting = [i for i in waiting if i in used]
+        if waiting:
+            memories[waiting[0]].check_filled("forward")
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but never lower the precision: a bf16 step at log_alpha 2.5 is 0.016, more than a
@@ -177,6 +206,11 @@ class KoffState(nn.Module):
 
         self.graphs.clear()  # it holds addresses, and memory on the device that may be left
         return super()._apply(move, recurse)
+
+
+def _before_load(state: KoffState, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Hook of ``load_state_dict``."""
+    state.check_loadable(tensors, prefix)
 
 
 def count_weights(model: PreTrainedModel) -> dict[str, int]:

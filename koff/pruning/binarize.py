@@ -15,6 +15,7 @@ from koffkernels.reference import ACTIVATIONS
 from ..errors import asked_by
 from ..model import arch
 from ..model.config import MAX_SPARSITY
+from ..model.forward_context import BASE
 from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState, count_weights, require_attached
 
@@ -23,6 +24,9 @@ from ..model.state import KoffState, count_weights, require_attached
 UNDECIDED_WARNING = 0.2
 # How far above the median neuron a massive one lies.
 MASSIVE = 1000.0
+# Rounding moves the sum of the widths by half a multiple: less than a thousandth of any real
+# model's neurons. Where it is more than this share of them, the multiple does not suit the widths.
+MISSED_WARNING = 0.02
 
 logger = logging.getLogger("koff")
 
@@ -190,7 +194,8 @@ def binarize(
         target: share of MLP neurons to remove; None: the target it was trained to.
         per_layer: "global" ranks all layers together; "uniform" keeps equally many in each layer.
         multiple_of: every kept width becomes a multiple of it (or stays dense), the sum as near the
-            target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls.
+            target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls. A
+            warning says so if that is far from the target.
         token_ids: int64 [B, T] of ordinary text; by these, neurons of massive activation that the
             mask removes are found (``massive_neurons``), named in the report and in a warning.
 
@@ -199,6 +204,7 @@ def binarize(
 
     Raises:
         ValueError: no gates, gates that are not finite, or illegal arguments.
+        RuntimeError: a call of the model runs, in this thread or another.
 
     Source: KOFF (arXiv 2605.29075), top-k over the learned gates; rounding is koff's own.
     """
@@ -225,7 +231,6 @@ def binarize(
             "train again"
         )
     undecided = gates.undecided()  # of the gates as they are; a fixed mask has none
-    restore_order(model)  # an earlier mask's
     scores = [p.detach() for p in gates.log_alpha]
     full = [len(s) for s in scores]
     keep = max(round((1.0 - target) * sum(full)), len(full))  # one neuron a layer at least
@@ -242,6 +247,8 @@ def binarize(
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
     masks = [_best(score, width) for score, width in zip(scores, chosen, strict=True)]
     removed = None
+    with model.koff.running.changing("binarize"):
+        restore_order(model)  # an earlier mask's
     if token_ids is not None:
         removed = [(i, n) for i, n in massive_neurons(model, token_ids) if not masks[i][n]]
         if removed:
@@ -250,9 +257,20 @@ def binarize(
                 "a memory the model may be poor. Raise no_memory_rows, or train the gates longer",
                 ", ".join(f"{layer}/{neuron}" for layer, neuron in removed),
             )
-    gates.fix_(masks)
-    move_kept_first(model)
-    return BinarizeReport(target, sparsity(model), undecided, removed)
+    with model.koff.running.changing("binarize"):
+        gates.fix_(masks)
+        move_kept_first(model)
+    report = BinarizeReport(target, sparsity(model), undecided, removed)
+    if abs(report.sparsity.mlp - target) > MISSED_WARNING:
+        logger.warning(
+            "koff: %.1f %% of the MLP neurons are removed where %.1f %% were asked for: of %s in a "
+            "layer a multiple of %d stays, or all; take a smaller multiple",
+            100 * report.sparsity.mlp,
+            100 * target,
+            " or ".join(str(width) for width in sorted(set(full))),
+            multiple_of,
+        )
+    return report
 
 
 @torch.no_grad()
@@ -282,8 +300,7 @@ def massive_neurons(model: PreTrainedModel, token_ids: Tensor) -> list[tuple[int
 
     hooks = [module.register_forward_pre_hook(measure) for module in arch.mlps(model)]
     try:
-        with model.koff.bypass():
-            model(input_ids=token_ids.to(model.device), use_cache=False)
+        model(input_ids=token_ids.to(model.device), memory=BASE, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

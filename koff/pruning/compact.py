@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from ..model.arch import Site
 from ..model.attach import require_own, set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
+from ..model.sharding import is_sharded, whole_model
 from ..model.state import require_attached
 from .binarize import binarize
 
@@ -56,7 +58,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
             run.
         inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
             a new model is returned, the given one keeps all its weights, and two models are never
-            held (only the new, narrow one beside it).
+            held (only the new, narrow one beside it). A model that FSDP shards is gathered on
+            every process, all of which call this, and the new one is on the CPU in any case.
 
     Returns:
         A model with narrow MLPs, the same memories and no gates. With equal widths in all layers it
@@ -79,23 +82,28 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         require_own(arch.mlp_linears(module).values())
     if not state.gates.fixed:
         binarize(model)
+    if is_sharded(model):
+        model, inplace = whole_model(model), True
+        state = model.koff
     kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
-    # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
-    # then narrow from the beginning, and the wide weights are never copied.
-    memo: dict[int, object] = {}
-    for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
-        for owner, name, narrow in _narrow_layer(module, index, model, rows):
-            if inplace:
-                setattr(owner, name, narrow)
-            else:
-                memo[id(getattr(owner, name))] = narrow
-    if not inplace:
-        model = copy.deepcopy(model, memo)
-    for module, rows in zip(arch.mlps(model), kept, strict=True):
-        arch.set_width(module, len(rows))
-    model.koff.kept = [rows.cpu() for rows in kept]
-    model.koff.gates = None
-    _set_config(model, [len(rows) for rows in kept])
+    # A copy leaves the model alone, and its calls too.
+    with state.running.changing("compact") if inplace else contextlib.nullcontext():
+        # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
+        # then narrow from the beginning, and the wide weights are never copied.
+        memo: dict[int, object] = {}
+        for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
+            for owner, name, narrow in _narrow_layer(module, index, model, rows):
+                if inplace:
+                    setattr(owner, name, narrow)
+                else:
+                    memo[id(getattr(owner, name))] = narrow
+        if not inplace:
+            model = copy.deepcopy(model, memo)
+        for module, rows in zip(arch.mlps(model), kept, strict=True):
+            arch.set_width(module, len(rows))
+        model.koff.kept = [rows.cpu() for rows in kept]
+        model.koff.gates = None
+        _set_config(model, [len(rows) for rows in kept])
     return model
 
 

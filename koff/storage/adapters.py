@@ -1,4 +1,5 @@
-"""Memories on disk, in PEFT's formats: LORA and CARTRIDGE, in one folder with a memory.json.
+"""Memories on disk, in PEFT's formats: LORA and CARTRIDGE, in one folder with a memory.json. For
+the learned cache of a model with recurrent layers PEFT has none (``hybrid_cache``).
 
 What is read comes through a ``SavedFolder`` or from a folder of the user's own; the functions here
 look at what was read: settings first, then the header, and the data once they fit.
@@ -23,9 +24,12 @@ from ..model.attach import new_memory
 from ..model.config import KVConfig, LoRAConfig
 from ..model.memories import Memory
 from .files import FLOATING, DamagedFolder
+from .hybrid_cache import cache_settings, cache_shapes, fill_cache, write_cache
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CACHE_CONFIG,
+    CACHE_WEIGHTS,
     KV,
     LORA,
     MEMORIES,
@@ -57,11 +61,7 @@ def check_memory(memory: Memory) -> None:
     Raises:
         ValueError: one of these.
     """
-    if not memory.kv_filled:
-        raise ValueError(
-            f"{asker()}: the KV part of memory {memory.name!r} must be filled, got one that waits "
-            "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
-        )
+    memory.check_filled(asker())
     if not all(bool(t.isfinite().all()) for t in memory.state_dict().values()):
         raise ValueError(
             f"{asker()}: memory {memory.name!r} must be finite, got NaN or infinity; lower the "
@@ -74,10 +74,14 @@ def write_memory(
 ) -> None:
     """Write a memory into a new folder, for a backbone that its manifest describes."""
     directory.mkdir(parents=True)
+    # PEFT's Auto classes load the base that an adapter names. On the dense one a memory of a pruned
+    # backbone computes something else, and where its shapes fit (a cache's and attention's do),
+    # nobody would notice.
+    base = manifest.base if manifest.widths == manifest.dense_widths else None
     if memory.lora_config is not None:
-        write_lora(model, memory, directory / LORA, manifest.base)
+        write_lora(model, memory, directory / LORA, base)
     if memory.kv_config is not None:
-        write_kv(model, memory, directory / KV, manifest.base)
+        write_kv(model, memory, directory / KV, base)
     facts = {
         "format": FORMAT,
         "name": memory.name,
@@ -125,12 +129,15 @@ def read_memory(
             raise ValueError(
                 f"{asker()}: it must have a LoRA or a KV part, got none; copy it again"
             )
-        lora_weights, kv_weights = (f"{place}/{part}/{ADAPTER_WEIGHTS}" for part in (LORA, KV))
+        names = {LORA: (ADAPTER_CONFIG, ADAPTER_WEIGHTS), KV: kv_files(model)}
+        files = {part: [f"{place}/{part}/{name}" for name in names[part]] for part in parts}
         lora = kv = None
         if LORA in parts:
-            lora = lora_config(folder.file(f"{place}/{LORA}/{ADAPTER_CONFIG}").json())
+            lora_settings, lora_weights = files[LORA]
+            lora = lora_config(folder.file(lora_settings).json())
         if KV in parts:
-            kv = kv_config(folder.file(f"{place}/{KV}/{ADAPTER_CONFIG}").json())
+            kv_settings, kv_weights = files[KV]
+            kv = kv_config(model, folder.file(kv_settings).json())
         # The header says what the file holds; a config that claims more is refused before anything
         # of its size is made.
         if lora is not None:
@@ -139,8 +146,7 @@ def read_memory(
             check_kv(model, kv, folder.file(kv_weights).header())
         # All that koff.save listed, and what is used even if the manifest does not list it: then it
         # is refused. Memories are small, so there is no verify=False for them.
-        used = {f"{place}/{MEMORY}"}
-        used |= {f"{place}/{p}/{f}" for p in parts for f in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+        used = {f"{place}/{MEMORY}"}.union(*files.values())
         folder.verify(used.union(memory_names(folder.manifest.files, name)))
         memory = new_memory(model, name, lora, kv, generator)
         if lora is not None:
@@ -188,7 +194,7 @@ def write_lora(model: PreTrainedModel, memory: Memory, directory: Path, base: st
         model: that the memory belongs to.
         memory: with a LoRA.
         directory: to make.
-        base: id of the dense model, for PEFT's config.
+        base: id of the model that it belongs on, for PEFT's config; None if it has none.
     """
     from peft import LoraConfig  # peft takes a second to import, and loading a model needs none
 
@@ -320,7 +326,14 @@ def fill_lora(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tens
         weights.b.copy_(tensors[_lora_key(model, site, "B")])
 
 
-# ---- CARTRIDGE ----
+# ---- CARTRIDGE, or koff's own format where the model has recurrent layers ----
+
+
+def kv_files(model: PreTrainedModel) -> tuple[str, str]:
+    """Return the names of the files of a learned cache: its settings and its tensors."""
+    if arch.is_hybrid(model):
+        return CACHE_CONFIG, CACHE_WEIGHTS
+    return ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str | None) -> None:
@@ -333,12 +346,15 @@ def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str 
         model: that the memory belongs to.
         memory: with a learned cache.
         directory: to make.
-        base: id of the dense model, for PEFT's config.
+        base: id of the model that it belongs on, for PEFT's config; None if it has none.
     """
+    directory.mkdir(parents=True)
+    if arch.is_hybrid(model):
+        write_cache(memory, directory)
+        return
     from peft import CartridgeConfig
 
     config, (heads, width) = memory.kv_config, arch.kv_shape(model)
-    directory.mkdir(parents=True)
     # [Hkv, P, D] of key, value, key, value, ... -> [P, 2 L, Hkv, D] -> [P, 2 L Hkv D]
     parts = [t.detach().cpu().transpose(0, 1) for weights in memory.kv for t in weights.full()]
     cache = torch.stack(parts, dim=1).reshape(config.num_tokens, -1).contiguous()
@@ -357,15 +373,18 @@ def write_kv(model: PreTrainedModel, memory: Memory, directory: Path, base: str 
     ).save_pretrained(str(directory))
 
 
-def kv_config(values: dict[str, Any]) -> KVConfig:
-    """Return koff's KV config of a PEFT CARTRIDGE folder.
+def kv_config(model: PreTrainedModel, values: dict[str, Any]) -> KVConfig:
+    """Return koff's KV config of the folder of a learned cache.
 
     Args:
-        values: of its adapter_config.json.
+        model: that it is for.
+        values: of its adapter_config.json or cache.json.
 
     Raises:
         ValueError: of another kind, or damaged.
     """
+    if arch.is_hybrid(model):
+        return _config(KVConfig, **cache_settings(values))
     if values.get("peft_type") != "CARTRIDGE":
         raise ValueError(
             f"{asker()}: peft_type must be 'CARTRIDGE', got {values.get('peft_type')!r}; check the "
@@ -379,7 +398,8 @@ def kv_config(values: dict[str, Any]) -> KVConfig:
 
 
 def check_kv(model: PreTrainedModel, config: KVConfig, header: Header) -> None:
-    """Refuse a CARTRIDGE's tensor unless shape and dtype are those of a config on this model.
+    """Refuse a learned cache's tensors unless names, shapes and dtypes are what a config means on
+    this model.
 
     Args:
         model: that it is for.
@@ -389,21 +409,32 @@ def check_kv(model: PreTrainedModel, config: KVConfig, header: Header) -> None:
     Raises:
         ValueError: it does not fit.
     """
+    got = {name: shape for name, (_, shape) in header.items()}
+    for name, (dtype, _) in header.items():
+        _check_dtype(name, dtype)
+    if arch.is_hybrid(model):
+        want = cache_shapes(model, config)
+        differ = sorted(n for n in {*want, *got} if want.get(n) != got.get(n))
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"{asker()}: {name} of the learned cache must have shape {want.get(name)}, got "
+                f"{got.get(name)}; check that the memory is of this model"
+            )
+        return
     heads, width = arch.kv_shape(model)
     layers = len(arch.layers(model))
-    got = {name: shape for name, (_, shape) in header.items()}
     want = {_CACHE: (config.num_tokens, 2 * layers * heads * width)}
     if got != want:
         raise ValueError(
             f"{asker()}: the learned cache must be {want}, got {got}; this model has {layers} "
             f"layers, {heads} kv heads and head_dim {width}"
         )
-    _check_dtype(_CACHE, header[_CACHE][0])
 
 
 @torch.no_grad()
 def fill_kv(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a CARTRIDGE's tensor into a memory, in place.
+    """Copy a learned cache's tensors into a memory, in place.
 
     Args:
         model: that the memory belongs to.
@@ -414,6 +445,10 @@ def fill_kv(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor
         ValueError: they are not finite.
     """
     check_finite(tensors)
+    memory.kv_filled = True
+    if arch.is_hybrid(model):
+        fill_cache(memory, tensors)
+        return
     heads, width = arch.kv_shape(model)
     # [P, 2 L Hkv D] -> [P, L, 2, Hkv, D]; key and value of a layer are [Hkv, P, D] in the memory
     # Keys stay as they are on disk, at positions 0..P-1: a rotation here, and one back at save,
@@ -422,4 +457,3 @@ def fill_kv(model: PreTrainedModel, memory: Memory, tensors: Mapping[str, Tensor
     for index, weights in enumerate(memory.kv):
         key, value = cache[:, index, 0].transpose(0, 1), cache[:, index, 1].transpose(0, 1)
         weights.fill_(key.to(weights.k.device), value.to(weights.v.device))
-    memory.kv_filled = True

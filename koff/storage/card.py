@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..model.arch import NARROW_PREFIX
 from ..version import __version__
-from .layout import KV, LORA, MEMORIES
+from .layout import ADAPTER_CONFIG, CACHE_CONFIG, KV, LORA, MEMORIES
 from .manifest import Manifest
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of a hub repository
@@ -53,6 +53,10 @@ _REMOTE = (
     "`trust_remote_code=True`."
 )
 _STOCK = "The backbone is a stock {architecture} checkpoint."
+_OWN = (
+    "\nThe LoRA of a memory is a PEFT LORA. Its learned cache (`kv/`) needs koff: PEFT has no "
+    "place for the\nstates of recurrent layers."
+)
 _PEFT = "\nEach memory is a PEFT LORA, a PEFT CARTRIDGE, or both; the LORA is loaded first."
 
 _EXPORTED = """---
@@ -174,9 +178,10 @@ def model_card(manifest: Manifest, folder: Path) -> str:
     tokenizer = (folder / "tokenizer_config.json").is_file()
     first = f"{MEMORIES}/{names[0]}" if names else ""
     lora, kv = (
-        f"{first}/{part}" if first and (folder / first / part).is_dir() else None
+        f"{first}/{part}" if first and (folder / first / part / ADAPTER_CONFIG).is_file() else None
         for part in (LORA, KV)
     )
+    own = any((folder / MEMORIES / name / KV / CACHE_CONFIG).is_file() for name in names)
     narrow = len(set(manifest.widths)) > 1
     return _TEMPLATE.format(
         title=f"koff backbone of {base}",
@@ -197,7 +202,7 @@ def model_card(manifest: Manifest, folder: Path) -> str:
         transformers=manifest.versions.get("transformers", "unknown"),
         peft=manifest.versions.get("peft", "unknown"),
         koff=_with_koff(tokenizer, names[0] if names else None),
-        remark=_remark(narrow, "transformers") + (_PEFT if names else ""),
+        remark=_remark(narrow, "transformers") + (_OWN if own else _PEFT if names else ""),
         stock=_without_koff(narrow, tokenizer, lora, kv),
         results=_results(manifest.metadata.get("results")),
     )

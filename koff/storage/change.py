@@ -20,10 +20,12 @@ from .adapters import check_memory, write_memory
 from .card import model_card
 from .files import digests, is_plain
 from .layout import CARD, MARKER, MEMORIES, memory_names
+from .lock import locked
 from .manifest import Manifest
 from .metadata import plain_rows
 from .publish import check_place, files_of, new_staging, rename, settle, sync, sync_tree
 from .saved_folder import open_saved
+from .space import SMALL_FILES, bytes_of, writing
 
 
 def put_memory(
@@ -38,12 +40,13 @@ def put_memory(
         record: JSON values for koff.json: what it was trained on ("source") and how.
 
     Raises:
-        FileNotFoundError, ValueError: a memory that is not finite, or a damaged folder; it is then
-            as before.
+        FileNotFoundError, OSError, ValueError: a memory that is not finite, or a folder that is
+            damaged, has no room or is being changed by another process; it is then as before.
     """
     memory = model.koff.memories[name]
     check_memory(memory)
-    with _changed(directory) as (manifest, staging):
+    needed = bytes_of(memory.parameters()) + SMALL_FILES
+    with _changed(directory, f"memory {name!r}", needed) as (manifest, staging):
         target, new = directory / MEMORIES / name, staging / MEMORIES / name
         # A link in the place of memories/ would put the new folder elsewhere.
         check_place(directory, f"{MEMORIES}/{name}/file")
@@ -91,27 +94,38 @@ def write_results(directory: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _changed(directory: Path) -> Iterator[tuple[Manifest, Path]]:
+def _changed(
+    directory: Path, what: str = "koff.json and the card", needed: int = 0
+) -> Iterator[tuple[Manifest, Path]]:
     """Give the manifest of a saved folder and a staging folder in it; if the block ends well, the
     manifest and the card made from it take the place of the old ones, each whole at any time.
 
     An interrupted save is finished first, and what a killed change left in staging removed.
+
+    Args:
+        directory: of a saved model.
+        what: is written.
+        needed: bytes of it.
     """
-    settle(directory)
-    staging = new_staging(directory, "new")
-    staging.mkdir()
-    try:
-        manifest = open_saved(directory).manifest
-        yield manifest, staging
-        # Also in the place of a card that somebody edited: what it says of memories is wrong now.
-        card = model_card(manifest, directory)
-        manifest.files[CARD] = hashlib.sha256(card.encode()).hexdigest()
-        for name, text in ((MARKER, manifest.to_text()), (CARD, card)):
-            (staging / name).write_text(text, encoding="utf-8", newline="\n")
-            sync(staging / name)
-            rename(staging / name, directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    if not directory.is_dir():
+        open_saved(directory)  # which says what is wrong with it
+    with locked(directory), writing(what, needed, directory):
+        settle(directory)
+        staging = new_staging(directory, "new")
+        staging.mkdir()
+        try:
+            manifest = open_saved(directory).manifest
+            yield manifest, staging
+            # Also in the place of a card that somebody edited: what it says of memories is wrong
+            # now.
+            card = model_card(manifest, directory)
+            manifest.files[CARD] = hashlib.sha256(card.encode()).hexdigest()
+            for name, text in ((MARKER, manifest.to_text()), (CARD, card)):
+                (staging / name).write_text(text, encoding="utf-8", newline="\n")
+                sync(staging / name)
+                rename(staging / name, directory / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _forget(metadata: dict[str, Any], name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.memory_argument import write_backbone
@@ -62,6 +63,7 @@ def export_merged(
             f"koff.export_merged: the output must be a new or empty folder, got {output}; choose "
             "another"
         )
+    check_tokenizer(tokenizer)
     if isinstance(source, PreTrainedModel):
         model = source
     else:
@@ -82,6 +84,12 @@ def export_merged(
             f"got {name!r}; correct the name"
         )
     memory = state.memories[name]
+    if memory.kv_config is not None and arch.is_hybrid(model):
+        raise ValueError(
+            f"koff.export_merged: the memory must have no learned cache where layers are "
+            f"recurrent, got {name!r} on {model.config.model_type}: PEFT's CARTRIDGE has no place "
+            "for their states, and the weights alone would be another model; use koff.save"
+        )
     with _new_folder(output.absolute()) as staging:
         write_backbone(model, staging, merged_weights(model, name))
         if tokenizer is not None:

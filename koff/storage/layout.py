@@ -5,7 +5,8 @@ out/  config.json  generation_config.json  model.safetensors     the backbone
       tokenizer files  README.md           README.md is the model card
       koff.json                            the manifest
       memories/<name>/memory.json  lora/   a memory: PEFT LORA
-                                   kv/     and PEFT CARTRIDGE, or one of them
+                                   kv/     and PEFT CARTRIDGE, or one of them; of a model with
+                                           recurrent layers cache.json and cache.safetensors
       .koff-committed/                     a whole new version, on its way into place
 """
 
@@ -24,6 +25,7 @@ CARD = "README.md"
 MEMORIES, MEMORY = "memories", "memory.json"
 LORA, KV = "lora", "kv"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CACHE_WEIGHTS, CACHE_CONFIG = "cache.safetensors", "cache.json"  # where PEFT has no format
 COMMITTED = ".koff-committed"
 
 

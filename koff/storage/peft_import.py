@@ -121,9 +121,11 @@ def _pairs(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Matrices:
     names = arch.architecture(model.config.model_type).linears
     known = {arch.linear_path(name, model): name for name in names}
     layers, path = len(arch.layers(model)), arch.layers_path(model)
+    sites = dict(arch.sites(model))
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
-        ours = found and found[1] == path and int(found[2]) < layers and found[3] in known
+        ours = found and found[1] == path and found[3] in known
+        ours = ours and Site(int(found[2]), known[found[3]]) in sites
         if not ours or tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(
                 f"{asker()}: a tensor must be a LoRA matrix of the {layers} layers' linear modules "

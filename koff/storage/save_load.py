@@ -13,10 +13,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import install
 from ..model.memory_argument import write_backbone
+from ..model.sharding import whole_model
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
@@ -26,10 +28,13 @@ from .card import model_card
 from .files import digests, is_plain
 from .hub import resolve
 from .layout import CARD, KV, MARKER, MEMORIES, backbone_names, current, memory_parts
+from .lock import locked
 from .manifest import Manifest, backbone_digest
 from .metadata import plain_metadata
+from .processes import one_writes
 from .publish import files_of, new_staging, publish, settle
 from .saved_folder import SavedFolder
+from .space import SMALL_FILES, bytes_of, writing
 
 
 @asked_by("koff.save")
@@ -45,7 +50,9 @@ def save(
 
     Everything is written into a new folder first and takes the place of what was there in one step,
     so that at every moment either the old or the new model loads completely, also after a crash.
-    Files that koff did not write stay. One process at a time may save into a directory.
+    Files that koff did not write stay. One process at a time may save into a directory: another is
+    refused meanwhile. Of a distributed run the first process writes, and the others, which may or
+    may not come here too, return when it is done.
 
     Args:
         model: an attached model without gates (compacted, or attached with target_sparsity=0).
@@ -61,19 +68,41 @@ def save(
 
     Raises:
         ValueError: gates that are not compacted, an adapter around a layer, a KV memory that was
-            never filled, a taken directory, or metadata that JSON cannot hold; nothing is written
-            then.
+            never filled, a taken directory, one that another process is changing, or metadata that
+            JSON cannot hold; nothing is written then.
+        OSError: there is no room for it on the disk; what was there before is as it was.
     """
     directory = Path(directory)
-    state = require_attached(model)
-    if state.gates is not None:
+    require_attached(model)
+    check_tokenizer(tokenizer)
+    model = whole_model(model)
+    with one_writes(f"koff.save {directory}") as writes:
+        if writes:
+            metadata = plain_metadata(metadata)
+            _check_model(model)
+            _check_place(directory, overwrite)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with locked(directory):
+                _check_place(directory, overwrite)  # nobody else can change it any more
+                # A model that it replaces goes only when this one is there.
+                needed = bytes_of(model.parameters()) + SMALL_FILES
+                with writing("the model", needed, directory):
+                    _write(model, directory, tokenizer, metadata)
+    return directory
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if model.koff.gates is not None:
         raise ValueError(
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
     check_writable(model)
-    for memory in state.memories:
+    for memory in model.koff.memories:
         check_memory(memory)
+
+
+def _check_place(directory: Path, overwrite: bool) -> None:
     # A dead link neither exists nor is free.
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
         raise ValueError(
@@ -84,7 +113,12 @@ def save(
             f"koff.save: the directory must not hold a saved model, got {directory}; choose "
             "another folder or pass overwrite=True"
         )
-    metadata = plain_metadata(metadata)
+
+
+def _write(
+    model: PreTrainedModel, directory: Path, tokenizer: Any, metadata: dict[str, Any]
+) -> None:
+    """Write everything into a staging folder, and move it into place."""
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
     revision = metadata.pop("revision", None)
     staging = _new_staging(directory)
@@ -96,7 +130,7 @@ def save(
         # A name that is not legal everywhere, as a tokenizer's file may have it, is not listed.
         files = digests(staging, filter(is_plain, files_of(staging)))
         manifest = _describe(model, files, base, revision, metadata)
-        for memory in state.memories:
+        for memory in model.koff.memories:
             write_memory(model, memory, staging / MEMORIES / memory.name, manifest)
         (staging / CARD).write_text(model_card(manifest, staging), encoding="utf-8")
         new = [n for n in files_of(staging) if is_plain(n) and n not in manifest.files]
@@ -105,13 +139,11 @@ def save(
         publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return directory
 
 
 def _new_staging(directory: Path) -> Path:
     """A new folder beside a directory, or in it if it exists (it may be a mount point, and a rename
     does not cross file systems), after settling what an earlier save left."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     settle(directory)
     if directory.exists():
         staging = new_staging(directory, "new")

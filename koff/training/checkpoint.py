@@ -22,13 +22,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..errors import asked_by
+from ..model.config import KoffConfig
 from ..model.state import KoffState
 from ..storage.files import File, digests, is_plain
 from ..storage.publish import STAGING, files_of, rename, sync_tree
@@ -56,18 +56,14 @@ logger = logging.getLogger("koff")
 # ---- koff's own two files ----
 
 
-def write_checkpoint(
-    state: KoffState, directory: str | Path, tensors: dict[str, Tensor] | None = None
-) -> None:
+def write_checkpoint(state: KoffState, directory: str | Path) -> None:
     """Write gates, multiplier, masks and memories of a model into a folder.
 
     Args:
         state: ``model.koff``.
         directory: an existing folder.
-        tensors: the state's tensors, gathered, where they are sharded; None: the state's own.
     """
-    tensors = state.state_dict() if tensors is None else tensors
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors().items()}
     save_file(tensors, str(Path(directory, WEIGHTS)), metadata={"format": "pt"})
     facts = {
         "format": FORMAT,
@@ -98,11 +94,12 @@ def check_state(state: KoffState, directory: str | Path) -> None:
             f"resume: the checkpoint format must be {FORMAT}, got {facts.get('format')}; update "
             "koff"
         )
+    found = {"config": _config_of(facts), "dense_widths": facts.get("dense_widths")}
     own_facts = {"config": state.config.to_dict(), "dense_widths": state.dense_widths}
     for name, own in own_facts.items():
-        if facts.get(name) != own:
+        if found[name] != own:
             raise ValueError(
-                f"resume: the checkpoint's {name} must be {own}, got {facts.get(name)}; attach "
+                f"resume: the checkpoint's {name} must be {own}, got {found[name]}; attach "
                 "with the settings of the run that wrote it"
             )
     fixed = facts.get("mask_fixed")
@@ -121,14 +118,23 @@ def check_state(state: KoffState, directory: str | Path) -> None:
             "resume: the checkpoint's kv_filled must be true or false for each memory, got "
             f"{filled!r}; {EARLIER}"
         )
-    found = File(Path(directory, WEIGHTS)).header()
-    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.state_dict().items()}
-    differ = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    header = File(Path(directory, WEIGHTS)).header()
+    wanted = {name: (_DTYPES[t.dtype], tuple(t.shape)) for name, t in state.tensors().items()}
+    differ = sorted(n for n in {*header, *wanted} if header.get(n) != wanted.get(n))
     if differ:
         raise ValueError(
             "resume: the checkpoint's tensors must have the model's names, shapes and dtypes, got "
             f"a difference in {differ[:3]}; check the model"
         )
+
+
+def _config_of(facts: dict[str, Any]) -> Any:
+    """A checkpoint's config, with the defaults of settings that its version of koff did not have;
+    what is no config stays as it is."""
+    try:
+        return KoffConfig.from_dict(facts["config"]).to_dict()
+    except (KeyError, TypeError, ValueError):
+        return facts.get("config")
 
 
 @torch.no_grad()
@@ -148,7 +154,7 @@ def read_checkpoint(state: KoffState, directory: str | Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"resume: {name} must be finite, got NaN or infinity; {EARLIER}")
-    for name, own in state.state_dict().items():
+    for name, own in state.tensors().items():
         own.copy_(tensors[name])
     if facts["mask_fixed"]:
         # The masks came with the tensors. ``fix_`` also stops the gates' gradients.

@@ -10,13 +10,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import asked_by
 from ..model.neuron_order import move_kept_first, restore_order
+from ..model.plain_trainer import PlainTrainerGuard
 from ..model.state import KoffState
+from ..storage.processes import one_writes
+from ..storage.space import SMALL_FILES, bytes_of, check_room, writing
 from . import checkpoint
+from .resume_checks import read_pickle
 
 
 class CheckpointingTrainer(Trainer):
@@ -29,6 +35,10 @@ class CheckpointingTrainer(Trainer):
 
     _staging = False  # whether a checkpoint is being written
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PlainTrainerGuard)  # these checkpoints leave nothing out
+
     @property
     def koff(self) -> KoffState:
         """The model's koff state, also where the model is wrapped."""
@@ -40,17 +50,21 @@ class CheckpointingTrainer(Trainer):
         run_dir = Path(super()._get_output_dir(trial=trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged = run_dir / checkpoint.STAGED / name
+        what, needed = f"checkpoint {run_dir / name}", self.checkpoint_bytes()
         # One process tidies up, seals and renames; all of them write (each its random state). So
         # they wait for each other before and after.
         writes = self.args.should_save
-        if writes:
-            checkpoint.clean_up(run_dir)
-        self.accelerator.wait_for_everyone()
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
+        with asked_by("KoffTrainer"):
+            with one_writes(f"the beginning of {what}"):
+                if writes:
+                    checkpoint.clean_up(run_dir)
+                    check_room(what, needed, run_dir)
+            self._staging = True
+            try:
+                with writing(what, needed if writes else 0, run_dir):
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = False
         # transformers noted the best checkpoint by the name that it has now.
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(run_dir / name)
@@ -67,6 +81,23 @@ class CheckpointingTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
+    def checkpoint_bytes(self) -> int:
+        """Return how much room a checkpoint takes, or will take: what is learned, and the two
+        moments that Adam has of each of its values."""
+        return 3 * bytes_of(self.koff.state_dict().values()) + SMALL_FILES
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of the run as it is now; every process calls this.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            OSError: there is no room for it on the disk.
+        """
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
     def _get_output_dir(self, trial=None) -> str:
         # transformers also rotates in this folder, and finds there the new checkpoint alone.
         run_dir = super()._get_output_dir(trial)
@@ -79,14 +110,27 @@ class CheckpointingTrainer(Trainer):
             return
         output_dir = output_dir or self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
-        tensors = None
-        if state_dict is not None:  # of the whole model, gathered from its shards
-            tensors = {
-                name.removeprefix("koff."): tensor
-                for name, tensor in state_dict.items()
-                if name.startswith("koff.")
-            }
-        checkpoint.write_checkpoint(self.koff, output_dir, tensors)
+        checkpoint.write_checkpoint(self.koff, output_dir)
+
+    # For a model that FSDP shards, transformers writes the whole of it into the optimiser's files,
+    # base included. What the optimiser holds here is never sharded: one process writes it, and any
+    # number of them reads it.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir)
+            torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            for part, name in (
+                (self.optimizer, OPTIMIZER_NAME),
+                (self.lr_scheduler, SCHEDULER_NAME),
+            ):
+                # The optimiser moves its moments to where their parameters are.
+                part.load_state_dict(read_pickle(folder / name))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Read what ``KoffTrainer.train`` has checked."""

@@ -62,21 +62,22 @@ def build_mixture(
 
     domains = []
     for name, documents in train_datasets.items():
-        blocks = pack(documents, tokenizer, size, name=name).blocks
+        blocks = pack(documents, tokenizer, size, name=name)
         domains.append(Source(name, blocks, names.index(name) if names else -1))
     for source in domains:  # the training fills a cache from the first tokens of its domain
         if source.memory < 0 or state.memories[source.memory].kv_filled:
             continue
         need = state.memories[source.memory].length
-        if source.blocks.numel() < need:
+        have = len(source.blocks.opening(need))
+        if have < need:
             raise ValueError(
                 f"KoffTrainer: domain {source.name!r} (KV init 'text') must have at least {need} "
-                f"tokens, got {source.blocks.numel()}; give more text or a shorter memory"
+                f"tokens, got {have}; give more text or a shorter memory"
             )
     general = []
     for name, documents in general_datasets.items():
         name = f"general/{name}"  # a domain may have the same name
-        general.append(Source(name, pack(documents, tokenizer, size, name=name).blocks))
+        general.append(Source(name, pack(documents, tokenizer, size, name=name)))
     mixture = Mixture(
         domains=domains,
         general=general,
@@ -88,7 +89,7 @@ def build_mixture(
         no_memory=settings.no_memory_rows,
     )
     for source in mixture.sources:
-        check_vocabulary(model, source.blocks, f"the text of {source.name!r}")
+        check_vocabulary(model, source.blocks.blocks, f"the text of {source.name!r}")
     return mixture
 
 
@@ -113,7 +114,7 @@ def _check_domains(names: list[str], train_datasets: Mapping[str, Any]) -> None:
 def _shares(general: list[Source], weights: Mapping[str, float] | None) -> list[float]:
     """Return the probability of each general source: by its tokens where no weights are given."""
     if weights is None:
-        values = [float(source.blocks.numel()) for source in general]
+        values = [float(source.blocks.blocks.numel()) for source in general]
     else:
         names = [source.name.removeprefix("general/") for source in general]
         if set(weights) != set(names):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -59,6 +61,32 @@ def parameter_groups(
             "constant": True,
         }
     return {name: group for name, group in groups.items() if group["params"]}
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over all processes, in place, as DDP does.
+
+    A parameter that only some of them used gets its share of the others' zeros; one that none used
+    keeps ``grad is None``, or momentum and weight decay would move it.
+
+    Args:
+        parameters: the same on every process, of one dtype and device.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+    used = used.to(torch.int32)  # collectives reduce no booleans
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    chosen = [p for p, by_any in zip(parameters, used.tolist(), strict=True) if by_any]
+    if not chosen:
+        return
+    zeros_or_grad = (torch.zeros_like(p) if p.grad is None else p.grad for p in chosen)
+    together = torch.cat([grad.flatten() for grad in zeros_or_grad])  # one call for all of them
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    for p, part in zip(chosen, together.split([p.numel() for p in chosen]), strict=True):
+        p.grad = part.view_as(p)
 
 
 def clip_groups(

@@ -33,17 +33,13 @@ RNG = "rng_state"  # rng_state.pth, or rng_state_<rank>.pth of several processes
 
 
 @asked_by("resume")
-def check_resume(
-    path: Path, state: KoffState, groups: list[dict[str, Any]], *, sharded: bool = False
-) -> None:
+def check_resume(path: Path, state: KoffState, groups: list[dict[str, Any]]) -> None:
     """Check everything of a checkpoint that a run would use; changes nothing.
 
     Args:
         path: the checkpoint.
         state: ``model.koff`` of the model that resumes.
         groups: parameter groups of its optimiser.
-        sharded: the optimiser's state is in FSDP's own files, which accelerate reads with
-            ``weights_only=True``.
 
     Raises:
         FileNotFoundError, ValueError: incomplete, changed since it was written, of another model,
@@ -51,19 +47,18 @@ def check_resume(
     """
     files = check_complete(path)
     check_state(state, path)
-    if not sharded:
-        for name in (OPTIMIZER, SCHEDULER):
-            if name not in files:
-                raise ValueError(
-                    f"resume: checkpoint {path.name} must hold {name}, got none; it was written "
-                    "with save_only_model=True; resume from another"
-                )
-        _check_pickles(path, files)
-        _check_optimizer(_read_pickle(path / OPTIMIZER), groups)
-    _check_scheduler(_read_pickle(path / SCHEDULER), len(groups))
+    for name in (OPTIMIZER, SCHEDULER):
+        if name not in files:
+            raise ValueError(
+                f"resume: checkpoint {path.name} must hold {name}, got none; it was written "
+                "with save_only_model=True; resume from another"
+            )
+    _check_pickles(path, files)
+    _check_optimizer(read_pickle(path / OPTIMIZER), groups)
+    _check_scheduler(read_pickle(path / SCHEDULER), len(groups))
     for name in files:
         if name.startswith(RNG):
-            _check_rng(name, _read_pickle(path / name))
+            _check_rng(name, read_pickle(path / name))
     _check_trainer_state(File(path / STATE).json())
 
 
@@ -85,7 +80,7 @@ def _check_pickles(path: Path, files: list[str]) -> None:
             )
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
     """Return the tensors and plain values of a pickle, without running anything."""
     try:
         with safe_globals():  # of transformers: the parts of a numpy array, for its RNG state

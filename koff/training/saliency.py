@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.losses import token_losses
+from ..data.records import IGNORED
 
 
 def neuron_saliency(model: PreTrainedModel, batches: Iterable[dict]) -> list[Tensor]:
@@ -33,7 +34,9 @@ def neuron_saliency(model: PreTrainedModel, batches: Iterable[dict]) -> list[Ten
         ids = batch["input_ids"].to(model.device)
         with gates.held_open() as values:
             logits = model(input_ids=ids, memory=batch["memory"], use_cache=False).logits
-            loss = token_losses(logits, ids)[0].mean()
+            labels = batch["labels"].to(model.device)
+            losses = token_losses(logits, labels)[0]
+            loss = losses.sum() / (labels[:, 1:] != IGNORED).sum()
             grads = torch.autograd.grad(loss, values)
         for sum_, grad in zip(total, grads, strict=True):
             sum_ += grad.float() ** 2

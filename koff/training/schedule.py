@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+from ..data.blocks import PackedBlocks
 
 # One training row: (source, row of the source, memory id or -1).
 Index = tuple[int, int, int]
@@ -28,12 +29,12 @@ class Source:
 
     Args:
         name: for logs.
-        blocks: int64 [N, T].
+        blocks: its rows.
         memory: memory id of a domain's rows; -1 for none. General rows draw theirs at random.
     """
 
     name: str
-    blocks: Tensor
+    blocks: PackedBlocks
     memory: int = -1
 
 
@@ -82,14 +83,21 @@ class MixtureDataset(Dataset):
     def __getitem__(self, index: Index) -> dict:
         source, row, memory = index
         name = None if memory < 0 else self.names[memory]
-        return {"input_ids": self.sources[source].blocks[row], "memory": name, "source": source}
+        data = self.sources[source].blocks
+        return {
+            "input_ids": data.blocks[row],
+            "labels": data.labels(row),
+            "memory": name,
+            "source": source,
+        }
 
 
 def collate(rows: list[dict]) -> dict:
-    """Return a batch: input_ids int64 [B, T], memory (list of names or None), source (list of
-    ints)."""
+    """Return a batch: input_ids and labels int64 [B, T], memory (list of names or None), source
+    (list of ints)."""
     return {
         "input_ids": torch.stack([row["input_ids"] for row in rows]),
+        "labels": torch.stack([row["labels"] for row in rows]),
         "memory": [row["memory"] for row in rows],
         "source": [row["source"] for row in rows],
     }
@@ -165,31 +173,35 @@ class MixtureSampler(Sampler):
                 bool(mix.general) and mix.general_every and (step + 1) % mix.general_every == 0
             )
             for micro in range(self.accumulation):
-                # All ranks' general rows come from one stream: the draws of one rank follow those
-                # of the rank before it.
-                shared = _generator(mix.seed, _GENERAL_ROWS, step, micro)
-                one = int(torch.randint(max(mix.memories, 1), (), generator=shared))
-                # A stream of its own: runs with and without such rows see the same text.
-                without = _generator(mix.seed, _NO_MEMORY, step, micro)
-                whole = bool(torch.rand((), generator=without) < mix.no_memory)
-                for _ in range(self.ranks):
+                # The rows of all ranks are drawn together, and then dealt out: so they are those
+                # that one process with as large a batch would have.
+                if is_general:
+                    rows = self._general(cursors, step, micro)
+                else:
                     # Mixed rows go round the domains, on from where the last batch ended; those of
                     # a single-domain batch stay with its domain.
-                    if is_general:
-                        rows = self._general(cursors, shared, one)
-                    elif mix.mixed:
+                    if mix.mixed:
                         rows = self._rows(cursors, first=domain_rows, stride=1)
                     else:
                         rows = self._rows(cursors, first=self._domain(domain_batches), stride=0)
-                    domain_rows += 0 if is_general else self.batch_size
-                    if step < self.gate_steps:
-                        drawn = torch.rand(len(rows), generator=without) < mix.no_memory
-                        bare = drawn.tolist() if mix.mixed else [whole] * len(rows)
-                        rows = [
-                            (s, r, -1 if b else m) for (s, r, m), b in zip(rows, bare, strict=True)
-                        ]
-                    yield rows
-                domain_batches += not is_general
+                    domain_rows += len(rows)
+                    domain_batches += 1
+                if step < self.gate_steps:
+                    rows = self._some_without(rows, step, micro)
+                for rank in range(self.ranks):
+                    yield rows[rank * self.batch_size : (rank + 1) * self.batch_size]
+
+    def _some_without(self, rows: list[Index], step: int, micro: int) -> list[Index]:
+        """Return the rows, a share of them (of single-domain batches: all or none) without their
+        memory. The draws are a stream of their own: runs with and without them see the same
+        text."""
+        generator = _generator(self.mixture.seed, _NO_MEMORY, step, micro)
+        draws = len(rows) if self.mixture.mixed else 1
+        bare = (torch.rand(draws, generator=generator) < self.mixture.no_memory).expand(len(rows))
+        return [
+            (source, row, -1 if without else memory)
+            for (source, row, memory), without in zip(rows, bare.tolist(), strict=True)
+        ]
 
     def _domain(self, batch: int) -> int:
         """Return the domain of a single-domain batch: every domain once, in random order, before
@@ -202,20 +214,21 @@ class MixtureSampler(Sampler):
 
     def _rows(self, cursors: list[_Cursor], first: int, stride: int) -> list[Index]:
         domains = self.mixture.domains
-        picks = [(first + i * stride) % len(domains) for i in range(self.batch_size)]
+        count = self.ranks * self.batch_size
+        picks = [(first + i * stride) % len(domains) for i in range(count)]
         return [(d, cursors[d].next(), domains[d].memory) for d in picks]
 
-    def _general(self, cursors: list[_Cursor], generator: torch.Generator, one: int) -> list[Index]:
-        """Return general rows; in single batches all of them use memory ``one``."""
-        mix = self.mixture
-        draws = torch.multinomial(
-            torch.tensor(mix.weights), self.batch_size, True, generator=generator
-        )
+    def _general(self, cursors: list[_Cursor], step: int, micro: int) -> list[Index]:
+        """Return general rows; in single batches all of them use one memory."""
+        mix, count = self.mixture, self.ranks * self.batch_size
+        generator = _generator(mix.seed, _GENERAL_ROWS, step, micro)
+        one = int(torch.randint(max(mix.memories, 1), (), generator=generator))
+        draws = torch.multinomial(torch.tensor(mix.weights), count, True, generator=generator)
         if not mix.memories:
-            memories = [-1] * self.batch_size
+            memories = [-1] * count
         elif mix.mixed:
-            memories = torch.randint(mix.memories, (self.batch_size,), generator=generator).tolist()
+            memories = torch.randint(mix.memories, (count,), generator=generator).tolist()
         else:
-            memories = [one] * self.batch_size
+            memories = [one] * count
         sources = [len(mix.domains) + d for d in draws.tolist()]
         return [(s, cursors[s].next(), m) for s, m in zip(sources, memories, strict=True)]

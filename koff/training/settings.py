@@ -180,6 +180,18 @@ def _check_transformers_settings(args: TrainingArguments) -> None:
             "KoffTrainer: lr_scheduler_type must be a function of the step, got "
             f"{args.lr_scheduler_type!s}; choose linear, cosine, constant, ..."
         )
+    if args.ddp_find_unused_parameters is False:
+        raise ValueError(
+            "KoffTrainer: ddp_find_unused_parameters must be True or left out (a memory that no "
+            "row used has no gradient, nor has a gate once the mask is fixed), got False; leave it "
+            "out"
+        )
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if args.gradient_checkpointing and reentrant and args.world_size > 1:
+        raise ValueError(
+            "KoffTrainer: use_reentrant of gradient_checkpointing_kwargs must be False on several "
+            "processes (DDP does not see what a reentrant layer uses), got True; leave it out"
+        )
     minimum = (args.lr_scheduler_kwargs or {}).get("min_lr")
     if minimum is not None:
         raise ValueError(
@@ -192,7 +204,29 @@ def _check_transformers_settings(args: TrainingArguments) -> None:
                 f"KoffTrainer: {name} must be 'steps' or 'no' (the run is one mixture without "
                 "epochs), got 'epoch'; count steps"
             )
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    ):
+        if getattr(args, name) < 1:
+            raise ValueError(
+                f"KoffTrainer: {name} must be at least 1, got {getattr(args, name)}; raise it"
+            )
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        raise ValueError(
+            "KoffTrainer: max_steps or num_train_epochs must be positive, got "
+            f"{args.max_steps} and {args.num_train_epochs}; set one of them"
+        )
     refused = {
+        "label_smoothing_factor": (
+            bool(args.label_smoothing_factor),
+            "leave it out: distillation_weight is koff's soft target",
+        ),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy != "random",
+            "leave it out: rows are of equal length, and in koff's own order",
+        ),
         "fp16": (args.fp16, "use bf16=True, or load the base in float16"),
         "deepspeed": (bool(args.deepspeed), "its checkpoints are pickles; use DDP or FSDP"),
         "push_to_hub": (args.push_to_hub, "koff.save the trained model and upload that folder"),

@@ -7,31 +7,39 @@ end. How checkpoints are written is in ``checkpointing``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import synchronize_rng_states
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data.losses import token_losses
+from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
+from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
+from ..storage.lock import locked
+from ..storage.processes import one_writes
 from ..storage.save_load import save
+from ..storage.space import check_room
 from .checkpoint import last_complete
 from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
-from .optim import clip_groups, hold_constant_groups, parameter_groups
+from .optim import average_gradients, clip_groups, hold_constant_groups, parameter_groups
 from .resume_checks import check_resume
 from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
@@ -47,16 +55,17 @@ FEW_GATE_STEPS = 1000
 class KoffTrainer(CheckpointingTrainer):
     """Trains the gates and memories of an attached model; the base stays frozen.
 
-    Loss: (1 - w) mean-token cross-entropy + w KL to the frozen model (``distillation_weight``)
-    + lambda1 (s - t) + c (s - t)^2, where s is the expected share of closed gates and t the target,
-    warmed up; lambda1 is ascended.
+    Loss: (1 - w) cross-entropy + w KL to the frozen model (``distillation_weight``), both the mean
+    over the tokens that count, + lambda1 (s - t) + c (s - t)^2, where s is the expected share of
+    closed gates and t the target, warmed up; lambda1 is ascended.
 
     Args:
         model: an attached model.
         args: ``TrainingArguments`` or ``KoffTrainingArguments``; a copy is used. Without
             ``max_steps``, ``num_train_epochs`` counts passes over all domains together; general
             steps come on top.
-        train_datasets: domain -> documents (texts, records with "text" or "input_ids", a
+        train_datasets: domain -> documents as ``koff.data.blocks.pack`` takes them (texts, records
+            with "text", "messages", "prompt" and "completion", or "input_ids" and "labels", a
             ``datasets.Dataset``, or ``PackedBlocks``). Each memory needs the domain of its name;
             with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
@@ -101,6 +110,19 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
             )
+        own = {id(p) for p in state.parameters()}
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+        if others:  # they would get gradients, and no optimiser that steps by them
+            raise ValueError(
+                "KoffTrainer: all but gates and memories must be frozen, got requires_grad on "
+                f"{others[:3]}{' and more' if len(others) > 3 else ''}; call requires_grad_(False) "
+                "on them, or train them by a loop of your own"
+            )
+        if not any(p.requires_grad for p in state.parameters()):
+            raise ValueError(
+                "KoffTrainer: gates or memories must require gradients, got all of them frozen; "
+                "call model.koff.requires_grad_(True) (PEFT freezes whatever is not its own)"
+            )
         self.mixture = build_mixture(
             model,
             self.settings,
@@ -120,6 +142,7 @@ class KoffTrainer(CheckpointingTrainer):
         # never anything to leave out.
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -128,26 +151,69 @@ class KoffTrainer(CheckpointingTrainer):
             eval_dataset=rows if eval_datasets else None,
             processing_class=processing_class,
             data_collator=collate,
-            callbacks=[_ClampGates(state), *(callbacks or [])],
+            callbacks=[_GateSteps(state), *(callbacks or [])],
         )
-        # The loss is a mean over the micro-batch's tokens, and all micro-batches are of one size:
-        # transformers is to divide it by their number.
-        self.model_accepts_loss_kwargs = False
-        # Loss summed up, and number of rows, of each source since the last log: [sources, 2]. On
-        # the device, where adding to it waits for nothing.
+        # transformers switches it off for the training, and in every config that is saved after it.
+        # Nothing here needs that: our forwards say what they want.
+        model.config.use_cache = use_cache
+        if state.gates is not None:
+            # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
+            # gradient s - t needs no reduction: it is the same on every rank.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, ["koff.gates.multiplier"]
+            )
+        # transformers is to count the labels of a step's micro-batches, on all ranks, for
+        # ``compute_loss``, and not to divide what that returns.
+        self.model_accepts_loss_kwargs = True
+        # Loss summed up, and number of tokens that count, of each source since the last log:
+        # [sources, 2]. On the device, where adding to it waits for nothing.
         self._source_sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._step_loss: Tensor | float = 0.0  # of the optimizer step's micro-batches so far
         self._group_names: list[str] = []  # of the optimizer's groups
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
         alike = self._open_gates and not self.settings.saliency_batches
-        if alike and self._gate_steps() < FEW_GATE_STEPS:
+        few = self._gate_steps() < FEW_GATE_STEPS
+        if alike and few and self.is_world_process_zero():
             logger.warning(
                 "koff: %d steps are few for gates that start all alike; start them by "
                 "saliency_batches, or give them about %d",
                 self._gate_steps(),
                 FEW_GATE_STEPS,
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers', and let FSDP shard the frozen base alone.
+
+        What is learned is small. Whole on every rank it is the same as under DDP and in a single
+        process: its kernels, its optimiser, its checkpoints. And a memory whose domain only some
+        ranks had in their rows would make FSDP wait for the others for ever.
+
+        Raises:
+            ValueError: a way to spread a model over processes that koff cannot honour.
+        """
+        super().create_accelerator_and_postprocess()
+        spread = getattr(self.accelerator, "parallelism_config", None)
+        for name in ("tp", "cp", "sp"):
+            if getattr(spread, f"{name}_enabled", False):
+                raise ValueError(
+                    f"KoffTrainer: {name}_size of parallelism_config must be 1, got a larger one; "
+                    "use DDP or FSDP"
+                )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"KoffTrainer: FSDP must be of version 2, got {plugin.fsdp_version}; set version "
+                "to 2 in fsdp_config (accelerate launch: --fsdp_version 2)"
+            )
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "KoffTrainer: cpu_ram_efficient_loading of FSDP must be False (what is learned is "
+                "not sharded, and must be there on every rank), got True; leave it out"
+            )
+        plugin.ignored_modules = "koff"  # by its name: the accelerator comes before the model
 
     # ---- the run starts, or goes on from a checkpoint ----
 
@@ -161,7 +227,9 @@ class KoffTrainer(CheckpointingTrainer):
 
         Raises:
             FileNotFoundError, ValueError: no complete checkpoint, or one that is damaged, hostile
-                or of another model; or a loss that is not finite.
+                or of another model; another run in ``args.output_dir``; or a loss that is not
+                finite.
+            OSError: the disk has no room for a checkpoint.
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
@@ -170,11 +238,25 @@ class KoffTrainer(CheckpointingTrainer):
             self._start_gates()
         self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
         model = self.accelerator.unwrap_model(self.model)
-        vars(model).update(self._bound)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self._bound = _take_bound(model)
+        with self._folder_held():
+            vars(model).update(self._bound)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self._bound = _take_bound(model)
+
+    @contextlib.contextmanager
+    def _folder_held(self) -> Iterator[None]:
+        """Keep other runs out of the folder for checkpoints, if there will be any; there must be
+        room for one."""
+        folder = Path(self.args.output_dir)
+        with contextlib.ExitStack() as held:
+            if self.args.save_strategy != "no":
+                with asked_by("KoffTrainer"), one_writes(f"the run in {folder}"):
+                    if self.args.should_save:
+                        held.enter_context(locked(folder))
+                        check_room("a checkpoint", self.checkpoint_bytes(), folder)
+            yield
 
     def _checked_checkpoint(self, wanted: str | Path | bool) -> str:
         """Return the path of a checkpoint that fits this run, down to the optimiser's moments."""
@@ -185,7 +267,7 @@ class KoffTrainer(CheckpointingTrainer):
                 "without resume_from_checkpoint"
             )
         groups = list(self._parameter_groups().values())
-        check_resume(path, self.koff, groups, sharded=self.is_fsdp_enabled)
+        check_resume(path, self.koff, groups)
         return str(path)
 
     def _fill_caches(self) -> None:
@@ -193,7 +275,8 @@ class KoffTrainer(CheckpointingTrainer):
         tokens."""
         for source in self.mixture.domains:
             if source.memory >= 0 and not self.koff.memories[source.memory].kv_filled:
-                fill_from_tokens(self.model, source.name, source.blocks.flatten())
+                need = self.koff.memories[source.memory].length
+                fill_from_tokens(self.model, source.name, source.blocks.opening(need))
 
     def _start_gates(self) -> None:
         """Start the gates by how much each neuron matters on the run's first batches."""
@@ -254,37 +337,55 @@ class KoffTrainer(CheckpointingTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss
         if self.accelerator.sync_gradients:  # the optimiser steps after this micro-batch
+            if self.is_fsdp_enabled:  # it shards the base alone, and knows nothing of the rest
+                average_gradients(self.koff.parameters())
             # The one value that a step of koff's reads back. The host waits here until the device
             # has finished the backward pass, and then the device waits until the host has queued
             # the optimiser's first kernel: a moment, once per optimiser step. Not later, since one
             # step on such a loss makes all memories NaN, in the model and then in the checkpoints.
-            # Not for each micro-batch, since a sum is finite only if all of its parts are.
-            total = float(self._step_loss)
+            # Not for each micro-batch, since a sum is finite only if all of its parts are; and of
+            # all ranks, since all of them step by one gradient.
+            total = float(self._mean_over_ranks(self._step_loss))
             self._step_loss = 0.0
             self._check_finite(total)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean-token cross-entropy, mixed with the divergence from the frozen model
-        where a run distils, plus the sparsity constraint while the mask is open; of a model in
-        evaluation mode, the cross-entropy alone.
+        """Return the mean cross-entropy of the tokens that count, mixed with the divergence from
+        the frozen model where a run distils, plus the sparsity constraint while the mask is open;
+        of a model in evaluation mode, the cross-entropy alone.
+
+        Args:
+            model, inputs, return_outputs: as transformers'.
+            num_items_in_batch: tokens that count in all micro-batches of the optimiser step, on all
+                ranks; None: the mean is over ``inputs`` alone.
 
         Nothing is read back from the device.
         """
-        ids, sources = inputs["input_ids"], inputs["source"]
+        ids, labels, sources = inputs["input_ids"], inputs["labels"], inputs["source"]
         logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        losses, divergences = token_losses(logits, ids, self._teacher(model, ids))
-        per_row = losses.mean(1)  # [B]; rows have equally many tokens
-        loss = per_row.mean()
+        losses, divergences = token_losses(logits, labels, self._teacher(model, ids))
+        counted = (labels[:, 1:] != IGNORED).sum(1)  # [B]
+        per_row = losses.sum(1)  # [B]
+        parts = 1  # of which the step's loss is made
+        if num_items_in_batch is None:
+            tokens = counted.sum()
+        else:
+            # Micro-batches need not have equally many such tokens, so that each adds its sum over
+            # the number of all, and not its mean. Ranks are averaged, which is undone here.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            tokens = num_items_in_batch / ranks
+            parts = self.args.gradient_accumulation_steps
+        loss = per_row.sum() / tokens
         if model.training:
             # A blocking copy to the device would wait for all that is queued there.
             index = torch.tensor(sources).to(per_row.device, non_blocking=True)
-            values = torch.stack([per_row.detach(), torch.ones_like(per_row)], 1)  # [B, 2]
+            values = torch.stack([per_row.detach(), counted.to(per_row.dtype)], 1)  # [B, 2]
             self._source_sums.index_add_(0, index, values)
             if divergences is not None:
                 weight = self.distillation_weight
-                loss = (1 - weight) * loss + weight * divergences.mean()
-            loss = loss + self.constraint()
+                loss = (1 - weight) * loss + weight * divergences.sum() / tokens
+            loss = loss + self.constraint() / parts
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _teacher(self, model, ids: Tensor) -> Tensor | None:
@@ -292,8 +393,8 @@ class KoffTrainer(CheckpointingTrainer):
         training step distils from it."""
         if not model.training or self.distillation_weight == 0:
             return None
-        with torch.no_grad(), self.koff.bypass():
-            return model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            return model(input_ids=ids, memory=BASE, use_cache=False).logits
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
@@ -311,12 +412,20 @@ class KoffTrainer(CheckpointingTrainer):
         warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
         return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
 
+    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
+        return self.accelerator.reduce(loss.detach(), reduction="mean")
+
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise ValueError(
                 f"KoffTrainer: the loss at step {self.state.global_step} must be finite, got "
                 f"{loss}; lower the learning rates or check the data"
             )
+
+    def _loss_over_ranks(self, model, inputs) -> float:
+        """Return the mean loss of the tokens that count in all ranks' batches."""
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        return float(self._mean_over_ranks(self.compute_loss(model, inputs, False, count)))
 
     # ---- the mask is fixed amid the steps ----
 
@@ -329,7 +438,7 @@ class KoffTrainer(CheckpointingTrainer):
         """Binarise, and log what it did to the loss of the current batch."""
         inputs = self._prepare_inputs(dict(inputs))
         model.eval()
-        soft = float(self.compute_loss(model, inputs))
+        soft = self._loss_over_ranks(model, inputs)
         self._check_finite(soft)
         report = binarize(
             self.accelerator.unwrap_model(model),
@@ -337,13 +446,13 @@ class KoffTrainer(CheckpointingTrainer):
             # A sharded model has no whole matrices to look at.
             token_ids=None if self.is_fsdp_enabled else inputs["input_ids"],
         )
-        hard = float(self.compute_loss(model, inputs))
+        hard = self._loss_over_ranks(model, inputs)
         self._check_finite(hard)
         model.train()
         self.log(
             {"loss_soft_gates": soft, "loss_hard_gates": hard, "undecided_before": report.undecided}
         )
-        if report.undecided > UNDECIDED_WARNING:
+        if report.undecided > UNDECIDED_WARNING and self.is_world_process_zero():
             logger.warning(
                 "koff: %.0f %% of the gates were undecided when the mask was fixed "
                 "(loss %.3f -> %.3f); train them longer or raise gate_learning_rate",
@@ -403,15 +512,15 @@ class KoffTrainer(CheckpointingTrainer):
         super().log(logs, *args, **kwargs)
 
     def _source_losses(self) -> dict[str, float]:
-        """Return the mean loss of each source since the last log, over all ranks; of those that had
-        a row."""
+        """Return the mean loss of each source's tokens since the last log, over all ranks; of those
+        that had a row."""
         sums = self.accelerator.reduce(self._source_sums.clone(), reduction="sum").tolist()
         self._source_sums.zero_()
         names = [source.name for source in self.mixture.sources]
         return {
-            f"loss_{name}": total / rows
-            for name, (total, rows) in zip(names, sums, strict=True)
-            if rows
+            f"loss_{name}": total / tokens
+            for name, (total, tokens) in zip(names, sums, strict=True)
+            if tokens
         }
 
     def _sparsity_logs(self) -> dict[str, float]:
@@ -502,25 +611,40 @@ class KoffTrainer(CheckpointingTrainer):
             ValueError: gates that are not compacted, or a taken folder; nothing is written.
         """
         if _internal_call:  # by transformers, for a checkpoint
-            return super().save_model(output_dir, _internal_call)
+            return self._save(output_dir)
         if self.koff.gates is not None:
             raise ValueError(
                 "save_model: the model must be without gates, got gates that are not compacted; "
                 "save what koff.compact(trainer.model) returns with koff.save"
             )
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
+        # Every process comes here: ``save`` lets the first one write.
+        model = self.accelerator.unwrap_model(self.model)
+        save(model, output_dir or self.args.output_dir, tokenizer=self.processing_class)
 
 
-class _ClampGates(TrainerCallback):
-    """Keeps log_alpha in range after every optimiser step."""
+class _GateSteps(TrainerCallback):
+    """What open gates need around an optimiser step."""
 
     def __init__(self, state: KoffState):
         self.koff = state
 
+    @property
+    def open(self) -> bool:
+        return self.koff.gates is not None and not self.koff.gates.fixed
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Let every rank draw the same gates, as the one process does that several ranks equal.
+
+        They start alike, but nothing else would bring them together again after a rank has drawn
+        alone, or when more ranks resume than had written the checkpoint.
+        """
+        if self.open and args.world_size > 1:
+            kind = args.device.type
+            synchronize_rng_states(["torch" if kind == "cpu" else kind])
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.koff.gates is not None and not self.koff.gates.fixed:
+        """Keep log_alpha in range."""
+        if self.open:
             self.koff.gates.clamp_()
 
 

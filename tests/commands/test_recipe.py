@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.models import HYBRID, multimodal
 from transformers import AutoModelForCausalLM
 
 import koff
@@ -20,6 +21,8 @@ from koff.commands.recipe import (
     shipped_recipes,
 )
 from koff.commands.train import check_model, check_output, last_checkpoint, load_base
+from koff.data.sources import Completion
+from koff.model import arch
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
 
 RECIPES = list(shipped_recipes().values())
@@ -94,14 +97,20 @@ def test_parse_inverts_to_dict_through_json():
         ("koff=3", r"koff must be a mapping of keys to values, got 3"),
         ("data=null", r"data must name at least one domain, got none"),
         ("data.a/b.train=x.jsonl", r"in koff: KoffConfig: a memory name must be .*'a/b'"),
-        ("data={true: {train: x}}", r"data \(a key\) must be a text, got True"),
+        (
+            "data={true: {train: x}}",
+            r"the value of data must have texts for keys, got true, .* bool",
+        ),
         ("general.m={train: x, weight: 0}", r"in general\.m: weight must be positive, got 0"),
         ("dtype=int8", r"dtype must be one of 'auto', 'float32'.*got 'int8'"),
         ("nothing", "an override must read KEY=VALUE, got 'nothing'"),
         ("train.steps=1" + "0" * 30, r"in train: steps must be at most 1000000000, got 10+;"),
         ("train.warmup_ratio=.nan", r"in train: warmup_ratio must lie in 0\.\.1, got nan"),
         ("seed=-1", r"seed must lie in 0\.\.4294967295, got -1"),
-        ("seed=2001-13-45", r"the value of seed must be valid YAML, got '2001-13-45'"),
+        ("seed=2001-13-45", r"seed must be an integer, got '2001-13-45' \(str\)"),
+        ("seed=010", r"the value of seed must have numbers in base ten, got 010, .* takes for 8"),
+        ("koff.memories=[no, fr]", r"memories\[0\] must be a text, got False \(bool\); quote it"),
+        ("revision=3.10", r"revision must be .* got 3\.1 \(float\); quote it if it is a text"),
         ("train.steps=" + "[" * 5000, r"the value of train\.steps must be valid YAML"),
         ("train.steps=[1", r"the value of train\.steps must be valid YAML, got '\[1'"),
     ],
@@ -123,6 +132,54 @@ def test_load_refuses_files_that_are_no_recipe(tmp_path):
     path.write_text("- model", "utf-8")
     with pytest.raises(ValueError, match="must hold a mapping of keys to values, got list"):
         load_recipe(path)
+
+
+WITH_DATA = "model: some/model\ndata:\n  {}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("no: {train: a}", r"line 3 must have texts for keys, got no, .* type bool; quote it"),
+        ("ON: {train: a}", r"line 3 must have texts for keys, got ON, .* type bool; quote it"),
+        ("001: {train: a}", r"got 001, which YAML takes for a value of type int; quote it"),
+        ("1.10: {train: a}", r"got 1\.10, which YAML takes for a value of type float"),
+        ("12:30: {train: a}", r"got 12:30, which YAML takes for a value of type int"),
+        ("~: {train: a}", r"got ~, which YAML takes for a value of type null"),
+        ("? [a, b]\n  : {train: a}", r"got a sequence, which YAML takes for a value of type seq"),
+        ("fr: {train: a}\n  fr: {train: b}", r"line 4 must have each key once, got 'fr' again"),
+        ("fr: {train: a, train: b}", r"line 3 must have each key once, got 'train' again"),
+        ("fr: {train: a}\ndata:\n  en: {train: b}", r"line 4 must have each key once, got 'data'"),
+        (
+            "fr: {train: a}\nseed: 1:30",
+            r"line 4 must have numbers in base ten, got 1:30, .* for 90",
+        ),
+    ],
+)
+def test_yaml_that_does_not_say_what_it_seems_to_is_refused(tmp_path, written, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(WITH_DATA.format(written), "utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+
+
+def test_quoted_names_dates_and_merged_keys_are_what_they_seem(tmp_path):
+    path = tmp_path / "r.yaml"
+    written = '"no": &one {train: a, test: t}\n  "001": {<<: *one, train: b}\n  fr: {train: c}'
+    # As editors on Windows write it.
+    text = WITH_DATA.format(written).replace("\n", "\r\n") + "revision: 2024-01-01\n"
+    path.write_bytes(text.encode("utf-8-sig"))
+    recipe = load_recipe(path, ["data.off.train=d"])
+    assert {name: part.train for name, part in recipe.data.items()} == {
+        "no": "a", "001": "b", "fr": "c", "off": "d"
+    }  # fmt: skip
+    assert recipe.data["001"].test == "t" and recipe.revision == "2024-01-01"
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("model: é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r\.yaml must be UTF-8 text, got a byte that is not"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_overrides_read_yaml_and_leave_the_input_alone():
@@ -175,6 +232,16 @@ def test_sources_know_hub_datasets_and_fields():
     assert recipe.sources("validation", general=True) == {} and recipe.sources("test") == {}
 
 
+def test_a_field_may_name_a_prompt_and_its_completion():
+    field = {"prompt": "Q: {question}", "completion": "answer"}
+    recipe = minimal(general={"qa": {"train": {"hub": "a/qa"}, "field": field}})
+    source = recipe.sources("train", general=True)["qa"]
+    assert source.field == Completion("Q: {question}", "answer")
+    assert parse(recipe.to_dict(), recipe.root) == recipe
+    with pytest.raises(KeyError, match=r"general\.qa\.field\.completion must be given"):
+        minimal(general={"qa": {"train": "a", "field": {"prompt": "x"}}})
+
+
 def test_first_difference_names_the_key():
     assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 2]}}) is None
     assert first_difference({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}) == "a.b"
@@ -191,6 +258,10 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
     with pytest.raises(ValueError, match=r"must be empty or hold an interrupted run, got \['notes"):
         check_output(out, recipe)
     (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": recipe.to_dict()}), "utf-8")
+    assert check_output(out, recipe) is None
+    earlier = recipe.to_dict()  # of a koff that did not know a setting yet
+    del earlier["koff"]["kv"]["recurrent_state"]
+    (out / "recipe.json").write_text(json.dumps({"root": "/", "recipe": earlier}), "utf-8")
     assert check_output(out, recipe) is None
     for step, complete in ((5, True), (10, True), (15, False)):
         folder = out / "checkpoints" / f"checkpoint-{step}"
@@ -211,6 +282,16 @@ def test_output_is_new_empty_or_the_same_run(tmp_path):
         check_output(out / "notes.txt", recipe)
 
 
+def test_of_a_multimodal_model_the_language_model_is_looked_at(tmp_path):
+    multimodal().save_pretrained(tmp_path)
+    recipe = minimal(model=str(tmp_path))
+    config = check_model(recipe)
+    assert config.model_type == HYBRID and config.max_position_embeddings == 256
+    model = load_base(recipe)
+    assert type(model) is arch.stock_classes(HYBRID)[1]
+    koff.attach(model, recipe.koff)
+
+
 def test_last_checkpoint_of_nothing_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
@@ -229,8 +310,8 @@ def test_shipped_recipes_parse(path):
 
 def test_shipped_recipes_are_there_by_their_names(tmp_path, monkeypatch):
     names = {path.stem for path in RECIPES}
-    known = {"docs-llama", "smollm2", "llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"}
-    assert known <= names
+    large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "qwen3.5-4b"}
+    assert large | {"docs-llama", "smollm2"} <= names
     monkeypatch.delenv("KOFF_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("smollm2", ["train.steps=3"])

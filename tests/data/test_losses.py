@@ -55,6 +55,25 @@ def test_token_losses_are_the_definitions():
     assert not token_losses(teacher, IDS, teacher)[1].any()
 
 
+def test_positions_that_do_not_count_have_neither_loss_nor_gradient():
+    labels = torch.tensor([[3, -100, 4, 1], [-100, -100, -100, 3]])
+    logits, teacher = torch.randn(2, 2, 4, 5)
+    whole = token_losses(logits, IDS, teacher)
+    leaf = logits.clone().requires_grad_()
+    losses = token_losses(leaf, labels, teacher)
+    counts = labels[:, 1:] != -100
+    for some, every in zip(losses, whole, strict=True):
+        assert torch.equal(some, every * counts) and every.all()
+    sum(part.sum() for part in losses).backward()
+    assert torch.equal(leaf.grad.any(-1), torch.cat([counts, torch.zeros(2, 1) > 0], 1))
+    wanted = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    assert float((losses[0].sum() / counts.sum()).detach()) == pytest.approx(
+        float(wanted), rel=1e-6
+    )
+
+
 def test_token_losses_without_a_teacher():
     logits = torch.randn(2, 4, 5)
     losses, divergence = token_losses(logits, IDS)

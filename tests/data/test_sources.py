@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from koff.data.sources import DataSource, load_documents
+from koff.data.sources import Completion, DataSource, load_documents
 
 
 def write_lines(path: Path, *records: object) -> Path:
@@ -54,6 +54,70 @@ def test_load_missing_field_names_file_line_and_columns(tmp_path, field):
         load_documents(DataSource(path=path, field=field))
 
 
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "document"),
+    [
+        ({"messages": CHAT}, "text", None),
+        ({"messages": CHAT, "text": None}, "text", None),
+        ({"prompt": "a", "completion": "b", "id": 3}, "text", None),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "text", None),
+        # The usual column counts where it is there.
+        ({"text": "a", "input_ids": [1]}, "text", "a"),
+        ({"text": "a", "messages": CHAT}, "text", "a"),
+        (
+            {"text": "a", "talk": CHAT, "tools": [{"name": "f"}]},
+            "talk",
+            {"messages": CHAT, "tools": [{"name": "f"}], "chat_template_kwargs": None},
+        ),
+        (
+            {"q": "Why?", "a": "So."},
+            Completion("Q: {q}\nA:", " {a}"),
+            {"prompt": "Q: Why?\nA:", "completion": " So."},
+        ),
+        ({"q": "Why?", "a": "So."}, Completion("q", "a"), {"prompt": "Why?", "completion": "So."}),
+    ],
+)
+def test_load_records_of_which_a_part_counts(tmp_path, record, field, document):
+    path = write_lines(tmp_path / "a.jsonl", record)
+    expected = record if document is None else document
+    assert load_documents(DataSource(path=path, field=field)) == [expected]
+
+
+def test_load_a_record_of_two_kinds_or_none_is_refused(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"messages": CHAT, "prompt": "a", "completion": "b"})
+    with pytest.raises(
+        ValueError, match="line 1 must be of one kind, got both messages and prompt"
+    ):
+        load_documents(path)
+    path = write_lines(tmp_path / "a.jsonl", {"text": None, "id": 1})
+    with pytest.raises(KeyError, match=r"line 1 .* 'text', got \['id', 'text'\] \(null instead of"):
+        load_documents(path)
+    path = write_lines(tmp_path / "a.jsonl", {"q": "a", "a": None})
+    with pytest.raises(KeyError, match=r"the field 'q' with 'a', got .*\(null instead of a text"):
+        load_documents(DataSource(path=path, field=Completion("q", "a")))
+
+
+def test_load_what_windows_writes(tmp_path):
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("é", "a\u2028b")]
+    for name in ("a", "b"):
+        data = "\r\n".join([*lines, "", ""])
+        (tmp_path / f"{name}.jsonl").write_bytes(data.encode("utf-8-sig"))
+    assert load_documents(tmp_path / "a.jsonl") == ["é", "a\u2028b"]
+    joined = tmp_path / "joined.jsonl"  # the second byte-order mark is in its middle
+    joined.write_bytes(b"".join((tmp_path / f"{name}.jsonl").read_bytes() for name in ("a", "b")))
+    assert load_documents(joined) == ["é", "a\u2028b"] * 2
+    (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode("utf-8-sig"))
+    assert load_documents(tmp_path / "a.txt") == ["é\nb\nc\n"]
+
+
+def test_load_a_line_may_be_long(tmp_path):
+    text = "é" * 2**21
+    assert load_documents(write_lines(tmp_path / "a.jsonl", {"text": text})) == [text]
+
+
 def test_load_field_that_is_not_text_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"text": 3})
     with pytest.raises(KeyError, match="line 1 must have the field 'text'.*int instead of a text"):
@@ -65,6 +129,8 @@ def test_load_field_that_is_not_text_is_refused(tmp_path):
     [
         ('{"text": ', r"line 2 must be valid JSON, got '\{\"text\":'"),
         ("[1]", "line 2 must be a JSON object, got list"),
+        ('{"text": "a", "text": "b"}', "line 2 must be valid JSON, .*the key 'text' twice"),
+        ('{"text": "a", "x": {"b": 1, "b": 2}}', "line 2 must be valid JSON, .*the key 'b' twice"),
         ("[" * 100_000, "line 2 must be valid JSON"),
         ('{"text": ' + "1" * 5000 + "}", "line 2 must be valid JSON"),
     ],
@@ -89,8 +155,22 @@ def test_load_bad_files_are_refused(tmp_path):
         load_documents(tmp_path / "a.txt")
     with pytest.raises(ValueError, match="field of the text file .* must be left out"):
         load_documents(DataSource(path=tmp_path / "a.txt", field="body"))
-    with pytest.raises(ValueError, match="at least one non-empty document"):
+    with pytest.raises(ValueError, match="at least one non-empty document, got 1 empty ones"):
         load_documents(write_lines(tmp_path / "empty.jsonl", {"text": " "}))
+    with pytest.raises(ValueError, match="at least one non-empty document, got none"):
+        load_documents(write_lines(tmp_path / "empty.jsonl"))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"end in \.jsonl or \.txt, got '\.gz'; unpack it"):
+        load_documents(tmp_path / "a.jsonl.gz")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "a"}\n\n{"text": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl line 3 must be UTF-8 text, got a byte"):
+        load_documents(bad)
+    assert load_documents(DataSource(path=bad, limit=1)) == ["a"]
+    for text in ('[{"text": "a"}]', '[\n {"text": "a"}\n]'):
+        bad.write_text(text, "utf-8")
+        with pytest.raises(ValueError, match="line 1 must be a JSON object, got .* one object per"):
+            load_documents(bad)
 
 
 def test_source_is_a_path_or_a_hub_id():

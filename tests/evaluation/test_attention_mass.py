@@ -120,8 +120,16 @@ def test_mass_refuses_what_it_cannot_measure():
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         measure(batch_size=0)
     long = [{"input_ids": tokens(1, 250)[0].tolist()}]
-    with pytest.raises(ValueError, match=r"must fit max_position_embeddings \(256\), got 7 \+ 250"):
+    with pytest.raises(ValueError, match=r"prefix \+ block_size must be .* 256 .* got 7 \+ 250"):
         measure(documents=long, block_size=250)
+
+    def fail(*_):
+        raise RuntimeError("amid the measurement")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="amid the measurement"):
+        measure(block_size=12)
+    hook.remove()
     assert model.config._attn_implementation == "koff"  # also after an error inside
 
 

@@ -67,6 +67,30 @@ def test_evaluate_agrees_with_the_definition(tokenizer):
         assert row.bits_per_byte == pytest.approx(expected, rel=1e-5)
 
 
+def test_evaluate_scores_the_tokens_that_count_as_transformers_does(tokenizer):
+    model = tiny().eval()
+    records = [
+        {"prompt": "abc", "completion": "def"},
+        {"prompt": "h", "completion": "a b c d"},
+        {"prompt": "é é é", "completion": "g"},
+    ]
+    # Too long to share a block, so that each has one of its own, filled up.
+    (row,) = evaluate(model, tokenizer, {"en": records}, block_size=11, batch_size=2)
+    nats, count = 0.0, 0
+    for record in records:
+        prompt, completion = (tokenizer(record[name])["input_ids"] for name in record)
+        ids = torch.tensor([[1, *prompt, *completion, 2]])
+        labels = ids.clone()
+        labels[:, : 1 + len(prompt)] = -100
+        own = len(completion) + 1
+        with torch.no_grad():
+            nats += own * float(model(input_ids=ids, labels=labels).loss)
+        count += own
+    assert row.tokens == count == 4 + 8 + 2
+    assert row.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
+    assert row.bits_per_byte == pytest.approx(nats / math.log(2) / (3 + 7 + 1), rel=1e-5)
+
+
 def test_evaluate_runs_every_memory_and_none(tokenizer):
     model = with_memories()
     rows = evaluate(model, tokenizer, DOCUMENTS, block_size=8)
@@ -119,9 +143,10 @@ def test_evaluate_refuses_before_it_runs(tokenizer):
     with pytest.raises(TypeError, match="datasets must be a mapping, got list"):
         evaluate(model, tokenizer, DOCUMENTS["en"], block_size=8)
     size = model.config.vocab_size
-    for wrong in (-1, size):
-        with pytest.raises(ValueError, match=rf"dataset 'x' must have token ids in 0..{size - 1}"):
-            evaluate(model, None, {"x": [{"input_ids": [1, wrong, 1]}]}, block_size=2)
+    with pytest.raises(ValueError, match=rf"dataset 'x' must have token ids in 0..{size - 1}"):
+        evaluate(model, None, {"x": [{"input_ids": [1, size, 1]}]}, block_size=2)
+    with pytest.raises(ValueError, match="document 0 of dataset 'x' must be at least 0 .* got -1"):
+        evaluate(model, None, {"x": [{"input_ids": [1, -1, 1]}]}, block_size=2)
     with pytest.raises(ValueError, match="datasets must not be empty"):
         evaluate(model, tokenizer, {}, block_size=8)
     with pytest.raises(ValueError, match="dataset 'fr' must hold at least one block of 60 tokens"):

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from support.models import ARCHITECTURES, NAMES, attached, perturb, tiny, tokens
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import koff
 from koff.model import arch
@@ -72,15 +80,18 @@ def _config(**changes):
 
 def test_unsupported_models_are_refused_by_name():
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11))
-    with pytest.raises(ValueError, match="must be one of llama, .*got 'gpt2'"):
+    with pytest.raises(ValueError, match="must be one of llama, .*got 'gpt2'; its MLPs are not ga"):
         koff.attach(gpt, _config())
     with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear"):
         koff.attach(torch.nn.Linear(2, 2), _config())
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=11)
     heads = dict(num_attention_heads=2, num_key_value_heads=1)
     moe = MixtralForCausalLM(MixtralConfig(num_local_experts=2, **small, **heads))
-    with pytest.raises(ValueError, match="must be one of llama, .*got 'mixtral'"):
+    with pytest.raises(ValueError, match="must be one of llama, .*got 'mixtral'; its MLPs are mix"):
         koff.attach(moe, _config())
+    narrow = GemmaForCausalLM(GemmaConfig(head_dim=8, **small, **heads))
+    with pytest.raises(ValueError, match="got 'gemma'; its layers look alike, but nobody has che"):
+        koff.attach(narrow, _config())
     bare = tiny("llama").model
     with pytest.raises(TypeError, match="must be a causal language model like LlamaForCausalLM"):
         koff.attach(bare, _config())
@@ -91,7 +102,7 @@ def test_fused_or_biased_mlps_are_refused():
     layer = model.model.layers[1]
     layer.mlp.gate_up_proj = torch.nn.Linear(64, 192, bias=False)  # as Phi-3, which llama is not
     del layer.mlp.gate_proj, layer.mlp.up_proj
-    with pytest.raises(TypeError, match="MLP of layer 1 must have the linear layers gate_proj"):
+    with pytest.raises(TypeError, match="layer 1 must .* without gate_proj, up_proj; load"):
         koff.attach(model, _config())
     with pytest.raises(ValueError, match="MLP of layer 0 must have no bias, got mlp_bias=True"):
         koff.attach(tiny("llama", mlp_bias=True), _config())
@@ -107,8 +118,27 @@ def test_quantised_and_adapted_models_are_refused():
     wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="unwrap PEFT"):
         koff.attach(wrapped, _config())
-    with pytest.raises(TypeError, match="q_proj of layer 0 must be a plain torch.nn.Linear"):
-        koff.attach(wrapped.base_model.model, _config())
+    for target in arch.LINEARS[:7]:
+        wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=[target]))
+        said = (
+            rf"{target} of layer 0 must be a plain torch.nn.Linear, got peft\..*\.Linear; take the"
+        )
+        with pytest.raises(TypeError, match=said):
+            koff.attach(wrapped.base_model.model, _config())
+
+
+def test_replaced_linear_layers_are_refused():
+    """As libraries for quantised weights do it."""
+
+    class Linear8bit(torch.nn.Linear):
+        pass
+
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj = Linear8bit(64, 96, bias=False)
+    with pytest.raises(
+        TypeError, match=r"up_proj of layer 1 must .*Linear8bit; load the model wit"
+    ):
+        koff.attach(model, _config())
 
 
 def test_patched_modules_are_refused():
@@ -140,6 +170,19 @@ def test_positions_where_a_prefix_cannot_be_exact_are_refused():
     with pytest.raises(ValueError, match="llama3, yarn, got 'longrope'; use kv=None"):
         koff.attach(model, _config())
     koff.attach(model, _config(kv=None))
+
+
+def test_attention_dropout_is_refused_where_a_cache_is_learned():
+    def published():
+        return tiny("granite", attention_dropout=0.1)
+
+    with pytest.raises(ValueError, match="attach: attention dropout must be 0 .* got 0.1; load"):
+        koff.attach(published(), _config())
+    model = koff.attach(published(), _config(kv=None))
+    koff.binarize(model, multiple_of=1)
+    with pytest.raises(ValueError, match="add_memory: attention dropout must be 0"):
+        koff.add_memory(model, "b", [{"input_ids": list(range(3, 40))}] * 4, kv=koff.KVConfig(2))
+    assert model.koff.memory_names == ("a",)
 
 
 def test_a_second_attach_and_a_missing_one_are_refused():

@@ -195,7 +195,7 @@ def test_a_cache_that_somebody_holds_is_not_used_again(counts):
 
 def test_graphs_die_with_their_cache_and_stay_few(counts):
     model, ids = attached("llama"), tokens()
-    steps = model.koff.graphs._steps
+    steps = model.koff.graphs.steps
     static = dict(cache_implementation="static", return_dict_in_generate=True)
     out = generate(model, ids, "en", **static)
     cache = weakref.ref(out.past_key_values)
@@ -327,7 +327,7 @@ def test_a_capture_that_fails_goes_on_without(counts, monkeypatch):
             return original(partly, device)
         finally:
             model.model.layers[1]._forward_hooks.clear()
-            cache = model.koff.graphs._current
+            cache = model.koff.running.generation.static_cache
             for layer in cache.layers[:2]:
                 layer.cumulative_length.add_(1)
 
@@ -344,14 +344,14 @@ def test_a_capture_that_fails_goes_on_without(counts, monkeypatch):
 def test_copies_detaching_and_moving_leave_nothing_behind(counts):
     model, ids = attached("llama"), tokens()
     wanted = generate(model, ids, MIX, cache_implementation="static")
-    spare = weakref.ref(model.koff.graphs._spare)
+    spare = weakref.ref(model.koff.graphs.spare)
     other = copy.deepcopy(model)
-    assert len(other.koff.graphs._steps) == 0 and other.koff.graphs._spare is None
+    assert len(other.koff.graphs.steps) == 0 and other.koff.graphs.spare is None
     assert torch.equal(generate(other, ids, MIX, cache_implementation="static"), wanted)
     model.to(torch.float64)
     assert spare() is None
     generate(model, ids, MIX, cache_implementation="static")
-    spare = weakref.ref(model.koff.graphs._spare)
+    spare = weakref.ref(model.koff.graphs.spare)
     koff.detach(model)
     gc.collect()
     assert spare() is None
@@ -372,7 +372,7 @@ def test_use_memory_and_threads(counts):
         static = dict(cache_implementation="static", do_sample=False)
         got = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **static)
     assert torch.equal(got, wanted[0])
-    assert model.koff.prompt is None
+    assert model.koff.running.generation is None
 
 
 def test_a_loop_of_ones_own_is_not_taken_for_a_generate():
@@ -414,7 +414,7 @@ def test_graphs_on_a_gpu_equal_eager_and_are_faster():
                 plain, wanted = with_logits(model, prompt, memory, **eager)
                 assert torch.equal(got, plain) and torch.equal(logits, wanted)
                 again = generate(model, prompt, memory, **static, **kwargs)
-                assert torch.equal(again, got) and len(graphs._steps) > 0
+                assert torch.equal(again, got) and len(graphs.steps) > 0
         seconds = {}
         for name, kwargs in (("graph", {}), ("eager", dict(disable_compile=True))):
             for _ in range(2):
@@ -453,4 +453,4 @@ def test_a_capture_that_fails_on_a_gpu_leaves_torch_usable():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # another setting: it is tried again
         assert torch.equal(generate(model, ids, MIX, cache_implementation="static"), wanted)
-    assert len(model.koff.graphs._steps) == 1
+    assert len(model.koff.graphs.steps) == 1

@@ -181,15 +181,18 @@ def test_constants_of_a_stack_are_made_once():
     """Making one on a GPU waits for it."""
     model = attached("llama")
     bank = model.koff.memories
-    first, again = (bank.lora(Site(0, "q_proj"), (0, 2)) for _ in range(2))
+    two = bank["en"], bank["es"]
+    first, again = (bank.lora(Site(0, "q_proj"), two) for _ in range(2))
     assert first.a is not again.a and first.scaling is again.scaling
-    assert bank.prefix(0, (0, 2)).lengths is bank.prefix(1, (0, 2)).lengths
-    assert bank.lora(Site(0, "q_proj"), (0,)).scaling.shape == (1,)
+    assert bank.prefix(0, two).lengths is bank.prefix(1, two).lengths
+    assert bank.lora(Site(0, "q_proj"), two[:1]).scaling.shape == (1,)
     with torch.inference_mode():
-        fresh = attached("llama").koff.memories.lora(Site(0, "q_proj"), (0, 2))
+        bank = attached("llama").koff.memories
+        fresh = bank.lora(Site(0, "q_proj"), (bank["en"], bank["es"]))
     assert fresh.scaling.is_inference()
-    copied = copy.deepcopy(model).koff.memories.lora(Site(0, "q_proj"), (0, 2))
-    assert torch.equal(copied.scaling, first.scaling)
+    bank = copy.deepcopy(model).koff.memories
+    copied = bank.lora(Site(0, "q_proj"), (bank["en"], bank["es"]))
+    assert copied.a is not first.a and torch.equal(copied.scaling, first.scaling)
 
 
 def test_a_scaling_equal_to_a_length_is_another_constant():

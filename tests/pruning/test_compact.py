@@ -1,6 +1,7 @@
 """Binarising and compacting: exact counts, reachable widths, the same function."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -213,3 +214,16 @@ def test_binarize_reports_neurons_of_massive_activation_that_it_removes(caplog):
     again = koff.binarize(model, multiple_of=1)  # neurons are found in their original order
     assert again.massive is None and again.sparsity == report.sparsity
     assert koff.binarize(model, multiple_of=1, token_ids=ids).massive == [(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("multiple", "says"),
+    [(4096, "0.0 % .* 40.0 % .* of 96 in a layer a multiple of 4096 stays"), (1, None), (8, None)],
+)
+def test_a_target_that_is_missed_by_far_is_said(multiple, says, caplog):
+    model = spread(attached("llama", target_sparsity=0.4))
+    report = koff.binarize(model, multiple_of=multiple)
+    assert abs(report.sparsity.mlp - 0.4) <= multiple / 2 / 288 + 1 / 288 or says
+    found = [record.getMessage() for record in caplog.records if record.name == "koff"]
+    assert len(found) == (says is not None)
+    assert says is None or re.search(says, found[0])

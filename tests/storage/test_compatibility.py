@@ -21,6 +21,7 @@ def test_a_saved_model_loads_with_every_bit():
     expected = load_file(SAVED / "expected.safetensors")
     model = koff.load(SAVED / "model")
     state = {f"state.{name}": t for name, t in model.state_dict().items()}
+    state = {name: t for name, t in state.items() if not name.endswith("_extra_state")}  # newer
     assert state.keys() == {name for name in expected if name.startswith("state.")}
     for name, tensor in state.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
@@ -82,7 +83,7 @@ def test_a_checkpoint_resumes_to_the_same_end(tmp_path):
     assert run.state.global_step == 4 and run.model.koff.gates.fixed
     trained = load_file(SAVED / "trained.safetensors")
     before = load_file(SAVED / "checkpoint-2" / "koff_state.safetensors")
-    got = run.model.koff.state_dict()
+    got = run.model.koff.tensors()
     assert got.keys() == trained.keys()
     moved = set()
     for name, want in trained.items():

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
 from support.damage import DAMAGES, edit
 from support.models import ARCHITECTURES, attached, tiny, tokens
 from support.widths import compacted
+from transformers import AutoModelForCausalLM
 
 import koff
 from koff.model import modeling_koff
@@ -152,3 +154,29 @@ def test_a_mask_of_the_wrong_length_is_refused(saved):
     edit(saved / "koff.json", kept=facts["kept"])
     with pytest.raises(ValueError, match="kept neurons of layer 1 must be"):
         koff.load(saved)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.4])
+def test_adapters_name_only_a_base_that_they_belong_on(sparsity, tmp_path):
+    """PEFT's Auto classes load the named base; a LoRA on attention and a cache fit the dense one,
+    and would compute something else there than on the pruned backbone."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    parts = dict(
+        lora=koff.LoRAConfig(r=2, target_modules=("q_proj",)), kv=koff.KVConfig(3, "tokens")
+    )
+    koff.attach(model, koff.KoffConfig(("en",), target_sparsity=sparsity, **parts))
+    if sparsity:
+        koff.binarize(model, per_layer="uniform", multiple_of=1)
+        model = koff.compact(model)
+    folder = koff.save(model, tmp_path / "out") / "memories/en"
+    for part in ("lora", "kv"):
+        named = json.loads((folder / part / "adapter_config.json").read_text())
+        assert named["base_model_name_or_path"] == (None if sparsity else str(tmp_path / "base"))
+        if sparsity:
+            with pytest.raises(OSError):
+                AutoPeftModelForCausalLM.from_pretrained(folder / part)
+        else:
+            AutoPeftModelForCausalLM.from_pretrained(folder / part)
+    backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    PeftModel.from_pretrained(backbone, folder / "lora")

@@ -100,3 +100,12 @@ def test_only_the_files_of_a_tokenizer_are_compared(saved):
     (saved / "README.md").write_text("my own words")
     os.remove(saved / "memories/es/memory.json")
     assert open_saved(saved).load_tokenizer() is not None
+
+
+def test_the_name_of_a_tokenizer_is_none(original, tmp_path):
+    model = koff.load(original)
+    with pytest.raises(TypeError, match="^koff.save: the tokenizer must be one of .* got 'gpt2'"):
+        koff.save(model, tmp_path / "out", tokenizer="gpt2")
+    with pytest.raises(TypeError, match="^koff.export_merged: the tokenizer must be .* got 'gpt2'"):
+        koff.export_merged(original, "en", tmp_path / "out", tokenizer="gpt2")
+    assert not list(tmp_path.iterdir())

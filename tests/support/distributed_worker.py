@@ -1,96 +1,137 @@
-"""One rank of tests/training/test_distributed.py: trains two steps and writes what was learned.
+"""One rank of tests/training/test_distributed.py.
 
-Usage: distributed_worker.py FOLDER trainer|fsdp|resume. accelerate does not shard on the CPU, so
-the FSDP run is a plain loop with torch's own fully_shard.
+Usage: distributed_worker.py FOLDER ddp|fsdp, alone or under torchrun. Each of the runs in ``RUNS``
+trains with gates, fixes the mask on the way, compacts and saves; rank 0 writes what came out, and
+every rank makes sure that it has the same.
 """
 
-import os
+import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from support.models import NAMES, tiny, tokens
-from support.trainings import DOMAINS, LORA, arguments
+from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import koff
+from koff.model import arch
+from koff.model.sharding import is_sharded
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-ROWS = 12
+ROWS = 12  # of a micro-batch, over all ranks
+STEPS = 4
+EVALUATED = {name: DOMAINS[name][:3] for name in ("en", "es")}
+
+RUNS = {
+    "mixed": {},
+    "accumulated": dict(gradient_accumulation_steps=2, batching="single"),
+    # Rows count differently, and so do micro-batches and ranks.
+    "labelled": dict(gradient_accumulation_steps=2, domains=ANSWERS),
+    "checkpointed": dict(gradient_checkpointing=True, fix_mask_at=0.75, max_grad_norm=0.1),
+}
 
 
-def fresh(kv: koff.KVConfig):
-    config = koff.KoffConfig(NAMES, target_sparsity=0, lora=LORA, kv=kv)
-    return koff.attach(tiny("llama", initializer_range=0.3), config)
+def let_fsdp_shard_on_cpu() -> None:
+    """accelerate shards on accelerators only. Its code runs as well over gloo, once its state says
+    that it may."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
-def with_trainer(folder: Path):
-    args = arguments(
-        folder / f"trainer{RANKS}",
-        max_steps=2,
-        per_device_train_batch_size=ROWS // RANKS,
-        general_every=0,
-        max_grad_norm=1e9,
-        ddp_backend="gloo" if RANKS > 1 else None,
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTrainer:
+    config = koff.KoffConfig(NAMES, target_sparsity=0.4, lora=LORA, kv=koff.KVConfig(5, "text"))
+    model = koff.attach(tiny("llama", initializer_range=0.3), config)
+    args = arguments(folder)  # from here on there is a process group
+    settings = dict(
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS // ranks(),
+        general_every=3,
+        adam_epsilon=0.1,  # see the test
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=STEPS,
+        fsdp=mode == "fsdp" and ranks() > 1,
     )
-    run = koff.KoffTrainer(fresh(koff.KVConfig(5, "text")), args, train_datasets=DOMAINS)
-    run.train()
-    wrapped = isinstance(run.model_wrapped, torch.nn.parallel.DistributedDataParallel)
-    assert wrapped == (RANKS > 1)
-    return run.model
+    args = arguments(folder, **{**settings, **changes})
+    data = dict(train_datasets=domains, general_datasets=GENERAL, eval_datasets=EVALUATED)
+    return koff.KoffTrainer(model, args, **data)
 
 
-def with_resume(folder: Path):
-    """Two steps with a checkpoint after each; then the second one again, from the first."""
-    models = []
-    for start in (None, str(folder / "run" / "checkpoint-1")):
-        settings = dict(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=2)
-        args = arguments(folder / "run", ddp_backend="gloo" if RANKS > 1 else None, **settings)
-        model = fresh(koff.KVConfig(5, "normal"))
-        run = koff.KoffTrainer(model, args, train_datasets=DOMAINS)
-        run.train(resume_from_checkpoint=start)
-        found = {path.name for path in (folder / "run").iterdir()}
-        assert found == {"checkpoint-1", "checkpoint-2"}, found
-        models.append(run.model.koff.state_dict())
-    assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())
-    return run.model
+def check_how_it_ran(run: koff.KoffTrainer, mode: str) -> None:
+    """The base is replicated or sharded, as it was asked for; what is learned is always whole."""
+    several = ranks() > 1
+    assert isinstance(run.model_wrapped, DistributedDataParallel) == (several and mode == "ddp")
+    sharded = several and mode == "fsdp"
+    assert is_sharded(run.model) == sharded
+    weights = [w for mlp in arch.mlps(run.model) for w in arch.mlp_weights(mlp)]
+    assert all(isinstance(w, DTensor) == sharded for w in weights)
+    assert not any(isinstance(p, DTensor) for p in run.model.koff.parameters())
 
 
-def with_fsdp(folder: Path):
-    model = fresh(koff.KVConfig(5, "normal")).train()
-    if RANKS > 1:
-        from torch.distributed.fsdp import fully_shard
+def same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
+    """Assert that every rank has the same bits."""
+    if ranks() == 1:
+        return
+    for name, tensor in tensors.items():
+        first = tensor.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, tensor), name
 
-        torch.distributed.init_process_group("gloo")
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        assert all(hasattr(p, "full_tensor") for p in model.parameters())
-    optimizer = torch.optim.AdamW(model.koff.parameters(), lr=1e-2)
-    share = slice(RANK * ROWS // RANKS, (RANK + 1) * ROWS // RANKS)
-    for step in range(2):
-        ids, names = tokens(ROWS, 9, seed=step)[share], [NAMES[i % 3] for i in range(ROWS)][share]
-        logits = model(ids, memory=names, use_cache=False).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+
+def learned(run: koff.KoffTrainer) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in run.model.koff.state_dict().items()}
 
 
 def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    model = {"trainer": with_trainer, "fsdp": with_fsdp, "resume": with_resume}[mode](folder)
-    state = model.koff.state_dict()
-    full = {
-        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone().contiguous()
-        for name, t in state.items()
-    }
-    if RANK == 0:
-        save_file(full, folder / f"{RANKS}.safetensors")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    logging.getLogger("koff").setLevel(logging.ERROR)
+    let_fsdp_shard_on_cpu()
+    tensors, logs = {}, {}
+    for name, changes in RUNS.items():
+        place = folder / f"{mode}{ranks()}-{name}"
+        run = make(place, mode, save_strategy="steps", save_steps=1, **changes)
+        run.train()
+        check_how_it_ran(run, mode)
+        whole = learned(run)
+        same_everywhere(whole)
+        if name == "mixed":
+            for step in (1, 3):  # before and after the mask is fixed
+                again = make(place, mode, **changes)
+                again.train(resume_from_checkpoint=str(place / f"checkpoint-{step}"))
+                resumed = learned(again)
+                assert all(torch.equal(t, resumed[n]) for n, t in whole.items()), step
+        narrow = koff.compact(run.model).eval()
+        out = koff.save(narrow, folder / f"out-{mode}{ranks()}-{name}")
+        loaded = koff.load(out)  # on every rank, as soon as save returns
+        ids, memories = tokens(4, 9), ["en", None, "keys", "es"]
+        logits = narrow(ids, memory=memories).logits
+        assert torch.equal(logits, loaded(ids, memory=memories).logits)
+        same_everywhere({"logits": logits})
+        tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
+        tensors[f"{name}.logits"] = logits.detach().contiguous()
+        logs[name] = run.state.log_history
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_file(tensors, folder / f"{mode}{ranks()}.safetensors")
+        (folder / f"{mode}{ranks()}.json").write_text(json.dumps(logs))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import koff
 from koff.model import arch
@@ -12,6 +12,7 @@ VOCAB = 97
 NAMES = ("en", "keys", "es")
 # Those that most tests go through; tests/model/test_architectures.py goes through all.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+HYBRID = "qwen3_5_text"  # has recurrent layers among those with attention
 
 _COMMON = dict(
     vocab_size=VOCAB,
@@ -31,6 +32,16 @@ _OWN = {
     "llama": dict(hidden_size=64, intermediate_size=96, tie_word_embeddings=True),
     "qwen2": dict(num_key_value_heads=4),  # one kv head per query head; biases
     "qwen3": dict(head_dim=16),  # which is not hidden / heads
+    # Recurrent layers with two value heads for each key head; RoPE on a quarter of a head.
+    "qwen3_5_text": dict(
+        full_attention_interval=2,  # a layer with attention between two recurrent ones
+        head_dim=16,
+        tie_word_embeddings=True,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=12,
+    ),
     "mistral": dict(sliding_window=None),
     "granite": dict(
         attention_multiplier=0.4,  # not D ** -0.5, which would be 0.29
@@ -56,6 +67,15 @@ def tiny(architecture: str, **changes) -> PreTrainedModel:
             if name.endswith("bias"):
                 p.normal_(std=0.5)
     return model.eval()
+
+
+def multimodal() -> PreTrainedModel:
+    """A Qwen3.5 as it is published: the language model of ``tiny`` and a vision part."""
+    text = tiny(HYBRID).config.to_dict()
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48)
+    tied = dict(tie_word_embeddings=True)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **tied)
+    return Qwen3_5ForConditionalGeneration(config).eval()
 
 
 def perturb(model: PreTrainedModel, std: float = 0.2) -> PreTrainedModel:

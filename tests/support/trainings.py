@@ -7,6 +7,7 @@ import koff
 
 WORDS = 40  # of a document
 STEPS = 3  # of tiny_run
+BLOCK = 16  # tokens of a row
 LORA = koff.LoRAConfig(r=4, target_modules="all-linear")
 
 
@@ -29,13 +30,27 @@ DOMAINS = {name: documents(i) for i, name in enumerate(NAMES)}
 GENERAL = {"math": documents(7), "en": documents(8)}
 
 
+def answers(seed):
+    """Records of 15 to 16 tokens, so that each fills a block, of which the last 4 to 10 count."""
+    generator = torch.Generator().manual_seed(seed)
+    records = []
+    for document in documents(seed):
+        given, short = (int(torch.randint(*r, (), generator=generator)) for r in ((6, 11), (0, 2)))
+        ids = document["input_ids"][: BLOCK - short]
+        records.append({"input_ids": ids, "labels": [-100] * given + ids[given:]})
+    return records
+
+
+ANSWERS = {name: answers(i) for i, name in enumerate(NAMES)}
+
+
 def arguments(folder, **changes):
     """Arguments of a run of twelve steps on the CPU."""
     values = dict(
         output_dir=str(folder),
         max_steps=12,
         per_device_train_batch_size=4,
-        block_size=16,
+        block_size=BLOCK,
         logging_steps=2,
         save_strategy="no",
         use_cpu=True,

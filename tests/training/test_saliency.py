@@ -14,9 +14,10 @@ def test_saliency_is_the_mean_square_of_the_gates_gradient():
     """Against finite differences of the loss in single gates."""
     model = attached("llama").double()
     batches = [
-        {"input_ids": tokens(seed=1), "memory": ["en", None, "es"]},
-        {"input_ids": tokens(seed=2), "memory": ["keys", "en", None]},
+        {"input_ids": tokens(seed=seed), "labels": tokens(seed=seed), "memory": memory}
+        for seed, memory in ((1, ["en", None, "es"]), (2, ["keys", "en", None]))
     ]
+    batches[1]["labels"][1, :4] = -100  # a prompt: given, and not to be learned
     before = [p.clone() for p in model.koff.gates.log_alpha]
     found = neuron_saliency(model, batches)
     assert all(torch.equal(a, b) for a, b in zip(before, model.koff.gates.log_alpha, strict=True))
@@ -25,9 +26,9 @@ def test_saliency_is_the_mean_square_of_the_gates_gradient():
     def loss(batch, layer, neuron, shift):
         with model.koff.gates.held_open() as values, torch.no_grad():
             values[layer][neuron] += shift
-            ids = batch["input_ids"]
-            logits = model(ids, memory=batch["memory"]).logits[:, :-1]
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            logits = model(batch["input_ids"], memory=batch["memory"]).logits[:, :-1]
+            labels = batch["labels"][:, 1:].flatten()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
 
     for layer, neuron in ((0, 3), (1, 50), (2, 95)):
         slopes = [

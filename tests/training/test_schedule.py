@@ -4,17 +4,19 @@ import collections
 import dataclasses
 
 import pytest
-import torch
 
+from koff.data.blocks import pack
 from koff.training.schedule import Mixture, MixtureDataset, MixtureSampler, Source, collate
 
 
+def rows_of(count, token):
+    """So many rows of four equal tokens."""
+    return pack([{"input_ids": [token] * 4 * count}], None, 4)
+
+
 def mixture(general_every=4, mixed=True, seed=0, memories=3):
-    domains = [Source(f"d{i}", torch.full((10 + i, 4), i), i if memories else -1) for i in range(3)]
-    general = [
-        Source("general/a", torch.full((7, 4), 10)),
-        Source("general/b", torch.full((5, 4), 11)),
-    ]
+    domains = [Source(f"d{i}", rows_of(10 + i, i), i if memories else -1) for i in range(3)]
+    general = [Source("general/a", rows_of(7, 10)), Source("general/b", rows_of(5, 11))]
     return Mixture(domains, general, [0.8, 0.2], memories, general_every, mixed, seed)
 
 
@@ -89,6 +91,7 @@ def test_rows_and_batches():
     assert len(data) == 10 + 11 + 12 + 7 + 5
     batch = collate([data[(1, 0, 1)], data[(4, 2, -1)]])
     assert batch["input_ids"].tolist() == [[1] * 4, [11] * 4]
+    assert batch["labels"].tolist() == [[-100, 1, 1, 1], [-100, 11, 11, 11]]
     assert batch["memory"] == ["fr", None] and batch["source"] == [1, 4]
 
 
@@ -111,3 +114,11 @@ def test_a_share_of_the_rows_goes_without_a_memory_while_gates_train(mixed):
     assert abs(share - 0.3) < (0.05 if mixed else 0.11)
     assert mixed or all(len(set(kind)) == 1 for kind in kinds)
     assert not any(map(any, kinds[300:]))  # only memories train by then
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_rows_of_all_ranks_are_those_of_one_larger_batch(ranks, mixed):
+    dealt = batches(mixture(mixed=mixed), size=6 // ranks, accumulation=2, ranks=ranks)
+    together = [sum(dealt[i : i + ranks], []) for i in range(0, len(dealt), ranks)]
+    assert together == batches(mixture(mixed=mixed), size=6, accumulation=2)

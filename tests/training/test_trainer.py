@@ -90,7 +90,7 @@ def test_checkpoints_hold_no_base_weights_and_no_pickled_arguments(tmp_path):
     run.train()
     folder = tmp_path / "checkpoint-2"
     names = set(load_file(folder / "koff_state.safetensors"))
-    assert names == set(run.model.koff.state_dict())
+    assert names == set(run.model.koff.tensors())
     files = {p.name for p in folder.iterdir()}
     assert not files & {"model.safetensors", "training_args.bin", "pytorch_model.bin"}
     torch.load(folder / "optimizer.pt", weights_only=True)

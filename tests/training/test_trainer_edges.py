@@ -194,3 +194,51 @@ def test_nothing_is_learned_from_a_loss_that_is_not_finite(tmp_path, accumulatio
         with pytest.raises(ValueError, match="the loss at step 0 must be finite, got nan; lower"):
             run.train()
     assert all(torch.equal(t, before[name]) for name, t in learned(model).items())
+
+
+@pytest.mark.parametrize(
+    "unfreeze",
+    [
+        lambda m: m.model.embed_tokens.weight,
+        lambda m: m.model.norm.weight,
+        lambda m: m.model.layers[1].mlp.up_proj.weight,
+    ],
+    ids=["embedding", "norm", "linear"],
+)
+def test_what_would_not_be_trained_is_refused(tmp_path, unfreeze):
+    model = fresh()
+    unfreeze(model).requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"KoffTrainer: all but gates .* got requires_grad on \['m"
+    ):
+        trainer(tmp_path, model=model)
+    unfreeze(model).requires_grad_(False)
+    trainer(tmp_path, model=model)
+
+
+def test_an_adapter_of_peft_is_refused_and_so_is_what_it_froze(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = fresh()
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"got requires_grad on .*lora_A.* and more; call"):
+        trainer(tmp_path, model=model)
+    wrapped.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"got all of them frozen; call model\.koff\.requires_grad_"
+    ):
+        trainer(tmp_path, model=model)
+    wrapped.unload().koff.requires_grad_(True)
+    trainer(tmp_path, model=model)
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_the_config_keeps_the_bases_use_cache(tmp_path, base):
+    """transformers' Trainer switches it off, and it was saved so."""
+    model = fresh()
+    model.config.use_cache = base
+    run = trainer(tmp_path, model=model, max_steps=1, gradient_checkpointing=True)
+    run.train()
+    assert model.config.use_cache is base
+    koff.save(koff.compact(model, inplace=True), tmp_path / "out")
+    assert koff.load(tmp_path / "out").config.use_cache is base

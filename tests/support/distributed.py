@@ -1,0 +1,33 @@
+"""Start a script of this folder, or a module, in one process or under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The beginning of a command that starts ``ranks`` processes on this machine."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", f"--nproc_per_node={ranks}"),
+    ]
+
+
+def run(command: list[str], **environment: str) -> str:
+    """Run a command that must work, with one thread a process, and return what it wrote."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    pipe = subprocess.PIPE
+    done = subprocess.run(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, timeout=500)
+    text = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, text[-8000:]
+    return text
+
+
+def launch(ranks: int, script: str, *arguments: object) -> str:
+    """Run a script of tests/support with some arguments on ``ranks`` processes."""
+    start = torchrun(ranks) if ranks > 1 else [sys.executable]
+    return run([*start, str(TESTS / "support" / script), *map(str, arguments)])
