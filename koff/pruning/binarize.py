@@ -19,9 +19,6 @@ from ..model.forward_context import BASE
 from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState, count_weights, require_attached
 
-# Above this share of undecided gates the trainer warns when it rounds them: the mask then closes
-# neurons that the memories were trained with half open, and the loss jumps.
-UNDECIDED_WARNING = 0.2
 # How far above the median neuron a massive one lies.
 MASSIVE = 1000.0
 # Rounding moves the sum of the widths by half a multiple: less than a thousandth of any real

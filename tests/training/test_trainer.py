@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -253,17 +254,19 @@ def test_plain_training_arguments_get_the_defaults(tmp_path):
         koff.KoffTrainer(fresh(), args, train_datasets=docs)
 
 
-def test_few_gate_steps_and_undecided_gates_warn(tmp_path, caplog):
+def test_few_gate_steps_and_a_costly_rounding_warn(tmp_path, caplog):
     model = fresh()
     with torch.no_grad():
         for p in model.koff.gates.log_alpha:
             p.fill_(-1.6)  # P(z > 0) = 1/2
     with caplog.at_level(logging.WARNING, logger="koff"):
-        trainer(
-            tmp_path, model=model, max_steps=2, gate_learning_rate=0.0, saliency_batches=0
-        ).train()
+        settings = dict(max_steps=2, gate_learning_rate=0.0, saliency_batches=0)
+        run = trainer(tmp_path, model=model, **settings)
+        run.train()
     assert "steps are few for gates that start all alike" in caplog.text
-    assert "100 % of the gates were undecided when the mask was fixed" in caplog.text
+    (fixed,) = [e for e in run.state.log_history if "loss_hard_gates" in e]
+    assert fixed["loss_hard_gates"] - fixed["loss_soft_gates"] > 0.05
+    assert re.search("rounding the gates .* raised the loss .*100 % of them were", caplog.text)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
