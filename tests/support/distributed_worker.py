@@ -7,9 +7,11 @@ every rank makes sure that it has the same.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -19,6 +21,7 @@ from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 import koff
 from koff.model import arch
@@ -51,7 +54,15 @@ def let_fsdp_shard_on_cpu() -> None:
 
 
 def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))  # also before there is a process group
+
+
+class DrawsAlone(TrainerCallback):
+    """Takes random numbers on one rank, as a user's callback may that shows a few samples."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1:
+            torch.rand(3)
 
 
 def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTrainer:
@@ -70,7 +81,7 @@ def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTraine
     )
     args = arguments(folder, **{**settings, **changes})
     data = dict(train_datasets=domains, general_datasets=GENERAL, eval_datasets=EVALUATED)
-    return koff.KoffTrainer(model, args, **data)
+    return koff.KoffTrainer(model, args, **data, callbacks=[DrawsAlone()])
 
 
 def check_how_it_ran(run: koff.KoffTrainer, mode: str) -> None:
@@ -98,6 +109,37 @@ def learned(run: koff.KoffTrainer) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in run.model.koff.state_dict().items()}
 
 
+def check_saves(narrow: torch.nn.Module, folder: Path) -> None:
+    """Every rank may save, or the first alone; what the first one cannot do is said by all."""
+    out = koff.save(narrow, folder / "by-all")
+    loaded = koff.load(out)  # on every rank, as soon as save returns
+    ids, memories = tokens(4, 9), ["en", None, "keys", "es"]
+    logits = narrow(ids, memory=memories).logits
+    assert torch.equal(logits, loaded(ids, memory=memories).logits)
+    same_everywhere({"logits": logits})
+    with pytest.raises(ValueError, match="koff.save: the directory must not hold a saved model"):
+        koff.save(narrow, out)
+    if ranks() == 1 or dist.get_rank() == 0:
+        koff.save(narrow, folder / "by-one")
+    koff.remove_memory(out, "keys")
+    assert koff.load(out).koff.memory_names == ("en", "es")
+
+
+def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
+    if ranks() == 1:
+        return
+    if mode == "ddp":
+        with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
+            kwargs = {"use_reentrant": True}
+            make(folder, mode, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    else:
+        with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
+            koff.detach(run.model)
+        with pytest.raises(ValueError, match="cpu_ram_efficient_loading of FSDP must be False"):
+            make(folder, mode, fsdp_config={"cpu_ram_efficient_loading": True})
+    assert not folder.exists()
+
+
 def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -107,6 +149,7 @@ def main() -> None:
     for name, changes in RUNS.items():
         place = folder / f"{mode}{ranks()}-{name}"
         run = make(place, mode, save_strategy="steps", save_steps=1, **changes)
+        before = learned(run)
         run.train()
         check_how_it_ran(run, mode)
         whole = learned(run)
@@ -117,15 +160,14 @@ def main() -> None:
                 again.train(resume_from_checkpoint=str(place / f"checkpoint-{step}"))
                 resumed = learned(again)
                 assert all(torch.equal(t, resumed[n]) for n, t in whole.items()), step
-        narrow = koff.compact(run.model).eval()
-        out = koff.save(narrow, folder / f"out-{mode}{ranks()}-{name}")
-        loaded = koff.load(out)  # on every rank, as soon as save returns
-        ids, memories = tokens(4, 9), ["en", None, "keys", "es"]
-        logits = narrow(ids, memory=memories).logits
-        assert torch.equal(logits, loaded(ids, memory=memories).logits)
-        same_everywhere({"logits": logits})
+            # A checkpoint that one process has written is resumed by any number of them.
+            again = make(place, mode, **changes)
+            again.train(resume_from_checkpoint=str(folder / "ddp1-mixed" / "checkpoint-1"))
+            tensors |= {f"moved.{key}": t.contiguous() for key, t in learned(again).items()}
+            check_saves(koff.compact(run.model).eval(), place)
+            check_refusals(run, folder / "none", mode)
+        tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
-        tensors[f"{name}.logits"] = logits.detach().contiguous()
         logs[name] = run.state.log_history
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_file(tensors, folder / f"{mode}{ranks()}.safetensors")
