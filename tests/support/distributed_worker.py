@@ -5,6 +5,7 @@ trains with gates, fixes the mask on the way, compacts and saves; rank 0 writes 
 every rank makes sure that it has the same.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -141,6 +142,8 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
 
 
 def main() -> None:
+    # Ranks that wait for each other would wait for long: say where.
+    faulthandler.dump_traceback_later(120, exit=True)
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     logging.getLogger("koff").setLevel(logging.ERROR)
