@@ -6,6 +6,7 @@ every rank makes sure that it has the same.
 """
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -142,9 +143,17 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
 
 
 def main() -> None:
+    train_all(Path(sys.argv[1]), sys.argv[2])
+    if dist.is_initialized():
+        # DDP's models hold on to the group: they go first, and no rank before the others.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train_all(folder: Path, mode: str) -> None:
     # Ranks that wait for each other would wait for long: say where.
     faulthandler.dump_traceback_later(120, exit=True)
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     logging.getLogger("koff").setLevel(logging.ERROR)
     let_fsdp_shard_on_cpu()
@@ -175,8 +184,6 @@ def main() -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_file(tensors, folder / f"{mode}{ranks()}.safetensors")
         (folder / f"{mode}{ranks()}.json").write_text(json.dumps(logs))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
