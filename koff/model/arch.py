@@ -258,11 +258,15 @@ def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
     return torch.cat([neurons, neurons + width]) if linear == GATE_UP else neurons
 
 
-def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield (name, module) of the linear layers of a decoder layer."""
+def _linear_names(layer: nn.Module, model: PreTrainedModel) -> tuple[str, ...]:
     entry = architecture(model.config.model_type)
     first = entry.recurrent_linears if is_recurrent(layer, model) else entry.attention_linears
-    for name in first + entry.mlp_linears:
+    return first + entry.mlp_linears
+
+
+def linears(layer: nn.Module, model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield (name, module) of the linear layers of a decoder layer."""
+    for name in _linear_names(layer, model):
         yield name, layer.get_submodule(linear_path(name, model))
 
 
@@ -421,12 +425,12 @@ def check_supported(model: object, with_kv: bool) -> None:
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     from torch import nn
 
-    entry = architecture(model.config.model_type)
+    names = _linear_names(layer, model)
     inside = {path for path, _ in layer.named_modules()}
-    missing = [name for name in entry.linears if linear_path(name, model) not in inside]
+    missing = [name for name in names if linear_path(name, model) not in inside]
     if missing:
         raise TypeError(
-            f"{asker()}: layer {index} must have the linear layers {', '.join(entry.linears)}, got "
+            f"{asker()}: layer {index} must have the linear layers {', '.join(names)}, got "
             f"a {type(layer).__name__} without {', '.join(missing)}; load the model without "
             "patches that replace them"
         )

@@ -95,7 +95,7 @@ def test_gates_alone_end_with_a_checkpoint_and_an_evaluation(tmp_path):
 
 
 def test_evaluate_takes_domains_and_predict_is_refused(tmp_path):
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, fresh(kv=koff.KVConfig(5, "normal")))
     assert run.evaluate({"en": DOMAINS["en"][:2]})["eval_en_perplexity"] > 1
     with pytest.raises(TypeError, match="eval_datasets must be a mapping, got list"):
         run.evaluate(DOMAINS["en"])
