@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
@@ -28,6 +30,7 @@ from transformers import TrainerCallback
 import koff
 from koff.model import arch
 from koff.model.sharding import is_sharded
+from koff.training.optim import average_gradients
 
 ROWS = 12  # of a micro-batch, over all ranks
 STEPS = 4
@@ -127,6 +130,56 @@ def check_saves(narrow: torch.nn.Module, folder: Path) -> None:
     assert koff.load(out).koff.memory_names == ("en", "es")
 
 
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """Shard a model as docs/training.md says."""
+    learned = set(model.koff.parameters())
+    for layer in model.model.layers:
+        fully_shard(layer, ignored_params=learned)
+    return fully_shard(model, ignored_params=learned)
+
+
+def own_loop(folder: Path, mode: str) -> dict[str, torch.Tensor]:
+    """Train without a trainer, each rank with memories of its own; compact; save sharded models."""
+    config = dict(lora=LORA, kv=koff.KVConfig(5, "normal"))
+    gated, plain = (
+        koff.attach(
+            tiny("llama", initializer_range=0.3),
+            koff.KoffConfig(NAMES, target_sparsity=sparsity, **config),
+        )
+        for sparsity in (0.4, 0.0)
+    )
+    if mode == "fsdp" and ranks() > 1:
+        shard(gated), shard(plain)
+    # Of 12 rows a third each: ranks hold none of what others hold, but for what lies in between.
+    names = [name for name in NAMES for _ in range(ROWS // 3)]
+    rank, size = int(os.environ.get("RANK", 0)), ROWS // ranks()
+    mine = slice(rank * size, (rank + 1) * size)
+    parameters = list(gated.koff.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=0.1, weight_decay=0)
+    torch.manual_seed(0)  # of the gates
+    gated.train()
+    for step in range(STEPS):
+        ids = tokens(ROWS, 9, seed=step)[mine]
+        logits = gated(ids, memory=names[mine], use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        if ranks() > 1:
+            average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = {name: t.detach().clone() for name, t in gated.koff.state_dict().items()}
+    same_everywhere(learned)
+    koff.binarize(gated, multiple_of=1)
+    learned |= {f"{n}.fixed": t.clone() for n, t in gated.koff.state_dict().items() if "mask" in n}
+    ids, memories = tokens(3, 9), list(NAMES)
+    for name, model in (("gated", koff.compact(gated).eval()), ("plain", plain.eval())):
+        loaded = koff.load(koff.save(model, folder / name))
+        with torch.no_grad():
+            gap = model(ids, memory=memories).logits - loaded(ids, memory=memories).logits
+        assert gap.abs().max() == 0, name
+    return learned
+
+
 def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
     if ranks() == 1:
         return
@@ -181,6 +234,8 @@ def train_all(folder: Path, mode: str) -> None:
         tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
         logs[name] = run.state.log_history
+    looped = own_loop(folder / f"{mode}{ranks()}-own", mode)
+    tensors |= {f"own.{name}": t.contiguous() for name, t in looped.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_file(tensors, folder / f"{mode}{ranks()}.safetensors")
         (folder / f"{mode}{ranks()}.json").write_text(json.dumps(logs))
