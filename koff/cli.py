@@ -115,9 +115,11 @@ def train(
     checked = load_recipe(recipe, overrides)
 
     from .commands.train import run
+    from .storage.processes import is_first
 
     folder = run(checked, output, device=device)
-    Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
+    if is_first():
+        Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
 
 
 @_command
@@ -270,13 +272,15 @@ def add_memory(
 ) -> None:
     """Train the memory of one more domain; the backbone and the other memories stay as they are."""
     from .commands.add_memory import addition, extend
+    from .storage.processes import is_first
 
     named = {"train.steps": steps, "train.batch_size": batch_size}
     overrides = [*(set_ or [])]
     overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = addition(directory, name, {"train": data, "test": test}, overrides)
     folder = extend(directory, recipe, device=device)
-    Console().print(f"memory {name} added to {folder}", markup=False)
+    if is_first():
+        Console().print(f"memory {name} added to {folder}", markup=False)
 
 
 @_command

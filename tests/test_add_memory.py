@@ -145,7 +145,7 @@ def test_refused_additions_leave_model_and_folder_as_they_were(saved, tmp_path):
             (lambda add=add: add("en", documents()), "the name must differ from those there are"),
             (lambda add=add: add("../x", documents()), "a memory name must be 1 to 64 letters"),
             (lambda add=add: add("de", []), "de must not be empty"),
-            (lambda add=add: add("de", documents(1)[:1], kv=koff.KVConfig(300)), "positions"),
+            (lambda add=add: add("de", documents(1)[:1], kv=koff.KVConfig(300)), "position"),
             (lambda add=add: add("de", documents(), lora=None, kv=None), "a LoRA or a KV part"),
         ):
             with pytest.raises((ValueError, KeyError), match=message):

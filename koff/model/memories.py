@@ -447,7 +447,9 @@ class MemoryBank(nn.Module):
             if found is None or not found.valid():
                 # Every memory alone and all of them together fit, as often as they come by turns;
                 # of other mixes, those that were not used for the longest time are dropped.
-                most = 2 * sum(p.nbytes for p in self.parameters())
+                # Of the roster, and not of the modules: another thread may be adding one.
+                held_by = [p for memory in self.roster.memories for p in memory.parameters()]
+                most = 2 * sum(p.nbytes for p in held_by)
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
@@ -466,7 +468,9 @@ class MemoryBank(nn.Module):
         """
         if not memories:
             return stacks is None
-        return self._stacks.mixes.get(memories) is stacks and stacks.unedited()
+        with self._stacks.lock:  # another thread's forward takes its mix out for a moment
+            kept = self._stacks.mixes.get(memories)
+        return kept is stacks and stacks.unedited()
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor, made once: making one on a GPU waits for everything the GPU still has to

@@ -23,6 +23,12 @@ _TO_END = datetime.timedelta(days=30)
 _DONE, _FAILED, _FULL = "done", "failed: ", "full: "
 
 
+def is_first() -> bool:
+    """Return whether this process is the first of a distributed run, or alone."""
+    dist = sys.modules.get("torch.distributed")  # who has not imported it is alone
+    return not (dist and dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @contextlib.contextmanager
 def one_writes(what: str) -> Iterator[bool]:
     """Let the first process of a distributed run do what is inside; the others wait for its end.
@@ -40,7 +46,7 @@ def one_writes(what: str) -> Iterator[bool]:
         ValueError, DiskFull: on the others, with the first one's words, if it raised an error; or
             if it never came.
     """
-    dist = sys.modules.get("torch.distributed")  # who has not imported it is alone
+    dist = sys.modules.get("torch.distributed")
     if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield True
         return
@@ -48,7 +54,7 @@ def one_writes(what: str) -> Iterator[bool]:
     store = dist.distributed_c10d._get_default_store()
     _times[what] += 1
     key = f"koff/{what}/{_times[what]}"
-    if dist.get_rank() == 0:
+    if is_first():
         store.set(f"{key}/begun", "")
         outcome = _DONE
         try:

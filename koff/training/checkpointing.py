@@ -8,8 +8,10 @@ users meet, are ``KoffTrainer``'s.
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -22,7 +24,7 @@ from ..model.state import KoffState
 from ..storage.processes import one_writes
 from ..storage.space import SMALL_FILES, bytes_of, check_room, writing
 from . import checkpoint
-from .resume_checks import read_pickle
+from .resume_checks import RNG, read_pickle
 
 
 class CheckpointingTrainer(Trainer):
@@ -131,6 +133,24 @@ class CheckpointingTrainer(Trainer):
             ):
                 # The optimiser moves its moments to where their parameters are.
                 part.load_state_dict(read_pickle(folder / name))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As transformers'; but if another number of processes wrote the checkpoint, go on from
+        what its first one had, of which the gates were drawn."""
+        if checkpoint is None:
+            return
+        folder, several = Path(checkpoint), self.args.world_size > 1
+        own = folder / (f"{RNG}_{self.args.process_index}.pth" if several else f"{RNG}.pth")
+        firsts = [f for f in (folder / f"{RNG}.pth", folder / f"{RNG}_0.pth") if f.is_file()]
+        if own.is_file() or not firsts:
+            return super()._load_rng_state(checkpoint)
+        saved = read_pickle(firsts[0])
+        random.setstate(saved["python"])
+        np.random.set_state(saved["numpy"])
+        torch.set_rng_state(saved["cpu"])
+        device = saved.get("cuda")  # one state, or one for each GPU of the first process
+        if device is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(device[0] if isinstance(device, list) else device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Read what ``KoffTrainer.train`` has checked."""

@@ -16,12 +16,14 @@ def torchrun(ranks: int) -> list[str]:
     ]
 
 
-def run(command: list[str], **environment: str) -> str:
+def run(command: list[str], cwd: Path | None = None) -> str:
     """Run a command that must work, with one thread a process, and return what it wrote."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     pipe = subprocess.PIPE
-    done = subprocess.run(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, timeout=500)
+    done = subprocess.run(
+        command, env=env, cwd=cwd, stdout=pipe, stderr=subprocess.STDOUT, timeout=240
+    )
     text = done.stdout.decode(errors="replace")
     assert done.returncode == 0, text[-8000:]
     return text

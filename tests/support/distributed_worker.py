@@ -5,24 +5,32 @@ trains with gates, fixes the mask on the way, compacts and saves; rank 0 writes 
 every rank makes sure that it has the same.
 """
 
+import faulthandler
+import gc
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 import koff
 from koff.model import arch
 from koff.model.sharding import is_sharded
+from koff.training.optim import average_gradients
 
 ROWS = 12  # of a micro-batch, over all ranks
 STEPS = 4
@@ -51,7 +59,15 @@ def let_fsdp_shard_on_cpu() -> None:
 
 
 def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))  # also before there is a process group
+
+
+class DrawsAlone(TrainerCallback):
+    """Takes random numbers on one rank, as a user's callback may that shows a few samples."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1:
+            torch.rand(3)
 
 
 def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTrainer:
@@ -70,7 +86,7 @@ def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTraine
     )
     args = arguments(folder, **{**settings, **changes})
     data = dict(train_datasets=domains, general_datasets=GENERAL, eval_datasets=EVALUATED)
-    return koff.KoffTrainer(model, args, **data)
+    return koff.KoffTrainer(model, args, **data, callbacks=[DrawsAlone()])
 
 
 def check_how_it_ran(run: koff.KoffTrainer, mode: str) -> None:
@@ -98,8 +114,99 @@ def learned(run: koff.KoffTrainer) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in run.model.koff.state_dict().items()}
 
 
+def check_saves(narrow: torch.nn.Module, folder: Path) -> None:
+    """Every rank may save, or the first alone; what the first one cannot do is said by all."""
+    out = koff.save(narrow, folder / "by-all")
+    loaded = koff.load(out)  # on every rank, as soon as save returns
+    ids, memories = tokens(4, 9), ["en", None, "keys", "es"]
+    logits = narrow(ids, memory=memories).logits
+    assert torch.equal(logits, loaded(ids, memory=memories).logits)
+    same_everywhere({"logits": logits})
+    with pytest.raises(ValueError, match="koff.save: the directory must not hold a saved model"):
+        koff.save(narrow, out)
+    if ranks() == 1 or dist.get_rank() == 0:
+        koff.save(narrow, folder / "by-one")
+    koff.remove_memory(out, "keys")
+    assert koff.load(out).koff.memory_names == ("en", "es")
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """Shard a model as docs/training.md says."""
+    learned = set(model.koff.parameters())
+    for layer in model.model.layers:
+        fully_shard(layer, ignored_params=learned)
+    return fully_shard(model, ignored_params=learned)
+
+
+def own_loop(folder: Path, mode: str) -> dict[str, torch.Tensor]:
+    """Train without a trainer, each rank with memories of its own; compact; save sharded models."""
+    config = dict(lora=LORA, kv=koff.KVConfig(5, "normal"))
+    gated, plain = (
+        koff.attach(
+            tiny("llama", initializer_range=0.3),
+            koff.KoffConfig(NAMES, target_sparsity=sparsity, **config),
+        )
+        for sparsity in (0.4, 0.0)
+    )
+    if mode == "fsdp" and ranks() > 1:
+        shard(gated), shard(plain)
+    # Of 12 rows a third each: ranks hold none of what others hold, but for what lies in between.
+    names = [name for name in NAMES for _ in range(ROWS // 3)]
+    rank, size = int(os.environ.get("RANK", 0)), ROWS // ranks()
+    mine = slice(rank * size, (rank + 1) * size)
+    parameters = list(gated.koff.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=0.1, weight_decay=0)
+    torch.manual_seed(0)  # of the gates
+    gated.train()
+    for step in range(STEPS):
+        ids = tokens(ROWS, 9, seed=step)[mine]
+        logits = gated(ids, memory=names[mine], use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        if ranks() > 1:
+            average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = {name: t.detach().clone() for name, t in gated.koff.state_dict().items()}
+    same_everywhere(learned)
+    koff.binarize(gated, multiple_of=1)
+    learned |= {f"{n}.fixed": t.clone() for n, t in gated.koff.state_dict().items() if "mask" in n}
+    ids, memories = tokens(3, 9), list(NAMES)
+    for name, model in (("gated", koff.compact(gated).eval()), ("plain", plain.eval())):
+        loaded = koff.load(koff.save(model, folder / name))
+        with torch.no_grad():
+            gap = model(ids, memory=memories).logits - loaded(ids, memory=memories).logits
+        assert gap.abs().max() == 0, name
+    return learned
+
+
+def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
+    if ranks() == 1:
+        return
+    if mode == "ddp":
+        with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
+            kwargs = {"use_reentrant": True}
+            make(folder, mode, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    else:
+        with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
+            koff.detach(run.model)
+        with pytest.raises(ValueError, match="cpu_ram_efficient_loading of FSDP must be False"):
+            make(folder, mode, fsdp_config={"cpu_ram_efficient_loading": True})
+    assert not folder.exists()
+
+
 def main() -> None:
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    train_all(Path(sys.argv[1]), sys.argv[2])
+    if dist.is_initialized():
+        # DDP's models hold on to the group: they go first, and no rank before the others.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train_all(folder: Path, mode: str) -> None:
+    # Ranks that wait for each other would wait for long: say where.
+    faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     logging.getLogger("koff").setLevel(logging.ERROR)
     let_fsdp_shard_on_cpu()
@@ -107,6 +214,7 @@ def main() -> None:
     for name, changes in RUNS.items():
         place = folder / f"{mode}{ranks()}-{name}"
         run = make(place, mode, save_strategy="steps", save_steps=1, **changes)
+        before = learned(run)
         run.train()
         check_how_it_ran(run, mode)
         whole = learned(run)
@@ -117,21 +225,20 @@ def main() -> None:
                 again.train(resume_from_checkpoint=str(place / f"checkpoint-{step}"))
                 resumed = learned(again)
                 assert all(torch.equal(t, resumed[n]) for n, t in whole.items()), step
-        narrow = koff.compact(run.model).eval()
-        out = koff.save(narrow, folder / f"out-{mode}{ranks()}-{name}")
-        loaded = koff.load(out)  # on every rank, as soon as save returns
-        ids, memories = tokens(4, 9), ["en", None, "keys", "es"]
-        logits = narrow(ids, memory=memories).logits
-        assert torch.equal(logits, loaded(ids, memory=memories).logits)
-        same_everywhere({"logits": logits})
+            # A checkpoint that one process has written is resumed by any number of them.
+            again = make(place, mode, **changes)
+            again.train(resume_from_checkpoint=str(folder / "ddp1-mixed" / "checkpoint-1"))
+            tensors |= {f"moved.{key}": t.contiguous() for key, t in learned(again).items()}
+            check_saves(koff.compact(run.model).eval(), place)
+            check_refusals(run, folder / "none", mode)
+        tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
-        tensors[f"{name}.logits"] = logits.detach().contiguous()
         logs[name] = run.state.log_history
+    looped = own_loop(folder / f"{mode}{ranks()}-own", mode)
+    tensors |= {f"own.{name}": t.contiguous() for name, t in looped.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_file(tensors, folder / f"{mode}{ranks()}.safetensors")
         (folder / f"{mode}{ranks()}.json").write_text(json.dumps(logs))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ def test_distillation_is_the_default_while_the_unpruned_model_is_there(tmp_path)
     model = fresh(target_sparsity=0.4, kv=koff.KVConfig(5, "normal"))
     default, without = (trainer(tmp_path, model, **w) for w in ({}, {"distillation_weight": 0.0}))
     batch = next(iter(default.get_train_dataloader()))
+    default._fill_caches()  # as training begins
     losses = []
     for run in (default, without):
         torch.manual_seed(0)  # of the gates
