@@ -213,11 +213,17 @@ def _base(linear: nn.Module) -> nn.Module:
     return linear.base_layer if isinstance(linear, PeftLinear) else linear
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for a module's output or gradient. Hooks on its input are told apart:
+    PEFT has its own there."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _frozen(linear: nn.Module) -> nn.Linear:
     """The base layer, whose weight the kernels take without calling it."""
     base = _base(linear)
-    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
-        raise _Unfit  # somebody wants to see its input or output
+    if _hooked(base) or base._forward_pre_hooks or "forward" in base.__dict__:
+        raise _Unfit
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
         raise _Unfit
     return base
@@ -227,7 +233,7 @@ def _names_in_hooks(linear: nn.Module) -> Sequence[str] | None:
     """The ``adapter_names`` that PEFT's hooks would give to a layer, which the fused MLP does not
     call."""
     names = None
-    if linear._forward_hooks:
+    if _hooked(linear):
         raise _Unfit
     for hook in linear._forward_pre_hooks.values():
         keywords = getattr(hook, "keywords", None) or {}
@@ -273,9 +279,7 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
         dropout = layer.lora_dropout[name]
         plain = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0.0
         a, b = layer.lora_A[name], layer.lora_B[name]
-        hooked = (
-            a._forward_hooks or b._forward_hooks or a._forward_pre_hooks or b._forward_pre_hooks
-        )
+        hooked = any(_hooked(linear) or linear._forward_pre_hooks for linear in (a, b))
         if name in layer.lora_variant or b.bias is not None or not plain or hooked:
             raise _Unfit
     if not present:

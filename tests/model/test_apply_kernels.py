@@ -200,6 +200,19 @@ def test_apply_kernels_sees_hooks_that_come_later(monkeypatch):
         handle.remove()
 
 
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+def test_apply_kernels_sees_hooks_on_gradients(register, monkeypatch):
+    model = peft(of("llama"))
+    koff.apply_kernels(model)
+    up = model.base_model.model.model.layers[1].mlp.up_proj
+    for module in (up, up.base_layer, up.lora_A["fr"]):
+        called = []
+        handle = getattr(module, f"register_{register}")(lambda *a, c=called: c.append(1))
+        step(model)
+        assert called == [1]
+        handle.remove()
+
+
 def test_apply_kernels_asks_the_class_what_it_computes():
     class Odd(nn.Module):
         def __init__(self):
