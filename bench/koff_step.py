@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 import koff
 
+from .stepper import Stepper
+
 MEMORIES = ("first", "second", "third")
 
 
-class KoffStep:
+class KoffStep(Stepper):
     """A model with gates and memories, and its optimiser.
 
     Args:
@@ -50,15 +52,3 @@ class KoffStep:
         out = self.model(input_ids=ids, labels=ids, use_cache=False, memory=memory)
         sparsity = self.model.koff.gates.expected_sparsity()
         return out.loss + 10.0 * (sparsity - self.target) ** 2
-
-    def step(self, ids: Tensor) -> float:
-        """One optimiser step; the loss before it."""
-        loss = self.loss(ids)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    def base(self) -> nn.Module:
-        """The model whose parameters are not activations."""
-        return self.model

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from .stepper import Stepper
 
-class PeftLoraStep:
+
+class PeftLoraStep(Stepper):
     """A model with one LoRA adapter on all linear layers, and its optimiser.
 
     Args:
@@ -32,15 +34,3 @@ class PeftLoraStep:
     def loss(self, ids: Tensor) -> Tensor:
         """Cross-entropy of [B, T] tokens."""
         return self.model(input_ids=ids, labels=ids, use_cache=False).loss
-
-    def step(self, ids: Tensor) -> float:
-        """One optimiser step; the loss before it."""
-        loss = self.loss(ids)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    def base(self) -> nn.Module:
-        """The model whose parameters are not activations."""
-        return self.model

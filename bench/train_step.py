@@ -51,7 +51,7 @@ def saved_bytes(stepper, ids) -> int:
     parameters and buffers excluded."""
     import torch
 
-    model = stepper.base()
+    model = stepper.model
     known = {
         t.untyped_storage().data_ptr()
         for group in stepper.optimizer.param_groups

@@ -47,11 +47,21 @@ class Problem(NamedTuple):
     frozen: tuple[str, ...]
 
 
+def row_memories(rows: int, memories: int) -> list[int]:
+    """The memory of each row: none (-1) and all of them in turn, or the only one."""
+    return [0] * rows if memories == 1 else [row % (memories + 1) - 1 for row in range(rows)]
+
+
+def prefix_lengths(longest: int, memories: int) -> list[int]:
+    """Learned tokens of each memory, all different."""
+    return [max(1, longest - 3 * m) for m in range(memories)]
+
+
 def _ids(bench: Bench, rows: int, memories: int) -> Tensor | None:
-    """int64 [rows]: no memory and all of them in turn; None with one memory."""
+    """int64 [rows]; None with one memory, which every row has then."""
     if memories == 1:
         return None
-    return torch.arange(rows, device=bench.device) % (memories + 1) - 1
+    return torch.tensor(row_memories(rows, memories), device=bench.device)
 
 
 def _lora(bench: Bench, name: str, n: int, r: int, k: int, out: int) -> dict[str, Tensor]:
@@ -158,7 +168,7 @@ def attention(bench: Bench, size: Attention) -> Problem:
         "k": bench.normal(rows, size.kv, s, size.width),
         "v": bench.normal(rows, size.kv, s, size.width),
     }
-    lengths = [max(1, size.prefix - 3 * m) for m in range(size.n)]
+    lengths = prefix_lengths(size.prefix, size.n)
     if size.n:
         shape = (size.n, size.kv, size.prefix, size.width)
         tensors["pk"] = bench.normal(*shape, dtype=torch.float32)
@@ -176,7 +186,7 @@ def attention(bench: Bench, size: Attention) -> Problem:
             t["q"], t["k"], t["v"], prefix, memory_ids=ids, bounds=bounds
         )
 
-    chosen = [0] * rows if ids is None else ids.tolist()
+    chosen = row_memories(rows, max(size.n, 1))
 
     def plain(tensors: dict[str, Tensor]) -> Tensor:
         """Row by row over the concatenation."""

@@ -32,7 +32,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def context(request: pytest.FixtureRequest):
-    """A function: the context of a model by its name, with this run's limits measured once."""
+    """A function: the context of a model by its name."""
     by = request.config.getoption("--divide")
     dtype = DTYPES[request.config.getoption("--dtype")]
     device = torch.device("cuda" if CUDA else "cpu")

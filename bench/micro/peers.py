@@ -84,16 +84,12 @@ def peers(operation: str, found: Problem, memories: int) -> dict[str, Callable[[
     return made
 
 
-def _ids(rows: int, memories: int) -> list[int]:
-    """The memory of each row, as ``bench.gpu.smoke`` chooses it; -1 for none."""
-    return [0] * rows if memories == 1 else [row % (memories + 1) - 1 for row in range(rows)]
-
-
 def _adapter_names(rows: int, memories: int) -> list[str] | None:
-    """The same in PEFT's words; None for one adapter on every row, which PEFT runs faster."""
+    """The memory of each row in PEFT's words; None for one adapter on every row, which PEFT runs
+    faster."""
     if memories == 1:
         return None
-    return ["__base__" if m < 0 else f"m{m}" for m in _ids(rows, memories)]
+    return ["__base__" if m < 0 else f"m{m}" for m in smoke.row_memories(rows, memories)]
 
 
 def _with_adapters(module: nn.Module, targets: list[str], memories: int) -> nn.Module:
@@ -174,8 +170,8 @@ def _hand_written_mlp(found: Problem) -> Call:
 def _prefix_lengths(found: Problem, memories: int) -> tuple[Tensor, Tensor]:
     """Of each row: its memory (0 for none), and how many learned keys it sees, int64 [B]."""
     q = found.tensors["q"]
-    ids = torch.tensor(_ids(q.shape[0], memories), device=q.device)
-    lengths = torch.tensor([max(1, PREFIX - 3 * m) for m in range(memories)], device=q.device)
+    ids = torch.tensor(smoke.row_memories(q.shape[0], memories), device=q.device)
+    lengths = torch.tensor(smoke.prefix_lengths(PREFIX, memories), device=q.device)
     chosen = ids.clamp(min=0)
     return chosen, torch.where(ids < 0, 0, lengths[chosen])
 

@@ -14,11 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ..stepper import Stepper
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BETA, LOW, HIGH = 2.0 / 3.0, -0.1, 1.1
 
 
-class PeftStep:
+class PeftStep(Stepper):
     """A model with LoRA, gates and a learned cache, and its optimiser.
 
     Args:
@@ -90,15 +92,3 @@ class PeftStep:
             input_ids=ids, attention_mask=mask, labels=ids, past_key_values=cache, use_cache=True
         )
         return out.loss + self._penalty()
-
-    def step(self, ids: Tensor) -> float:
-        """One optimiser step; the loss before it."""
-        loss = self.loss(ids)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    def base(self) -> nn.Module:
-        """The model whose parameters are not activations."""
-        return self.model

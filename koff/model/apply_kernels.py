@@ -24,6 +24,7 @@ from koffkernels import GatedMLPLoRA, LoRA, gated_mlp, lora_linear
 from koffkernels.reference import ACTIVATIONS
 
 from .arch import MLP_LINEARS
+from .class_swap import swap, unswap
 
 # PEFT's name, in ``adapter_names``, for a row without an adapter.
 BASE = "__base__"
@@ -46,7 +47,7 @@ class AppliedKernels:
         """Give every module its own class back; a second call does nothing."""
         while self._modules:
             module = self._modules.pop()
-            module.__class__ = type(module).__mro__[2]  # behind the subclass and the mixin
+            unswap(module)
             module.__dict__.pop("_koff_activation", None)
 
     def __enter__(self) -> AppliedKernels:
@@ -109,7 +110,7 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
         if reason is not None:
             done.left[path] = reason
             continue
-        module.__class__ = _subclass(mixin, type(module))
+        swap(module, mixin)
         done.replaced[path] = name
         done._modules.append(module)
     if not done.replaced:
@@ -121,12 +122,6 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
             + "; use it as it is"
         )
     return done
-
-
-@functools.cache
-def _subclass(mixin: type, cls: type) -> type:
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (mixin, cls), body)
 
 
 # ---- what can be replaced ----
@@ -198,28 +193,37 @@ class _Unfit(Exception):
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_constant(values: tuple, device: torch.device) -> Tensor:
+def _kept_constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Autograd refuses a tensor of inference mode, and a later training step may find it here.
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _constant(values: tuple, device: torch.device) -> Tensor:
-    """A small tensor, made once: making one on a GPU waits for all that the GPU still has to do."""
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor, made once: making one on a GPU waits for all that the GPU still has to do.
+
+    By its dtype, too: ids (0, 1) and scalings (0.0, 1.0) are equal tuples.
+    """
     if torch.compiler.is_compiling():  # a traced tensor belongs to one graph
-        return torch.tensor(values, device=device)
-    return _kept_constant(values, device)
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_constant(values, dtype, device)
 
 
 def _base(linear: nn.Module) -> nn.Module:
     return linear.base_layer if isinstance(linear, PeftLinear) else linear
 
 
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for a module's output or gradient. Hooks on its input are told apart:
+    PEFT has its own there."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _frozen(linear: nn.Module) -> nn.Linear:
     """The base layer, whose weight the kernels take without calling it."""
     base = _base(linear)
-    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
-        raise _Unfit  # somebody wants to see its input or output
+    if _hooked(base) or base._forward_pre_hooks or "forward" in base.__dict__:
+        raise _Unfit
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
         raise _Unfit
     return base
@@ -229,7 +233,7 @@ def _names_in_hooks(linear: nn.Module) -> Sequence[str] | None:
     """The ``adapter_names`` that PEFT's hooks would give to a layer, which the fused MLP does not
     call."""
     names = None
-    if linear._forward_hooks:
+    if _hooked(linear):
         raise _Unfit
     for hook in linear._forward_pre_hooks.values():
         keywords = getattr(hook, "keywords", None) or {}
@@ -249,7 +253,8 @@ def _memory_ids(names: Sequence[str] | None, x: Tensor) -> Tensor | None:
     if names is None:
         return None
     used = _in_use(names)
-    return _constant(tuple(-1 if name == BASE else used.index(name) for name in names), x.device)
+    ids = tuple(-1 if name == BASE else used.index(name) for name in names)
+    return _constant(ids, torch.int64, x.device)
 
 
 def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | None:
@@ -274,9 +279,7 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
         dropout = layer.lora_dropout[name]
         plain = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0.0
         a, b = layer.lora_A[name], layer.lora_B[name]
-        hooked = (
-            a._forward_hooks or b._forward_hooks or a._forward_pre_hooks or b._forward_pre_hooks
-        )
+        hooked = any(_hooked(linear) or linear._forward_pre_hooks for linear in (a, b))
         if name in layer.lora_variant or b.bias is not None or not plain or hooked:
             raise _Unfit
     if not present:
@@ -286,11 +289,10 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
     first = a[present[0]]
     if names is None:
         if len(present) == 1:
-            return LoRA(
-                first[None], b[present[0]][None], _constant((layer.scaling[present[0]],), x.device)
-            )
+            scaling = _constant((layer.scaling[present[0]],), torch.float32, x.device)
+            return LoRA(first[None], b[present[0]][None], scaling)
         scaled = [b[name] * layer.scaling[name] for name in present]
-        ones = _constant((1.0,), x.device)
+        ones = _constant((1.0,), torch.float32, x.device)
         return LoRA(torch.cat(list(a.values()))[None], torch.cat(scaled, 1)[None], ones)
     rank = max(weight.shape[0] for weight in a.values())
     none = first.new_zeros(0, first.shape[1]), first.new_zeros(layer.out_features, 0)
@@ -299,7 +301,7 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
     return LoRA(
         torch.stack([F.pad(one, (0, 0, 0, rank - one.shape[0])) for one, _ in pairs]),
         torch.stack([F.pad(one, (0, rank - one.shape[1])) for _, one in pairs]),
-        _constant(scaling, x.device),
+        _constant(scaling, torch.float32, x.device),
     )
 
 

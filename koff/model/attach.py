@@ -9,7 +9,6 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from koffkernels.reference import ACTIVATIONS
 from ..errors import asked_by, asker
 from . import arch, attention
 from .arch import Site
+from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
 from .forward_context import ForwardContext, MemoryArgument, Running
 from .memories import Memory, MemoryBank
@@ -211,45 +211,8 @@ class PatchCheck:
             arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
 
 
-def _reduce(module: nn.Module, protocol: int) -> tuple:
-    """How a module is pickled and copied: its class is found under no name, but made of two that
-    are."""
-    _, mixin, cls = type(module).__mro__[:3]
-    _, _, *state = object.__reduce_ex__(module, protocol)
-    return _blank, (mixin, cls), *state
-
-
-def _blank(mixin: type, cls: type) -> nn.Module:
-    """A module of a swapped class that waits for its state."""
-    if mixin is KoffModelMixin:
-        attention.register()  # by whoever attached it; this may be another process
-    return nn.Module.__new__(_subclass(mixin, cls))
-
-
-@functools.cache
-def _subclass(mixin: type, cls: type) -> type:
-    """``cls`` with ``mixin`` in front, under the same name: transformers looks classes up by their
-    string. Cached, so that modules of one class are of one class afterwards, too."""
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    body["__reduce_ex__"] = _reduce
-    if mixin is KoffModelMixin:
-        body["forward"] = KoffModelMixin.forward_with_signature(cls)
-    return type(cls.__name__, (mixin, cls), body)
-
-
 # What attach makes of ``nn.Linear``; looked at in every forward, where torch.compile can see it.
-_PLAIN_LINEAR = _subclass(_LinearMixin, nn.Linear)
-
-
-def _swap(module: nn.Module, mixin: type, link: Link | None) -> None:
-    module.__class__ = _subclass(mixin, type(module))
-    if link is not None:
-        module._koff = link
-
-
-def _unswap(module: nn.Module) -> None:
-    module.__class__ = type(module).__mro__[2]  # behind the subclass and the mixin
-    module.__dict__.pop("_koff", None)
+_PLAIN_LINEAR = subclass(_LinearMixin, nn.Linear)
 
 
 def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
@@ -345,13 +308,13 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     computed = []  # modules whose forward is koff's alone
     for index, layer in enumerate(arch.layers(model)):
         link = Link(state.memories, state.running, index)
-        _swap(layer, _LayerMixin, link)
+        swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            _swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
+            swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
         module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
-        _swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
+        swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
         if arch.is_recurrent(layer, model):
-            _swap(mixer, _RecurrentMixin, link)
+            swap(mixer, _RecurrentMixin, link)
         else:
             mixer._koff = link  # for ``koff_attention``
         computed += [layer, module, mixer]
@@ -367,7 +330,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         model.register_load_state_dict_pre_hook(before_load),
         model.register_load_state_dict_post_hook(after_load),
     ]
-    _swap(model, KoffModelMixin, None)
+    swap(model, KoffModelMixin)
     use_koff_attention(model)
 
 
@@ -422,17 +385,17 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         restore_order(model)  # while there is still somebody who knows it
         for layer in arch.layers(model):
             for _, linear in arch.linears(layer, model):
-                _unswap(linear)
-            _unswap(arch.mlp(layer, model))
+                unswap(linear)
+            unswap(arch.mlp(layer, model))
             mixer = arch.mixer(layer, model)
             if arch.is_recurrent(layer, model):
-                _unswap(mixer)
+                unswap(mixer)
             else:
                 vars(mixer).pop("_koff")
-            _unswap(layer)
+            unswap(layer)
         for hook in state.hooks:
             hook.remove()
-        _unswap(model)
+        unswap(model)
         if state.attention is not None:
             model.set_attn_implementation(state.attention)
         del model.koff
@@ -471,4 +434,4 @@ def use_memory(model: PreTrainedModel, memory: MemoryArgument) -> Iterator[PreTr
 
 def set_base_class(model: PreTrainedModel, cls: type) -> None:
     """Give an attached model another base class (the narrow form of its own), in place."""
-    model.__class__ = _subclass(KoffModelMixin, cls)
+    model.__class__ = subclass(KoffModelMixin, cls)

@@ -1,6 +1,7 @@
 """koffkernels under models that know nothing of koff: the same numbers, PEFT's own ways intact."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -199,6 +200,19 @@ def test_apply_kernels_sees_hooks_that_come_later(monkeypatch):
         handle.remove()
 
 
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+def test_apply_kernels_sees_hooks_on_gradients(register, monkeypatch):
+    model = peft(of("llama"))
+    koff.apply_kernels(model)
+    up = model.base_model.model.model.layers[1].mlp.up_proj
+    for module in (up, up.base_layer, up.lora_A["fr"]):
+        called = []
+        handle = getattr(module, f"register_{register}")(lambda *a, c=called: c.append(1))
+        step(model)
+        assert called == [1]
+        handle.remove()
+
+
 def test_apply_kernels_asks_the_class_what_it_computes():
     class Odd(nn.Module):
         def __init__(self):
@@ -276,3 +290,31 @@ def test_apply_kernels_runs_on_the_reference_too():
         koff.apply_kernels(model)
         with force_backend("reference"):
             torch.testing.assert_close(model(ids()).logits, want, **CLOSE)
+
+
+def test_apply_kernels_keeps_ids_and_scalings_apart():
+    """Adapters of which the first leaves a layer alone and the second scales by 1, in rows 0, 1:
+    the ids (0, 1) and the scalings (0.0, 1.0) are equal tuples."""
+    model = peft(of("llama"), ["up_proj"], adapters=("part",))
+    model.add_adapter("en", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
+    for key, p in model.named_parameters():
+        if "lora_B.en" in key:
+            p.data.normal_(std=0.2)
+    twin = copy.deepcopy(model)
+    koff.apply_kernels(model)
+    names = ["part", "en"]
+    with torch.no_grad():
+        want = twin(ids(2), adapter_names=names).logits
+        torch.testing.assert_close(model(ids(2), adapter_names=names).logits, want, **CLOSE)
+
+
+def test_apply_kernels_can_be_copied_and_pickled():
+    model = peft(of("llama"))
+    done = koff.apply_kernels(model)
+    with torch.no_grad():
+        want = model(ids()).logits
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(again(ids()).logits, want)
+        assert torch.equal(copy.deepcopy(model)(ids()).logits, want)
+        done.undo()
+        assert torch.equal(again(ids()).logits, want)  # the copy runs on koffkernels still

@@ -1,7 +1,9 @@
 """A process is killed before every change that a save makes on disk: at every moment the old or the
 new model loads completely."""
 
+import datetime
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from support.kills import report, run_child, tree_digest
@@ -36,6 +38,16 @@ def user_files(folder):
 def check_user_files(folder):
     for name in ("notes.txt", "recipe.json", "memories/fr/mine.txt", "checkpoints/x/y.bin"):
         assert (folder / name).read_text() == f"mine: {name}"
+
+
+@pytest.fixture(autouse=True)
+def one_moment(monkeypatch):
+    """koff.json says when it was written. Two saves in different seconds would be two states, and
+    states are counted here."""
+    moment = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    clock = SimpleNamespace(now=lambda zone: moment)
+    fake = SimpleNamespace(datetime=clock, UTC=datetime.UTC)
+    monkeypatch.setattr("koff.storage.save_load.datetime", fake)
 
 
 @pytest.mark.parametrize("lose", [False, True], ids=["kill", "power cut"])

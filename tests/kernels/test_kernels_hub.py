@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import uuid
 
 import kernels
 import pytest
@@ -22,7 +23,8 @@ import koffkernels
 def copies(tmp_path_factory):
     """Two copies of one version in one process, each under a name of its own."""
     folder = tmp_path_factory.mktemp("hub")
-    names = ("_koffkernels_cpu_5f3a9c1", "_koffkernels_cpu_d07e2b8")
+    # Names that this process has not seen: Python would take a name's modules from the first one.
+    names = [f"_koffkernels_cpu_{uuid.uuid4().hex}" for _ in range(2)]
     return [kernels.get_local_kernel(variant(folder, name)) for name in names]
 
 
