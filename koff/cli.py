@@ -87,7 +87,9 @@ def _without(parts: list[str]) -> list[str]:
 
 @_command
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see recipes/.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the model; new, empty or to resume.")],
     set_: Annotated[
         list[str] | None,
@@ -128,6 +130,10 @@ def eval_(
         Path | None, typer.Option(metavar="FILE", help="Write the rows to this file.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each domain, only its first documents, of so many tokens."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     card: Annotated[
@@ -146,7 +152,14 @@ def eval_(
     if card:
         with asked_by("koff eval --card"):
             open_saved(directory)  # a folder of one's own, not a download
-    rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
+    rows = evaluate_run(
+        directory,
+        split=split,
+        base=base,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        device=device,
+    )
     if card:
         from .storage.change import write_results
 

@@ -41,7 +41,7 @@ FILES = {
     ("lora_linear", "forward", "decode"): "lora.decode",
     ("lora_linear", "backward", "fused"): "lora.gemm",
 }
-# (op, k, n) of the models in recipes/, in order of value; n of gated_mlp is the number of neurons.
+# (op, k, n) of the models in koff/recipes/, in order of value; n of gated_mlp: neurons.
 LLAMA_8B = (
     ("gated_mlp", 4096, 14336),
     ("gated_mlp", 4096, pruned(14336)),

@@ -1,6 +1,6 @@
 """Trains and measures what the table of memories against pruning needs, and writes it.
 
-    python -m bench.quality --recipe recipes/docs-llama.yaml --output DIR [--jobs 2] [--dry-run]
+    python -m bench.quality --recipe koff/recipes/docs-llama.yaml --output DIR [--dry-run]
 
 Per sparsity and seed: koff, and gates alone (the same recipe without memories); per seed: memories
 trained alike on the dense model. Every run is one `koff train` and one `koff eval` of its own
@@ -13,6 +13,8 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+
+from koff.commands.recipe import SHIPPED
 
 from .. import timing
 from .collect import collect
@@ -30,13 +32,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--recipe", type=Path, default=ROOT / "recipes" / "docs-llama.yaml", help="recipe file")
+    add("--recipe", type=Path, default=SHIPPED / "docs-llama.yaml", help="recipe file")
     add("--name", help="of the table and its files (the recipe's)")
     add("--output", type=Path, required=True, help="folder of the runs and their logs")
     add("--sparsity", type=float, nargs="+", default=[0.2, 0.4], help="targets (0.2 0.4)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (0 1 2)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     add("--split", choices=("validation", "test"), default="test", help="measured split (test)")
+    add("--max-tokens", type=int, metavar="N", help="measured of each domain: its first N tokens")
     add("--device", help="for every run: cpu, cuda, ...")
     add("--jobs", type=int, default=1, help="runs side by side, each with cores / jobs threads")
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the table")
@@ -58,6 +61,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         split=args.split,
         device=args.device,
         name=args.name,
+        max_tokens=args.max_tokens,
     )
     plan.check()
     return plan

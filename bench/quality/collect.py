@@ -240,6 +240,7 @@ def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
     record = {
         "environment": timing.environment(threads) | {"device": _device(plan)},
         "split": plan.split,
+        "max_tokens": plan.max_tokens,
         "seeds": list(plan.seeds),
         "overrides": list(plan.overrides),
         "recipe": values,

@@ -64,6 +64,7 @@ class Plan:
         split: split that is measured.
         device: for every run; None leaves it to koff.
         name: of the table; None: the recipe's.
+        max_tokens: as ``koff eval --max-tokens``, for every run.
     """
 
     recipe: Path
@@ -74,6 +75,7 @@ class Plan:
     split: str = "test"
     device: str | None = None
     name: str | None = None
+    max_tokens: int | None = None
 
     @property
     def title(self) -> str:
@@ -121,6 +123,7 @@ class Plan:
         train += ["--sparsity", str(run.sparsity), "--seed", str(run.seed)]
         measure = ["eval", folder, "--json", str(self.scores(run)), "--split", self.split]
         measure += ["--base"] if run.base else []
+        measure += ["--max-tokens", str(self.max_tokens)] if self.max_tokens else []
         device = ["--device", self.device] if self.device else []
         return [train + device, measure + device]
 
@@ -190,6 +193,11 @@ def _check_options(plan: Plan) -> None:
                 f"{WHERE}: --set must not set {', '.join(_OWN_KEYS)}, got {text!r}; use --seeds "
                 "and --sparsity"
             )
+    if plan.max_tokens is not None and plan.max_tokens < 1:
+        raise ValueError(
+            f"{WHERE}: --max-tokens must be at least 1, got {plan.max_tokens}; leave it out for "
+            "the whole split"
+        )
     if plan.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.name):
         raise ValueError(
             f"{WHERE}: --name must be letters, digits, '.', '-' and '_', got {plan.name!r}; it "

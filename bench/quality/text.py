@@ -22,8 +22,9 @@ def page(record: dict, table: Table) -> str:
     seeds = " ".join(map(str, record["seeds"]))
     machine = f"{environment['device']}, {environment['processor']}, "
     machine += f"torch {environment['torch']}, transformers {environment['transformers']}"
+    first = f", its first {record['max_tokens']} tokens" if record["max_tokens"] else ""
     lines = [
-        f"# Quality of {table.plan.title}, {record['split']} split",
+        f"# Quality of {table.plan.title}, {record['split']} split{first}",
         "",
         "Perplexity of the compacted model reloaded from disk; mean ± sample standard deviation "
         f"over seeds {seeds}. {machine}.",
@@ -76,11 +77,13 @@ def _removed(record: dict, sparsity: float) -> str:
     parts = []
     for kind in (KOFF, GATES):
         runs = _runs(record, kind, sparsity)
-        neurons, weights = (
-            _range([run["sparsity"][of] for run in runs]) for of in ("mlp", "model")
+        neurons, weights, inner = (
+            _range([run["sparsity"][of] for run in runs])
+            for of in ("mlp", "model", "non_embedding")
         )
         name = "gates only" if kind == GATES else kind
-        parts.append(f"{name} {neurons} of the MLP neurons, {weights} of all weights")
+        text = f"{name} {neurons} of the MLP neurons, {weights} of all weights"
+        parts.append(f"{text} ({inner} of all but the embeddings)")
     return "; ".join(parts)
 
 
