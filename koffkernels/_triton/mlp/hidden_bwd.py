@@ -66,10 +66,10 @@ def _expects(args: dict[str, Any]) -> str | None:
 
 EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 
-# Sixteen warps fit a multiprocessor (sm_90, r = 16: 112 registers; 64 columns are whole lines). Three
-# sums of [rank, block_n] lie in the registers beside five tiles of [block_m, block_n]: with a larger
-# tile, or four warps, r = 64 spills on sm_80. Stretches of 1024 tokens: 256 took 2 % longer in a
-# prototype on an H200, with more partial sums to add afterwards.
+# Sixteen warps fit a multiprocessor (sm_90, r = 16: 112 registers), and 64 columns are whole lines.
+# Three sums of [rank, block_n] lie in the registers beside five tiles of [block_m, block_n]: with
+# larger tiles, or four warps, r = 64 spills on sm_80. Stretches of 1024 tokens: 256 took 2 % longer
+# in a prototype on an H200, with more partial sums to add afterwards.
 _RANK_16, _HIGHER = Config(32, 64, warps=8, stages=3), Config(16, 32, warps=8, stages=2)
 _LENGTH = 1024
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers

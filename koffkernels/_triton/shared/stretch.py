@@ -61,7 +61,7 @@ def stretch_of(index, ids_ptr, memories, tokens, length, per_row):
 
 @triton.jit
 def _strip(delta, memory, start, offs_i, mask_i, BLOCK_R: tl.constexpr, dtype: tl.constexpr):
-    """scaling b^T [BLOCK_R, BLOCK_I] of one memory, ranks from ``start`` on; zeros for no memory."""
+    """scaling b^T [BLOCK_R, BLOCK_I] of one memory, ranks from ``start`` on; zeros for none."""
     offs_r = start + tl.arange(0, BLOCK_R)
     offs = memory.to(tl.int64) * delta.stride_memory + offs_r[:, None] * delta.stride_rank
     offs += offs_i.to(tl.int64)[None, :] * delta.stride_wide
