@@ -240,14 +240,45 @@ def info(
 @_command
 def export(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
-    merged: Annotated[str, typer.Option(metavar="NAME", help="The memory to fold in.")],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
+    merged: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The memory to fold into the weights.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --merged: folder for the checkpoint; new or empty.")
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for GGUF files of backbone and memories."),
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --gguf: a memory to write; left out: all."),
+    ] = None,
+    without_kv: Annotated[
+        bool, typer.Option("--without-kv", help="With --gguf: leave learned keys out.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint that needs no koff: one memory's LoRA in the weights, its KV beside."""
-    from .storage.export import export_merged
+    """Write what needs no koff: a checkpoint with one memory's LoRA in the weights and its KV
+    beside them, or GGUF files for llama.cpp."""
+    given = {"--merged": merged, "--output": output, "--gguf": gguf}
+    got = [name for name, value in given.items() if value is not None]
+    if got not in (["--merged", "--output"], ["--gguf"]) or (
+        gguf is None and (memory or without_kv)
+    ):
+        raise ValueError(
+            "koff export: the options must be --merged NAME --output DIR, or --gguf DIR [--memory "
+            f"NAME] [--without-kv], got {', '.join(got) or 'none'}; choose one"
+        )
+    if gguf is None:
+        from .storage.export import export_merged
 
-    folder = export_merged(directory, merged, output)
-    Console().print(f"exported to {folder}; how to load it: {folder / 'README.md'}", markup=False)
+        folder, what = export_merged(directory, merged, output), "load it"
+    else:
+        from .storage.export_gguf import export_gguf
+
+        folder = export_gguf(directory, gguf, memories=memory or None, without_kv=without_kv)
+        what = "use it, and what it lacks"
+    Console().print(f"exported to {folder}; how to {what}: {folder / 'README.md'}", markup=False)
 
 
 @_command

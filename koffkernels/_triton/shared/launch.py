@@ -223,27 +223,39 @@ def token_span(ids_ptr, begin, end, tokens, m):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in fp32, within a few units in the last place, as ``tl.sigmoid``.
+
+    1 / y = rsqrt(y)^2 takes two instructions for y >= 1, of which there is nothing to guard; a
+    division takes nine, a sixth of what the hidden layer's backward did for an element.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))  # log2(e)
+    return root * root
+
+
+@triton.jit
 def activate(g, ACTIVATION: tl.constexpr):
     """act(g) in fp32."""
     if ACTIVATION == "silu":
-        return g * tl.sigmoid(g)
+        return g * sigmoid(g)
     elif ACTIVATION == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))  # sqrt(1/2)
     else:  # gelu_tanh; 0.5 (1 + tanh(v)) = sigmoid(2 v), and 2 sqrt(2 / pi) = 1.5957691...
         inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        return g * tl.sigmoid(inner)
+        return g * sigmoid(inner)
 
 
 @triton.jit
 def activate_grad(g, ACTIVATION: tl.constexpr):
     """(act(g), act'(g)) in fp32."""
     if ACTIVATION == "silu":
-        s = tl.sigmoid(g)
-        return g * s, s * (1.0 + g * (1.0 - s))
+        s = sigmoid(g)
+        act = g * s
+        return act, s + act * (1.0 - s)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)  # 1 / sqrt(2 pi)
     else:  # 3 * 0.044715 = 0.134145
-        s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        s = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         return g * s, s + g * s * (1.0 - s) * slope
