@@ -56,7 +56,7 @@ PARTS = {
     "kernels": Part(95, 60, warm=2),
     "targets": Part(90, 40, warm=3),
     "e2e": Part(110, 75, warm=1),
-    "tables": Part(20, 30),
+    "tables": Part(20, 60),
     "decode": Part(75, 40, alone=True),
     "tests": Part(420, 400),
 }
