@@ -119,7 +119,8 @@ def train(
 
     folder = run(checked, output, device=device)
     if is_first():
-        Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
+        next_step = f"koff eval {folder} --base --card, and koff report {folder}"
+        Console().print(f"saved to {folder}; next: {next_step}", markup=False)
 
 
 @_command
@@ -235,6 +236,30 @@ def info(
     from .commands.tables import facts_table
 
     Console().print(facts_table(describe(directory), title=str(directory)))
+
+
+@_command
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Output folders of koff train, of one base model.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="An .html or .md file; default: report.html in the one folder."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Write a page about finished runs, of one kind or many, from what lies in their folders.
+
+    It shows what `koff eval --card` wrote, and what `koff eval` and `koff analyse` wrote with
+    --json to DIR/eval-SPLIT.json and DIR/attention-NAME.json.
+    """
+    from .commands.report.write import write_report
+
+    written = write_report(directories, output, split=split)
+    Console().print(f"written: {written}", markup=False, soft_wrap=True)
 
 
 @_command

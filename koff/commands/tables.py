@@ -151,9 +151,22 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there.
+
+    Args:
+        path: file to write; its folder must exist.
+        text: its content, written as UTF-8.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
     path = Path(path)
     check_writable(path)
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
