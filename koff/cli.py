@@ -87,7 +87,9 @@ def _without(parts: list[str]) -> list[str]:
 
 @_command
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML); see recipes/.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the model; new, empty or to resume.")],
     set_: Annotated[
         list[str] | None,
@@ -128,6 +130,10 @@ def eval_(
         Path | None, typer.Option(metavar="FILE", help="Write the rows to this file.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each domain, only its first documents, of so many tokens."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     card: Annotated[
@@ -146,7 +152,14 @@ def eval_(
     if card:
         with asked_by("koff eval --card"):
             open_saved(directory)  # a folder of one's own, not a download
-    rows = evaluate_run(directory, split=split, base=base, batch_size=batch_size, device=device)
+    rows = evaluate_run(
+        directory,
+        split=split,
+        base=base,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        device=device,
+    )
     if card:
         from .storage.change import write_results
 
@@ -227,14 +240,45 @@ def info(
 @_command
 def export(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
-    merged: Annotated[str, typer.Option(metavar="NAME", help="The memory to fold in.")],
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint; new or empty.")],
+    merged: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The memory to fold into the weights.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --merged: folder for the checkpoint; new or empty.")
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for GGUF files of backbone and memories."),
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --gguf: a memory to write; left out: all."),
+    ] = None,
+    without_kv: Annotated[
+        bool, typer.Option("--without-kv", help="With --gguf: leave learned keys out.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint that needs no koff: one memory's LoRA in the weights, its KV beside."""
-    from .storage.export import export_merged
+    """Write what needs no koff: a checkpoint with one memory's LoRA in the weights and its KV
+    beside them, or GGUF files for llama.cpp."""
+    given = {"--merged": merged, "--output": output, "--gguf": gguf}
+    got = [name for name, value in given.items() if value is not None]
+    if got not in (["--merged", "--output"], ["--gguf"]) or (
+        gguf is None and (memory or without_kv)
+    ):
+        raise ValueError(
+            "koff export: the options must be --merged NAME --output DIR, or --gguf DIR [--memory "
+            f"NAME] [--without-kv], got {', '.join(got) or 'none'}; choose one"
+        )
+    if gguf is None:
+        from .storage.export import export_merged
 
-    folder = export_merged(directory, merged, output)
-    Console().print(f"exported to {folder}; how to load it: {folder / 'README.md'}", markup=False)
+        folder, what = export_merged(directory, merged, output), "load it"
+    else:
+        from .storage.export_gguf import export_gguf
+
+        folder = export_gguf(directory, gguf, memories=memory or None, without_kv=without_kv)
+        what = "use it, and what it lacks"
+    Console().print(f"exported to {folder}; how to {what}: {folder / 'README.md'}", markup=False)
 
 
 @_command

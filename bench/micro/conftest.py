@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from koffkernels.clock import WallClock
+
 from .. import timing
-from ..gpu.clock import WallClock
 from ..gpu.context import Bench
 from .cases import CUDA, DTYPES, MODELS, now, scaled
 

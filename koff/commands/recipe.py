@@ -21,6 +21,7 @@ from ..training.settings import Settings
 from .schema import build, convert, join, unknown_key
 
 RECIPE_FILE = "recipe.json"  # in the output folder of a run
+SHIPPED = Path(__file__).parents[1] / "recipes"
 
 # numpy, which transformers seeds too, takes no larger one.
 _MOST_SEED = (1 << 32) - 1
@@ -125,6 +126,8 @@ class Recipe:
         seed: seed of the initialisation and of the data order.
         revision: revision of a hub model.
         dtype: dtype the model is loaded in; "auto" takes that of its checkpoint.
+        gguf_file: name of a GGUF file in the model's folder or hub repository; its weights are
+            dequantised.
         root: folder that relative paths start from; not part of the file.
     """
 
@@ -136,6 +139,7 @@ class Recipe:
     seed: int = 0
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gguf_file: str | None = None
     root: Path = field(default=Path(), init=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,15 +205,21 @@ class Recipe:
                     check_source(source)
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return {name: file} of the recipes that come with koff."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, apply overrides and check it.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe that comes with koff.
         overrides: "key.path=value" texts, values in YAML; they may add keys.
 
     Returns:
-        The recipe; relative paths in it start from $KOFF_DATA if set, else from the file's folder.
+        The recipe; relative paths in it start from $KOFF_DATA if set, else from the file's folder,
+        or the working directory for a recipe that comes with koff.
 
     Raises:
         FileNotFoundError: no such file.
@@ -217,9 +227,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     from .strict_yaml import read_yaml
 
-    path = Path(path)
+    path, shipped = Path(path), shipped_recipes()
+    start = path.parent
     if not path.is_file():
-        raise FileNotFoundError(f"recipe: {path} must be an existing file, got nothing there")
+        if str(path) not in shipped:
+            raise FileNotFoundError(
+                f"recipe: {path} must be an existing file or one of koff's own recipes "
+                f"({', '.join(shipped)}), got nothing there; correct it"
+            )
+        path, start = shipped[str(path)], Path.cwd()
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -231,9 +247,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(values, Mapping):
         raise ValueError(
             f"recipe: {path} must hold a mapping of keys to values, got {type(values).__name__}; "
-            "start from a file in recipes/"
+            f"start from a file in {SHIPPED}"
         )
-    return parse(apply_overrides(values, overrides), data_root(path.parent))
+    return parse(apply_overrides(values, overrides), data_root(start))
 
 
 def data_root(default: Path) -> Path:

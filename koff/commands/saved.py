@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.sources import DataSource, load_documents
+from ..data.sources import DataSource, Document, load_documents
 from ..errors import asked_by
 from ..storage.files import File
 from ..storage.hub import resolve
@@ -132,6 +132,7 @@ def evaluate_run(
     *,
     split: str = "test",
     base: bool = False,
+    max_tokens: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
 ) -> list[EvalRow]:
@@ -141,6 +142,8 @@ def evaluate_run(
         directory: output folder of `koff train`.
         split: "train", "validation" or "test".
         base: measure the dense base model too.
+        max_tokens: of each domain, only its first documents, up to the one with which they reach
+            so many tokens: the same text for every variant; None: all of them.
         batch_size: blocks per forward.
         device: where to run; None: as ``pick_device`` finds it.
 
@@ -165,7 +168,12 @@ def evaluate_run(
     tokenizer = open_saved(directory).load_tokenizer()
     # Packed here and not by evaluate: once for both models, and errors name the split.
     packed = {
-        name: pack(texts, tokenizer, size, name=f"the {split} split of {name!r}")
+        name: pack(
+            _first(texts, tokenizer, max_tokens),
+            tokenizer,
+            size,
+            name=f"the {split} split of {name!r}",
+        )
         for name, texts in documents.items()
     }
     rows = []
@@ -173,6 +181,22 @@ def evaluate_run(
     if base:  # without a name of its own: it is gone before the other model needs its memory
         rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
     return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
+
+
+def _first(documents: list[Document], tokenizer: Any, tokens: int | None) -> list[Document]:
+    """Return the first documents, whole, that hold ``tokens`` tokens together; None: all."""
+    if tokens is None:
+        return documents
+    chosen: list[Document] = []
+    for document in documents:
+        if tokens <= 0:
+            break
+        chosen.append(document)
+        # A prompt and its completion are two texts of one record.
+        texts = [document] if isinstance(document, str) else list(document.values())
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens -= sum(map(len, ids))
+    return chosen
 
 
 def analyse_run(

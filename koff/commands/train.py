@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import logging
 import shutil
 import time
@@ -333,12 +335,36 @@ def load_base(recipe: Recipe) -> PreTrainedModel:
         # Some are published with attention dropout, which attention over a learned cache has not.
         # Set here, since from_pretrained does not find it in the text part of a multimodal config.
         config.get_text_config().attention_dropout = 0.0
-    return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
+    if recipe.gguf_file is None:
+        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
+    model = _load(recipe, AutoModelForCausalLM, config=config, dtype="float32")
+    return _plain(model, torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
+
+
+def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model that was read from a GGUF file as an ordinary one, of the same tensors.
+
+    transformers dequantises the weights, but goes on to say that they are quantised: such a model
+    cannot be saved.
+    """
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain.eval()
 
 
 def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
     """Load the recipe's model by one of transformers' Auto classes, running no code from it."""
     path = recipe.model_path()
+    if recipe.gguf_file is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(
+                "recipe: gguf_file must have the package `gguf`, got no such package; install it "
+                'with pip install "koff[gguf]"'
+            )
+        options["gguf_file"] = recipe.gguf_file
     try:
         return cls.from_pretrained(
             path, revision=recipe.revision, trust_remote_code=False, **options

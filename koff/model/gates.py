@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from koffkernels import hard_concrete, open_probability
 INIT_LOG_ALPHA = 2.5
 # Noise that breaks ties, and no more: top-k over equal gates would go by their numbers.
 INIT_STD = 0.01
+# How steeply log_alpha rises with the logit of a neuron's rank where gates start by saliency.
+START_SLOPE = 1.0
 # P(z > 0) then stays within 4.7 % and 99.8 %. Further out the sigmoid is flat, and a gate that went
 # there would hardly come back.
 LOG_ALPHA_LIMIT = math.log(100.0)
@@ -57,6 +60,7 @@ class Gates(nn.Module):
         self.register_load_state_dict_pre_hook(_before_load)
         self.target = target
         self.fixed = False
+        self._held: list[Tensor] | None = None  # see held_open
         # On the host, since slices need numbers: reading a tensor would wait for the GPU.
         self._widths: list[int | None] = [None] * len(widths)
 
@@ -105,9 +109,55 @@ class Gates(nn.Module):
         Each layer's z has a graph of its own, so that recomputed layers can run backward one after
         another.
         """
+        if self._held is not None:
+            return self._held
         if self.fixed:
             return [self.factor(index) for index in range(len(self.log_alpha))]
         return self._drawn(self.training)
+
+    @contextlib.contextmanager
+    def held_open(self) -> Iterator[list[Tensor]]:
+        """Let every gate be 1 inside the ``with`` block, and yield these ones, z [I] of each layer,
+        to take gradients by."""
+        self._held = [torch.ones_like(p, requires_grad=True) for p in self.log_alpha]
+        try:
+            yield self._held
+        finally:
+            self._held = None
+
+    @torch.no_grad()
+    def start_(self, saliency: list[Tensor]) -> None:
+        """Start log_alpha, in place, by the rank of each neuron's saliency among those of all
+        layers, so that the expected sparsity is the target from the first step on.
+
+        With q in (0, 1) the share of all neurons that matter less,
+
+            log_alpha = START_SLOPE logit(q) - c,
+
+        c such that 1 - mean P(z > 0) is the target. Neurons near the edge of the mask start
+        undecided; the further from it, the more decided.
+
+        Args:
+            saliency: [I] of each layer; the larger, the more a neuron matters.
+        """
+        # On the host, where the search below waits for nothing.
+        flat = torch.cat([s.flatten() for s in saliency]).double().cpu()
+        rank = torch.empty_like(flat)
+        places = torch.arange(len(flat), dtype=flat.dtype)
+        rank[flat.argsort(stable=True)] = (places + 0.5) / len(flat)
+        slope = START_SLOPE * torch.logit(rank)
+
+        def shifted(c: float) -> Tensor:
+            return (slope - c).clamp(-LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT)
+
+        low, high = -50.0, 50.0  # beyond, all gates are at a limit
+        for _ in range(50):  # the expected sparsity rises with c
+            middle = (low + high) / 2
+            sparse = 1 - float(open_probability(shifted(middle)).mean())
+            low, high = (middle, high) if sparse < self.target else (low, middle)
+        parts = shifted(low).split([len(p) for p in self.log_alpha])
+        for p, part in zip(self.log_alpha, parts, strict=True):
+            p.copy_(part)
 
     def factor(self, index: int) -> Tensor:
         """Return the fixed mask of a layer as zeros and ones, z [I]."""

@@ -9,7 +9,7 @@ folder is run.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import arch, modeling_koff
 
@@ -27,13 +27,16 @@ def narrow_classes(model_type: str) -> tuple[type, type]:
 
 
 def register() -> None:
-    """Register the narrow classes of every architecture with AutoConfig and
+    """Register the narrow classes of every architecture with AutoConfig, AutoModel and
     AutoModelForCausalLM."""
     for model_type in arch.ARCHITECTURES:
         config, model = narrow_classes(model_type)
+        base = getattr(modeling_koff, config.__name__.replace("Config", "Model"))
         AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, model, exist_ok=True)
         config.register_for_auto_class("AutoConfig")
+        base.register_for_auto_class("AutoModel")
         model.register_for_auto_class("AutoModelForCausalLM")
 
 

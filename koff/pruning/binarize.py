@@ -6,18 +6,21 @@ import logging
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from koffkernels.reference import ACTIVATIONS
 
 from ..errors import asked_by
 from ..model import arch
 from ..model.config import MAX_SPARSITY
+from ..model.forward_context import BASE
 from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState, count_weights, require_attached
 
-# Above this share of undecided gates the trainer warns when it rounds them: the mask then closes
-# neurons that the memories were trained with half open, and the loss jumps.
-UNDECIDED_WARNING = 0.2
+# How far above the median neuron a massive one lies.
+MASSIVE = 1000.0
 # Rounding moves the sum of the widths by half a multiple: less than a thousandth of any real
 # model's neurons. Where it is more than this share of them, the multiple does not suit the widths.
 MISSED_WARNING = 0.02
@@ -55,11 +58,14 @@ class BinarizeReport:
         target: share of MLP neurons that was asked for.
         sparsity: what came of it (hard).
         undecided: share of gates that were undecided before.
+        massive: (layer, neuron) of the removed neurons of massive activation; None if no tokens
+            were given to find them by.
     """
 
     target: float
     sparsity: SparsityReport
     undecided: float
+    massive: list[tuple[int, int]] | None = None
 
 
 def _report(state: KoffState, removed: float, model: PreTrainedModel, widths: list[int]):
@@ -175,6 +181,7 @@ def binarize(
     target: float | None = None,
     per_layer: str = "global",
     multiple_of: int = 64,
+    token_ids: Tensor | None = None,
 ) -> BinarizeReport:
     """Fix the mask, in place: keep the neurons of highest log_alpha, k = round((1 - target) L I) of
     all layers. The kept neurons move to the front of each MLP: the pruned ones then cost nothing.
@@ -186,6 +193,8 @@ def binarize(
         multiple_of: every kept width becomes a multiple of it (or stays dense), the sum as near the
             target as that allows; 1 is exact. 64 fills the tiles of every device's matmuls. A
             warning says so if that is far from the target.
+        token_ids: int64 [B, T] of ordinary text; by these, neurons of massive activation that the
+            mask removes are found (``massive_neurons``), named in the report and in a warning.
 
     Returns:
         What was reached.
@@ -233,11 +242,22 @@ def binarize(
         chosen = [high if high - raw < raw - low else low] * len(full)
     else:
         chosen = round_widths(_raw_widths(scores, keep), full, multiple_of, keep)
+    masks = [_best(score, width) for score, width in zip(scores, chosen, strict=True)]
+    removed = None
     with model.koff.running.changing("binarize"):
         restore_order(model)  # an earlier mask's
-        gates.fix_([_best(score, width) for score, width in zip(scores, chosen, strict=True)])
+    if token_ids is not None:
+        removed = [(i, n) for i, n in massive_neurons(model, token_ids) if not masks[i][n]]
+        if removed:
+            logger.warning(
+                "koff: the mask removes neurons of massive activation, %s (layer/neuron); without "
+                "a memory the model may be poor. Raise no_memory_rows, or train the gates longer",
+                ", ".join(f"{layer}/{neuron}" for layer, neuron in removed),
+            )
+    with model.koff.running.changing("binarize"):
+        gates.fix_(masks)
         move_kept_first(model)
-    report = BinarizeReport(target, sparsity(model), undecided)
+    report = BinarizeReport(target, sparsity(model), undecided, removed)
     if abs(report.sparsity.mlp - target) > MISSED_WARNING:
         logger.warning(
             "koff: %.1f %% of the MLP neurons are removed where %.1f %% were asked for: of %s in a "
@@ -248,3 +268,38 @@ def binarize(
             multiple_of,
         )
     return report
+
+
+@torch.no_grad()
+def massive_neurons(model: PreTrainedModel, token_ids: Tensor) -> list[tuple[int, int]]:
+    """Return (layer, neuron) of the neurons that write massive activations into the residual
+    stream: whose largest |h| over the tokens, times the norm of its column of down_proj, is above
+    ``MASSIVE`` times the median of all neurons.
+
+    A few such neurons make the first token an attention sink. A learned cache is one too, so that
+    training with memories alone may remove them without a loss; without a memory the model is then
+    ruined.
+
+    Args:
+        model: an attached model whose neurons are in their original order.
+        token_ids: int64 [B, T], computed without gates and memories.
+
+    Source: Sun et al. 2024 (arXiv 2402.17762), massive activations.
+    """
+    activation = ACTIVATIONS[arch.activation(model)]
+    peaks: list[Tensor] = []
+
+    def measure(module, args) -> None:
+        gate, up, down = arch.mlp_weights(module)
+        hidden = activation(F.linear(args[0], gate)) * F.linear(args[0], up)
+        peak = hidden.abs().flatten(0, -2).amax(0).float()
+        peaks.append(peak * down.float().norm(dim=0))
+
+    hooks = [module.register_forward_pre_hook(measure) for module in arch.mlps(model)]
+    try:
+        model(input_ids=token_ids.to(model.device), memory=BASE, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    limit = MASSIVE * torch.cat(peaks).median()
+    return [(i, int(n)) for i, peak in enumerate(peaks) for n in (peak > limit).nonzero()]

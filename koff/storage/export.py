@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.records import check_tokenizer
-from ..errors import asked_by
+from ..errors import asked_by, asker
 from ..model import arch
 from ..model.memory_argument import write_backbone
 from ..model.state import require_attached
@@ -57,40 +57,21 @@ def export_merged(
         FileNotFoundError, KeyError, ValueError: no saved model, no such memory, gates that are not
             compacted, an adapter around a layer, or a taken folder; nothing is written then.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(
-            f"koff.export_merged: the output must be a new or empty folder, got {output}; choose "
-            "another"
-        )
-    check_tokenizer(tokenizer)
-    if isinstance(source, PreTrainedModel):
-        model = source
-    else:
-        folder = open_saved(resolve(source, revision))
-        model = load(folder.directory)
-        if not tokenizer and folder.has_tokenizer:
-            tokenizer = folder.load_tokenizer()
-    state = require_attached(model)
-    if state.gates is not None:
-        raise ValueError(
-            "koff.export_merged: the model must be compacted, got one with gates; call "
-            "koff.binarize and koff.compact first"
-        )
-    check_writable(model)
-    if name not in state.memory_names:
+    output = check_output(output)
+    model, tokenizer = open_source(source, tokenizer, revision)
+    if name not in model.koff.memory_names:
         raise KeyError(
-            f"koff.export_merged: the memory must be one of {list(state.memory_names)}, "
+            f"koff.export_merged: the memory must be one of {list(model.koff.memory_names)}, "
             f"got {name!r}; correct the name"
         )
-    memory = state.memories[name]
+    memory = model.koff.memories[name]
     if memory.kv_config is not None and arch.is_hybrid(model):
         raise ValueError(
             f"koff.export_merged: the memory must have no learned cache where layers are "
             f"recurrent, got {name!r} on {model.config.model_type}: PEFT's CARTRIDGE has no place "
             "for their states, and the weights alone would be another model; use koff.save"
         )
-    with _new_folder(output.absolute()) as staging:
+    with new_folder(output.absolute()) as staging:
         write_backbone(model, staging, merged_weights(model, name))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -101,8 +82,53 @@ def export_merged(
     return output
 
 
+def check_output(output: str | Path) -> Path:
+    """Refuse the output of an export unless it is a new or empty folder.
+
+    Raises:
+        ValueError: it is taken.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(
+            f"{asker()}: the output must be a new or empty folder, got {output}; choose another"
+        )
+    return output
+
+
+def open_source(
+    source: PreTrainedModel | str | Path, tokenizer: Any, revision: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """Return what is to be exported: a model without gates, and a tokenizer if there is one.
+
+    Args:
+        source: an attached model, the folder of a saved one, or its id on the hub.
+        tokenizer: to take; None: that of the folder.
+        revision: of a hub repository.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: no saved model, gates that are not compacted, or
+            an adapter around a layer.
+    """
+    check_tokenizer(tokenizer)
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        folder = open_saved(resolve(source, revision))
+        model = load(folder.directory)
+        if not tokenizer and folder.has_tokenizer:
+            tokenizer = folder.load_tokenizer()
+    if require_attached(model).gates is not None:
+        raise ValueError(
+            f"{asker()}: the model must be compacted, got one with gates; call koff.binarize and "
+            "koff.compact first"
+        )
+    check_writable(model)
+    return model, tokenizer
+
+
 @contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes the place of a free or empty one, in one step, if the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in left_over(target.parent, target.name):  # of an export that was killed

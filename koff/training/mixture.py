@@ -86,6 +86,7 @@ def build_mixture(
         general_every=settings.general_every if general else 0,
         mixed=settings.batching == "mixed",
         seed=seed,
+        no_memory=settings.no_memory_rows,
     )
     for source in mixture.sources:
         check_vocabulary(model, source.blocks.blocks, f"the text of {source.name!r}")

@@ -20,7 +20,7 @@ Index = tuple[int, int, int]
 
 # What a random stream is for: the first part of its key after the seed. Two purposes never share a
 # stream, whatever the numbers that follow.
-_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER = 1, 2, 3
+_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER, _NO_MEMORY = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Mixture:
         general_every: every n-th step is general; 0: none is.
         mixed: rows of a batch cycle over the domains; otherwise each batch is of one domain.
         seed: of everything random here.
+        no_memory: probability that a row (without ``mixed``: a batch) goes without the memory it
+            would have.
     """
 
     domains: list[Source]
@@ -59,6 +61,7 @@ class Mixture:
     general_every: int
     mixed: bool
     seed: int
+    no_memory: float = 0.0
 
     @property
     def sources(self) -> list[Source]:
@@ -138,16 +141,25 @@ class MixtureSampler(Sampler):
         steps: optimiser steps.
         accumulation: micro-batches per step and rank.
         ranks: processes.
+        gate_steps: the steps, from the first, in which some rows go without a memory. After them
+            nothing but memories is trained: a row without one would train nothing.
     """
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, steps: int, accumulation: int, ranks: int
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        steps: int,
+        accumulation: int,
+        ranks: int,
+        gate_steps: int = 0,
     ):
         self.mixture = mixture
         self.batch_size = batch_size
         self.steps = steps
         self.accumulation = accumulation
         self.ranks = ranks
+        self.gate_steps = gate_steps
 
     def __len__(self) -> int:
         return self.steps * self.accumulation * self.ranks
@@ -174,8 +186,22 @@ class MixtureSampler(Sampler):
                         rows = self._rows(cursors, first=self._domain(domain_batches), stride=0)
                     domain_rows += len(rows)
                     domain_batches += 1
+                if step < self.gate_steps:
+                    rows = self._some_without(rows, step, micro)
                 for rank in range(self.ranks):
                     yield rows[rank * self.batch_size : (rank + 1) * self.batch_size]
+
+    def _some_without(self, rows: list[Index], step: int, micro: int) -> list[Index]:
+        """Return the rows, a share of them (of single-domain batches: all or none) without their
+        memory. The draws are a stream of their own: runs with and without them see the same
+        text."""
+        generator = _generator(self.mixture.seed, _NO_MEMORY, step, micro)
+        draws = len(rows) if self.mixture.mixed else 1
+        bare = (torch.rand(draws, generator=generator) < self.mixture.no_memory).expand(len(rows))
+        return [
+            (source, row, -1 if without else memory)
+            for (source, row, memory), without in zip(rows, bare.tolist(), strict=True)
+        ]
 
     def _domain(self, batch: int) -> int:
         """Return the domain of a single-domain batch: every domain once, in random order, before

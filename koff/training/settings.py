@@ -31,9 +31,15 @@ class Settings:
         kv_learning_rate: of the learned caches.
         multiplier_learning_rate: of the ascent on the Lagrange multiplier.
         sparsity_penalty: c of lambda1 (s - t) + c (s - t)^2.
-        sparsity_warmup_ratio: share of the steps over which the target t rises from 0.
+        saliency_batches: on so many of the first batches the saliency of every neuron is measured,
+            by which its gate starts (``koff.training.saliency``). 0: gates start all alike, open.
+        sparsity_warmup_ratio: share of the steps over which the target t rises from 0 where gates
+            start all alike; by saliency they start at the target.
         general_every: every n-th step runs on the general mixture; 0 never.
         batching: "mixed" (each row its own memory) or "single" (each batch one domain).
+        no_memory_rows: share of the rows that go without a memory, in 0..1, until the mask is
+            fixed: the backbone then stays a model of its own, for ``memory=None`` and for memories
+            that come later.
         fix_mask_at: share of the steps after which the mask is binarised and only the memories are
             tuned; None leaves binarising to the caller.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
@@ -57,8 +63,10 @@ class Settings:
     sparsity_penalty: float = 10.0
     # Asked for the whole sparsity at once, gates would close before they know which matter.
     sparsity_warmup_ratio: float = 0.2
+    saliency_batches: int = 16
     general_every: int = 4
     batching: Literal["mixed", "single"] = "mixed"
+    no_memory_rows: float = 0.3
     # With the rates above, half of the run for tuning won back more than 30 % of it at half of them
     # (docs/experiments.md, 2).
     fix_mask_at: float | None = 0.5
@@ -115,6 +123,11 @@ class Settings:
                 "KoffTrainingArguments: sparsity_warmup_ratio must lie in 0..1, got "
                 f"{self.sparsity_warmup_ratio}; change it"
             )
+        if not 0 <= self.no_memory_rows <= 1:
+            raise ValueError(
+                "KoffTrainingArguments: no_memory_rows must lie in 0..1, got "
+                f"{self.no_memory_rows}; change it"
+            )
         weight = self.distillation_weight
         if weight is not None and not 0 <= weight <= 1:
             raise ValueError(
@@ -131,7 +144,12 @@ class Settings:
                 "KoffTrainingArguments: batching must be 'mixed' or 'single', got "
                 f"{self.batching!r}; choose one"
             )
-        for name, least in (("general_every", 0), ("width_multiple_of", 1), ("block_size", 2)):
+        for name, least in (
+            ("saliency_batches", 0),
+            ("general_every", 0),
+            ("width_multiple_of", 1),
+            ("block_size", 2),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(

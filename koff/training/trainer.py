@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from ..model import arch
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
-from ..pruning.binarize import UNDECIDED_WARNING, binarize, sparsity
+from ..pruning.binarize import binarize, sparsity
 from ..storage.lock import locked
 from ..storage.processes import one_writes
 from ..storage.save_load import save
@@ -40,14 +41,19 @@ from .checkpointing import CheckpointingTrainer
 from .mixture import build_mixture
 from .optim import average_gradients, clip_groups, hold_constant_groups, parameter_groups
 from .resume_checks import check_resume
+from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 from .settings import Settings
 
 logger = logging.getLogger("koff")
 
-# What the recipes of the large models give their gates. A rule of thumb: with fewer steps more
-# gates are undecided when the mask is fixed, and rounding them costs more.
+# A rule of thumb for gates that start all alike: with fewer steps more of them are undecided when
+# the mask is fixed, and rounding them costs more.
 FEW_GATE_STEPS = 1000
+# Nats by which the loss may rise when the gates are rounded to a mask, without a warning. The share
+# of undecided gates does not say it: of gates that started all alike 3 % were undecided, as nearly
+# all were open, and the loss rose by 0.3 (docs/experiments.md, 7).
+ROUNDING_WARNING = 0.05
 
 
 class KoffTrainer(CheckpointingTrainer):
@@ -101,8 +107,9 @@ class KoffTrainer(CheckpointingTrainer):
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
-        open_gates = state.gates is not None and not state.gates.fixed
-        if not open_gates and not len(state.memories):
+        # As the run begins; one that resumes may find its mask fixed.
+        self._open_gates = state.gates is not None and not state.gates.fixed
+        if not self._open_gates and not len(state.memories):
             raise ValueError(
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
@@ -169,10 +176,12 @@ class KoffTrainer(CheckpointingTrainer):
         self._group_names: list[str] = []  # of the optimizer's groups
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
+        alike = self._open_gates and not self.settings.saliency_batches
         few = self._gate_steps() < FEW_GATE_STEPS
-        if open_gates and few and self.is_world_process_zero():
+        if alike and few and self.is_world_process_zero():
             logger.warning(
-                "koff: %d steps are few for the gates; about %d decide better",
+                "koff: %d steps are few for gates that start all alike; start them by "
+                "saliency_batches, or give them about %d",
                 self._gate_steps(),
                 FEW_GATE_STEPS,
             )
@@ -230,6 +239,7 @@ class KoffTrainer(CheckpointingTrainer):
             resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
         else:
             self._fill_caches()
+            self._start_gates()
         self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
         model = self.accelerator.unwrap_model(self.model)
         with self._folder_held():
@@ -272,20 +282,37 @@ class KoffTrainer(CheckpointingTrainer):
                 need = self.koff.memories[source.memory].length
                 fill_from_tokens(self.model, source.name, source.blocks.opening(need))
 
+    def _start_gates(self) -> None:
+        """Start the gates by how much each neuron matters on the run's first batches."""
+        gates, ranks = self.koff.gates, self.accelerator.num_processes
+        if gates is None or gates.fixed or not self.settings.saliency_batches:
+            return
+        first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
+        picks = itertools.islice(self._sampler(), first, last, ranks)
+        batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
+        # As accelerate will wrap the model's forward, once it prepares it.
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
+            saliency = neuron_saliency(self.model, batches, self.accelerator.reduce)
+        self._check_finite(float(sum(s.sum() for s in saliency)))
+        gates.start_(saliency)
+
+    def _sampler(self) -> MixtureSampler:
+        return MixtureSampler(
+            self.mixture,
+            self._train_batch_size,
+            self.args.max_steps,
+            self.args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            gate_steps=self._gate_steps() if self._open_gates else 0,
+        )
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the whole run's batches, in an order that depends on the seed and the step
         alone."""
         args = self.args
-        sampler = MixtureSampler(
-            self.mixture,
-            self._train_batch_size,
-            args.max_steps,
-            args.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-        )
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(),
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -383,7 +410,10 @@ class KoffTrainer(CheckpointingTrainer):
         return gates.multiplier * gap + self.settings.sparsity_penalty * gap**2
 
     def target_now(self) -> float:
-        """Return the target t of this step: it rises linearly, from above 0, while it warms up."""
+        """Return the target t of this step: it rises linearly, from above 0, while it warms up;
+        gates that start by saliency start at the target."""
+        if self.settings.saliency_batches:
+            return self.koff.gates.target
         warm = self.settings.sparsity_warmup_ratio * self.args.max_steps
         return self.koff.gates.target * min(1.0, (self.state.global_step + 1) / max(warm, 1.0))
 
@@ -416,7 +446,10 @@ class KoffTrainer(CheckpointingTrainer):
         soft = self._loss_over_ranks(model, inputs)
         self._check_finite(soft)
         report = binarize(
-            self.accelerator.unwrap_model(model), multiple_of=self.settings.width_multiple_of
+            self.accelerator.unwrap_model(model),
+            multiple_of=self.settings.width_multiple_of,
+            # A sharded model has no whole matrices to look at.
+            token_ids=None if self.is_fsdp_enabled else inputs["input_ids"],
         )
         hard = self._loss_over_ranks(model, inputs)
         self._check_finite(hard)
@@ -424,13 +457,13 @@ class KoffTrainer(CheckpointingTrainer):
         self.log(
             {"loss_soft_gates": soft, "loss_hard_gates": hard, "undecided_before": report.undecided}
         )
-        if report.undecided > UNDECIDED_WARNING and self.is_world_process_zero():
+        if hard - soft > ROUNDING_WARNING and self.is_world_process_zero():
             logger.warning(
-                "koff: %.0f %% of the gates were undecided when the mask was fixed "
-                "(loss %.3f -> %.3f); train them longer or raise gate_learning_rate",
-                100 * report.undecided,
+                "koff: rounding the gates to a mask raised the loss from %.3f to %.3f (%.0f %% of "
+                "them were undecided); train them longer, or start them by saliency_batches",
                 soft,
                 hard,
+                100 * report.undecided,
             )
 
     # ---- the optimiser ----

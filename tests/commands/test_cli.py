@@ -77,6 +77,20 @@ def test_analyse_errors_are_one_line(trained, tmp_path):
     assert "must lie in an existing folder" in line
 
 
+def test_eval_measures_the_first_documents_alone(trained, tmp_path):
+    """Whole documents, the same for the base and for every memory."""
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    succeed("eval", trained, "--json", whole, "--device", "cpu")
+    succeed("eval", trained, "--base", "--max-tokens", 100, "--json", part, "--device", "cpu")
+    whole, part = (json.loads(path.read_text("utf-8")) for path in (whole, part))
+    # Documents of 60 letters, a token each, with BOS and EOS: two of them are 124 tokens, or 7
+    # blocks of 16, of which 15 tokens each are scored.
+    assert {row["tokens"] for row in part} == {105}
+    assert all(row["tokens"] > 105 for row in whole)
+    assert len({row["variant"] for row in part}) == 2
+    assert invoke("eval", trained, "--max-tokens", 0).exit_code == 2
+
+
 def test_eval_finds_the_data_where_koff_data_says(root, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("KOFF_DATA", str(tmp_path))
     assert "en.test.jsonl must be an existing file" in fail("eval", trained)

@@ -125,6 +125,23 @@ def test_export(trained, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
 
 
+def test_export_of_gguf(trained, tmp_path):
+    line = fail("export", trained, "--gguf", tmp_path / "gguf")
+    assert "koff.export_gguf: memory 'en' must have no learned keys" in line
+    for wrong in (
+        [],
+        ["--merged", "fr"],
+        ["--output", tmp_path / "x"],
+        ["--merged", "fr", "--output", tmp_path / "x", "--gguf", tmp_path / "gguf"],
+        ["--merged", "fr", "--output", tmp_path / "x", "--memory", "fr"],
+        ["--merged", "fr", "--output", tmp_path / "x", "--without-kv"],
+    ):
+        assert "the options must be --merged NAME --output DIR, or" in fail(
+            "export", trained, *wrong
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_eval_of_a_hub_id_from_an_offline_cache(root, trained, tmp_path):
     """The layout of huggingface_hub's cache, made by hand: blobs, refs, snapshots full of links."""
     repo = tmp_path / "hub/models--someone--model"

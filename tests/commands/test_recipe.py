@@ -1,20 +1,31 @@
 """Recipes: strict parsing, overrides, paths, and what a run checks before it writes."""
 
 import json
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from support.models import HYBRID, multimodal
+from transformers import AutoModelForCausalLM
 
 import koff
-from koff.commands.recipe import apply_overrides, data_root, first_difference, load_recipe, parse
+from koff.commands.recipe import (
+    apply_overrides,
+    data_root,
+    first_difference,
+    load_recipe,
+    parse,
+    shipped_recipes,
+)
 from koff.commands.train import check_model, check_output, last_checkpoint, load_base
 from koff.data.sources import Completion
 from koff.model import arch
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = list(shipped_recipes().values())
 MINIMAL = {
     "model": "some/model",
     "data": {"en": {"train": "en.jsonl"}, "fr": {"train": "fr.jsonl"}},
@@ -112,7 +123,7 @@ def test_load_refuses_with_the_key_path(tmp_path, override, message):
 
 
 def test_load_refuses_files_that_are_no_recipe(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be an existing file, got nothing there"):
+    with pytest.raises(FileNotFoundError, match="must be an existing file or one of koff's own"):
         load_recipe(tmp_path / "none.yaml")
     path = tmp_path / "r.yaml"
     path.write_text("model: x\ndata: [", "utf-8")
@@ -297,7 +308,74 @@ def test_shipped_recipes_parse(path):
             assert test.skip + test.limit <= train.skip
 
 
-def test_shipped_recipes_are_there():
+def test_shipped_recipes_are_there_by_their_names(tmp_path, monkeypatch):
     names = {path.stem for path in RECIPES}
     large = {"llama-3.2-3b", "llama-3.1-8b", "mistral-7b", "qwen2.5-7b", "qwen3-8b", "qwen3.5-4b"}
-    assert large | {"docs-llama"} <= names
+    assert large | {"docs-llama", "smollm2"} <= names
+    monkeypatch.delenv("KOFF_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("smollm2", ["train.steps=3"])
+    assert recipe.train.steps == 3 and recipe.root == tmp_path.resolve()
+    (tmp_path / "smollm2").write_text("model: mine\ndata: {en: {train: a.txt}}", "utf-8")
+    assert load_recipe("smollm2").model == "mine"  # a file of one's own comes first
+    with pytest.raises(FileNotFoundError, match=r"koff's own recipes \(docs-llama, .*smollm2\)"):
+        load_recipe("smollm3")
+
+
+def test_recipes_are_part_of_the_package():
+    """A wheel holds what package-data names."""
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["koff"]
+    package = Path(koff.__file__).parent
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    assert set(RECIPES) and set(RECIPES) <= shipped
+
+
+def _write_gguf(path):
+    """A tiny Llama with random weights, as llama.cpp writes one."""
+    import gguf
+
+    hidden, middle, heads, kv_heads, vocabulary = 16, 24, 4, 2, 40
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(middle)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(vocabulary)
+    rng = np.random.default_rng(0)
+    kv = hidden // heads * kv_heads
+    shapes = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
+    shapes |= {"attn_output": (hidden, hidden), "attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    shapes |= {"ffn_gate": (middle, hidden), "ffn_up": (middle, hidden)}
+    shapes |= {"ffn_down": (hidden, middle)}
+    tensors = {"token_embd": (vocabulary, hidden), "output_norm": (hidden,)}
+    tensors |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in shapes.items()}
+    for name, shape in tensors.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_gguf_file_becomes_an_ordinary_model(tmp_path, dtype):
+    _write_gguf(tmp_path / "tiny.gguf")
+    recipe = minimal(model=str(tmp_path), gguf_file="tiny.gguf", dtype=dtype)
+    assert check_model(recipe).model_type == "llama"
+    model = load_base(recipe)
+    assert model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    for kind in ("named_parameters", "named_buffers"):  # RoPE's frequencies are a buffer
+        first, second = dict(getattr(model, kind)()), dict(getattr(again, kind)())
+        assert set(first) == set(second)
+        assert all(
+            torch.equal(first[n], t) and first[n].dtype == t.dtype for n, t in second.items()
+        )
+    koff.attach(model, koff.KoffConfig(memories=("en",), kv=None))
+    assert model(torch.arange(12)[None], memory="en").logits.isfinite().all()

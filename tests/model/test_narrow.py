@@ -10,7 +10,7 @@ from support.damage import edit, reseal
 from support.imports import ROOT, imports_of, top
 from support.models import ARCHITECTURES, attached, tokens
 from support.widths import spread
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import koff
 from koff.commands.saved import generate_text
@@ -42,6 +42,9 @@ def test_koff_imported_means_koffs_own_classes(saved, trust):
     assert type(model).__module__ == "koff.model.modeling_koff"
     assert not {n for n in sys.modules if n.startswith("transformers_modules.")} - before
     assert torch.equal(model(tokens()).logits, koff.load(saved)(tokens()).logits)
+    base = AutoModel.from_pretrained(saved, **trust)
+    assert type(base).__module__ == "koff.model.modeling_koff"
+    assert torch.equal(base(tokens()).last_hidden_state, model.model(tokens()).last_hidden_state)
 
 
 def test_the_file_beside_the_model_is_ours_and_stands_alone(saved):
@@ -49,7 +52,7 @@ def test_the_file_beside_the_model_is_ours_and_stands_alone(saved):
     assert (saved / modeling.REMOTE_FILE).read_bytes() == source.read_bytes()
     assert top(imports_of(source)) <= {"__future__", "copy", "torch", "transformers"}
     config = json.loads((saved / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     for reference in config["auto_map"].values():
         module, name = reference.split(".")
         assert f"{module}.py" == modeling.REMOTE_FILE and hasattr(modeling_koff, name)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import koff
 from koff.model import arch
-from koff.pruning.binarize import round_widths
+from koff.pruning.binarize import massive_neurons, round_widths
 
 MEMORIES = ("en", "keys", "es", None, ["es", None, "keys"])
 FP32 = 1e-5  # removed neurons contribute exact zeros; only the order of the sums changes
@@ -197,6 +197,23 @@ def test_gates_that_are_missing_or_not_finite_are_refused():
         model.koff.gates.log_alpha[0][3] = float("nan")
     with pytest.raises(ValueError, match="the gates must be finite, got NaN or inf"):
         koff.binarize(model)
+
+
+def test_binarize_reports_neurons_of_massive_activation_that_it_removes(caplog):
+    model, ids = spread(attached("llama", target_sparsity=0.4)), tokens()
+    with torch.no_grad():  # far above the median of all
+        for layer, neuron in ((1, 5), (2, 7)):
+            arch.mlps(model)[layer].down_proj.weight[:, neuron] *= 1e5
+        model.koff.gates.log_alpha[1][5] = -4.0
+        model.koff.gates.log_alpha[2][7] = 4.0
+    assert massive_neurons(model, ids) == [(1, 5), (2, 7)]
+    with caplog.at_level("WARNING", logger="koff"):
+        report = koff.binarize(model, multiple_of=1, token_ids=ids)
+    assert report.massive == [(1, 5)]
+    assert "massive activation, 1/5 (layer/neuron)" in caplog.text
+    again = koff.binarize(model, multiple_of=1)  # neurons are found in their original order
+    assert again.massive is None and again.sparsity == report.sparsity
+    assert koff.binarize(model, multiple_of=1, token_ids=ids).massive == [(1, 5)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training schedule: balanced, repeatable, aligned over ranks, resumable."""
 
 import collections
+import dataclasses
 
 import pytest
 
@@ -92,6 +93,27 @@ def test_rows_and_batches():
     assert batch["input_ids"].tolist() == [[1] * 4, [11] * 4]
     assert batch["labels"].tolist() == [[-100, 1, 1, 1], [-100, 11, 11, 11]]
     assert batch["memory"] == ["fr", None] and batch["source"] == [1, 4]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_share_of_the_rows_goes_without_a_memory_while_gates_train(mixed):
+    plain = mixture(mixed=mixed)
+    bare = dataclasses.replace(plain, no_memory=0.3)
+
+    def run(mix):
+        return list(MixtureSampler(mix, 6, 400, 1, 1, gate_steps=300))
+
+    got, without = run(bare), run(plain)
+    # The same text in the same order, and every memory that is left is the one it would be.
+    for batch, full in zip(got, without, strict=True):
+        assert [row[:2] for row in batch] == [row[:2] for row in full]
+        assert all(a[2] in (-1, b[2]) for a, b in zip(batch, full, strict=True))
+    kinds = [[memory == -1 for _, _, memory in batch] for batch in got]
+    share = sum(map(sum, kinds[:300])) / 1800
+    # Of 1800 draws the standard deviation is 0.011; of whole batches, 300 draws, 0.027.
+    assert abs(share - 0.3) < (0.05 if mixed else 0.11)
+    assert mixed or all(len(set(kind)) == 1 for kind in kinds)
+    assert not any(map(any, kinds[300:]))  # only memories train by then
 
 
 @pytest.mark.parametrize("mixed", [True, False])

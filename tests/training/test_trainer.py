@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from koff.training.settings import Settings
 
 
 def test_training_learns_and_logs(tmp_path):
-    run = trainer(tmp_path, max_steps=60, fix_mask_at=0.8)
+    run = trainer(tmp_path, max_steps=60, fix_mask_at=0.8, no_memory_rows=0.0)
     base = {n: p.clone() for n, p in run.model.named_parameters() if not n.startswith("koff.")}
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]
@@ -30,7 +31,7 @@ def test_training_learns_and_logs(tmp_path):
         parts = [entry[f"grad_norm_{part}"] for part in ("lora", "kv", "gates")]
         assert math.hypot(*parts) == pytest.approx(entry["grad_norm"], rel=1e-5)
         assert min(parts[:2]) > 0 and (parts[2] > 0) == (entry["step"] <= 48)
-    assert logs[0]["sparsity_target"] < 0.2 and "multiplier" in logs[0]
+    assert logs[0]["sparsity_target"] == pytest.approx(0.2) and "multiplier" in logs[0]
     fixed = [e for e in run.state.log_history if "loss_hard_gates" in e]
     assert len(fixed) == 1 and fixed[0]["step"] == 48 and "loss_soft_gates" in fixed[0]
     assert logs[-1]["sparsity_mlp"] == pytest.approx(round(0.2 * 288) / 288)
@@ -123,7 +124,9 @@ def test_accumulation_does_not_multiply_the_constraint(tmp_path, accumulation):
     watch, model = _MultiplierGradient(), fresh()
     run = koff.KoffTrainer(
         model,
-        arguments(tmp_path, max_steps=1, gradient_accumulation_steps=accumulation),
+        arguments(
+            tmp_path, max_steps=1, gradient_accumulation_steps=accumulation, saliency_batches=0
+        ),
         train_datasets=DOMAINS,
         callbacks=[watch],
     )
@@ -252,15 +255,19 @@ def test_plain_training_arguments_get_the_defaults(tmp_path):
         koff.KoffTrainer(fresh(), args, train_datasets=docs)
 
 
-def test_few_gate_steps_and_undecided_gates_warn(tmp_path, caplog):
+def test_few_gate_steps_and_a_costly_rounding_warn(tmp_path, caplog):
     model = fresh()
     with torch.no_grad():
         for p in model.koff.gates.log_alpha:
             p.fill_(-1.6)  # P(z > 0) = 1/2
     with caplog.at_level(logging.WARNING, logger="koff"):
-        trainer(tmp_path, model=model, max_steps=2, gate_learning_rate=0.0).train()
-    assert "steps are few for the gates" in caplog.text
-    assert "100 % of the gates were undecided when the mask was fixed" in caplog.text
+        settings = dict(max_steps=2, gate_learning_rate=0.0, saliency_batches=0)
+        run = trainer(tmp_path, model=model, **settings)
+        run.train()
+    assert "steps are few for gates that start all alike" in caplog.text
+    (fixed,) = [e for e in run.state.log_history if "loss_hard_gates" in e]
+    assert fixed["loss_hard_gates"] - fixed["loss_soft_gates"] > 0.05
+    assert re.search("rounding the gates .* raised the loss .*100 % of them were", caplog.text)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

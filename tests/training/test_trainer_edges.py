@@ -180,7 +180,7 @@ def test_a_step_reads_one_value_from_the_device(tmp_path, accumulation):
     run = trainer(tmp_path, fix_mask_at=None, **settings)
     with Reads() as reads:
         run.train()
-    assert reads.counts == {"training_step": 4, "_finalize_training": 1}
+    assert reads.counts == {"_start_gates": 1, "training_step": 4, "_finalize_training": 1}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -66,6 +66,19 @@ def test_matrix(engine, root, expected, case):
     check_prompt(outputs, rows)
 
 
+@pytest.mark.parametrize("name", ["llama-global", "qwen3-global"])
+def test_transformers_backend(engine, root, expected, name):
+    """vLLM's model of the code that lies beside a backbone, instead of its own."""
+    llm, rows = (
+        engine(name, model_impl="transformers", trust_remote_code=True),
+        jobs(expected[name]),
+    )
+    ((outer, inner),) = llm.apply_model(lambda model: (type(model), type(model.model)))
+    assert outer.__name__ == "TransformersForCausalLM"
+    assert inner.__module__.split(".")[0] == "transformers_modules"
+    check(run(llm, root / name, rows), rows)
+
+
 def test_penalties_see_the_prompt_alone(engine, root, expected):
     llm, own = engine("llama-global"), expected["llama-global"]
     rows = [(memory, own[memory][1]) for memory in own]
