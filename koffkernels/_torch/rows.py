@@ -24,12 +24,12 @@ def row_matrices(
     the row has no memory."""
     a, b, scaling = lora
     if ids is None:
-        b = b * scaling.to(b.dtype)[:, None, None]
+        b = b * scaling[:, None, None]  # in fp32 also where b has 16 bits
         return a.to(dtype).expand(rows, -1, -1), b.to(dtype).expand(rows, -1, -1)
     index = ids.clamp(min=0)
     none = (ids < 0)[:, None, None]
     a_rows = a.to(dtype)[index]
-    b_rows = (b * scaling.to(b.dtype)[:, None, None]).to(dtype)[index]
+    b_rows = (b * scaling[:, None, None]).to(dtype)[index]
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(none.any()):
         return a_rows, b_rows
     # masked_fill rather than a factor 0: an inf or NaN of another memory must not reach rows that
