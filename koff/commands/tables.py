@@ -86,6 +86,22 @@ def eval_table(
     return table
 
 
+def tasks_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return measured tasks as a ``rich`` table, one line for each measure and memory."""
+    table = Table(title="tasks")
+    for name in ("task", "measure", "memory"):
+        table.add_column(name)
+    for name in ("value", "standard error", "questions"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        memory = DENSE if row["variant"] == "base" else row["memory"] or NONE
+        measure = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        cells = (row["task"], measure, memory, f"{row['value']:.4f}", error, str(row["samples"]))
+        table.add_row(*map(escape, cells))
+    return table
+
+
 def prefix_table(found: PrefixMass, *, title: str) -> Table:
     """Return per layer what a memory's learned keys get of the attention, as a ``rich`` table."""
     first = "frozen tokens" if found.frozen > 1 else "first token"

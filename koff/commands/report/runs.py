@@ -22,7 +22,7 @@ from ..saved import count_saved
 
 # How files of measurements are named that lie beside a model; `koff eval` and `koff analyse` write
 # them with --json.
-SCORES, ATTENTION = "eval-*.json", "attention-*.json"
+SCORES, ATTENTION, TASKS = "eval-*.json", "attention-*.json", "tasks-*.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Finished:
         koff, dense: perplexities of its model, and of the dense base where that was measured.
         tokens: {domain: number of scored tokens}.
         splits: those for which there are rows.
+        tasks: rows of `koff eval --tasks`.
         attention: {(domain, memory): attention on the memory's learned keys, layer by layer}.
         sizes: {part: (parameters, bytes)}; the parts are "backbone" and the memories.
     """
@@ -51,6 +52,7 @@ class Finished:
     dense: Cells
     tokens: dict[str, int]
     splits: list[str]
+    tasks: list[dict[str, Any]]
     attention: dict[tuple[str, str], list[float]]
     sizes: dict[str, tuple[int, int]]
 
@@ -92,6 +94,7 @@ def read_finished(directory: str | Path, split: str) -> Finished:
         dense=_measured(cells(shown, "base")),
         tokens=_tokens(shown),
         splits=list(dict.fromkeys(str(row.get("split")) for row in named)),
+        tasks=list(_tasks(saved)),
         attention=dict(_attention(saved)),
         sizes=_sizes(saved),
     )
@@ -110,6 +113,16 @@ def _rows(saved: SavedFolder) -> Iterator[dict[str, Any]]:
 def _measured(found: Cells) -> Cells:
     """Leave out what is no perplexity: a model that diverged has null, NaN or infinity."""
     return {cell: v for cell, v in found.items() if (_number(v) or 0.0) >= 1.0}
+
+
+def _tasks(saved: SavedFolder) -> Iterator[dict[str, Any]]:
+    """Yield what was measured on tasks, as ``_rows`` does for text."""
+    found = list(saved.manifest.metadata.get("tasks") or [])
+    for path in sorted(saved.directory.glob(TASKS)):
+        rows = saved.beside(path.name).json(list)
+        check_shapes({"tasks": rows}, path.name, "measure again")
+        found += rows
+    yield from (row for row in found if _number(row["value"]) is not None)
 
 
 def _tokens(rows: Iterable[dict[str, Any]]) -> dict[str, int]:

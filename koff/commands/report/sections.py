@@ -43,7 +43,7 @@ def make_page(runs: Sequence[Finished], split: str) -> Page:
     missing: list[str] = []
     sections = [
         make(groups, split, missing)
-        for make in (_overview, _pruned, _perplexity, _won_back, _swaps, _attention)
+        for make in (_overview, _pruned, _perplexity, _won_back, _swaps, _tasks, _attention)
     ]
     sections += [_training(groups, missing), _sizes(groups), _speed(groups, missing)]
     sections.append(_settings(groups, missing))
@@ -454,6 +454,48 @@ def _swaps(groups: list[Group], split: str, missing: list[str]) -> Section | Non
         return None
     text = "What it costs to read a domain with another memory than its own, in nats per token. "
     return Section("Swapped memories", [Text(text), *parts])
+
+
+# ---- tasks ----
+
+
+def _tasks(groups: list[Group], split: str, missing: list[str]) -> Section | None:
+    tables: list[Part] = []
+    for group in groups:
+        # {(task, measure): {column: values}}, over the runs of the group.
+        found: dict[tuple[str, str], dict[str, list[float]]] = {}
+        errors: dict[tuple[str, str], dict[str, float | None]] = {}
+        for run in group.runs:
+            for row in run.tasks:
+                measure = row["metric"]
+                measure += "" if row["filter"] == "none" else f", {row['filter']}"
+                what = row["task"], measure
+                column = f"memory {row['memory']}" if row["memory"] else "no memory"
+                column = "dense" if row["variant"] == "base" else column
+                found.setdefault(what, {}).setdefault(column, []).append(row["value"])
+                errors.setdefault(what, {})[column] = row["stderr"]
+        columns = list(dict.fromkeys(name for cells in found.values() for name in cells))
+        lines = [
+            [f"{task}: {measure}", *(_task_cell(cells, errors[task, measure], n) for n in columns)]
+            for (task, measure), cells in found.items()
+        ]
+        if lines:
+            tables += [Text(f"{group.label}:"), table(["task", *columns], lines)]
+    if not tables:
+        missing.append("Tasks: koff eval DIR --tasks NAME,... --card")
+        return None
+    text = "Measured by lm-eval: of one run with the standard error over its questions, of several "
+    text += "the mean with the standard deviation over seeds."
+    return Section("Tasks", [Text(text), *tables])
+
+
+def _task_cell(cells: dict[str, list[float]], errors: dict[str, float | None], column: str) -> str:
+    values = cells.get(column)
+    if not values:
+        return _NONE
+    if len(values) == 1 and errors[column] is not None:
+        return f"{values[0]:.3f} ± {errors[column]:.3f}"
+    return spread(values).text(3)
 
 
 # ---- attention on the learned keys ----
