@@ -47,5 +47,5 @@ def gated_mlp(
         rule = f"be one of {', '.join(ACTIVATIONS)}"
         refuse(where, "activation", rule, repr(activation), "choose one of these")
     check_gated_mlp(where, x, (w_gate, w_up, w_down), gates, lora, memory_ids)
-    run = dispatch.implementation("gated_mlp", x.device)
+    run = dispatch.implementation("gated_mlp", x.device, dispatch.compute_dtype(x, w_gate))
     return run(x, (w_gate, w_up, w_down), gates, lora, memory_ids, activation)

@@ -37,4 +37,5 @@ def lora_linear(
     Source: Hu et al. 2021 (LoRA); reference: ``koffkernels.reference.lora_linear``.
     """
     check_linear("lora_linear", x, weight, bias, lora, memory_ids)
-    return dispatch.implementation("lora_linear", x.device)(x, weight, bias, lora, memory_ids)
+    run = dispatch.implementation("lora_linear", x.device, dispatch.compute_dtype(x, weight))
+    return run(x, weight, bias, lora, memory_ids)

@@ -48,5 +48,5 @@ def prefix_attention(
         dtype = torch.get_autocast_dtype(q.device.type)  # as scaled_dot_product_attention does
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_prefix_attention(where, q, k, v, prefix, memory_ids, bounds)
-    run = dispatch.implementation("prefix_attention", q.device)
+    run = dispatch.implementation("prefix_attention", q.device, q.dtype)
     return run(q, k, v, prefix, memory_ids, bounds, scale)
