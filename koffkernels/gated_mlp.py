@@ -29,8 +29,8 @@ def gated_mlp(
         w_down: [H, I], frozen.
         gates: z [I], fp32, or None for all ones.
         lora: LoRA of the three layers, or None.
-        memory_ids: int64 [B] ([M] for two-dimensional x); -1: no memory for that row. May be None
-            with one memory.
+        memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
+            them: no memory for that row. May be None with one memory.
         activation: "silu", "gelu" or "gelu_tanh".
 
     Returns:

@@ -24,8 +24,8 @@ def lora_linear(
         weight: [N, K], frozen, x's dtype (any under autocast).
         bias: [N] or None, frozen.
         lora: stacked LoRA of n memories, or None.
-        memory_ids: int64 [B] ([M] for two-dimensional x); -1: no memory for that row. May be None
-            when n is 1.
+        memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
+            them: no memory for that row. May be None when n is 1.
 
     Returns:
         y [..., N] in x's dtype (autocast's where it is on). Gradients for x and for the three
