@@ -94,7 +94,7 @@ def _missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     if torch.version.hip is not None:
-        return "a ROCm GPU, for which the kernels were never compiled"
+        return 'a ROCm GPU, on which no kernel has run yet; force_backend("triton") runs them'
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -155,6 +155,16 @@ def test_dispatch_every_operation_says_its_dtype(monkeypatch):
         assert call() == {torch.bfloat16}
 
 
+def test_dispatch_rocm_runs_triton_only_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", dispatch._missing())
+    choice = dispatch.choose("gated_mlp", torch.device("cuda"))
+    assert choice.backend == "torch" and 'force_backend("triton") runs them' in choice.reason
+    with koffkernels.force_backend("triton"):
+        assert dispatch.choose("gated_mlp", torch.device("cuda")).backend == "triton"
+
+
 def test_dispatch_old_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
     monkeypatch.setattr(dispatch, "_too_old", lambda index: True)
