@@ -161,6 +161,7 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     """First launch: out [splits, M, N] and, with memories, s [splits, M, r]."""
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
     a, a_rows, memories = None, 0, 0
+    tile, size = tile_args(x, config), x.element_size()
     if lora is not None:
         memories, rank, _ = lora[0].shape
         a, a_rows = StackedA(lora[0], lora[2], rank), memories * rank
@@ -183,8 +184,9 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
         K=k,
         ROWS=a_rows,
         blocks=blocks,
-        BLOCK_A=config.block_k // 2,  # fp32 masters take twice the room
-        **tile_args(x, config),
+        # As many bytes in a stage as W takes: a program of A must not outlast the others.
+        BLOCK_A=tile["BLOCK_K"] * size // max(size, 0 if a is None else a.ptr.element_size()),
+        **tile,
     )
 
 

@@ -105,6 +105,14 @@ def _several_gpus() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; those of an H100 for a device that is none."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
