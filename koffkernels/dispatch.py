@@ -109,10 +109,14 @@ def _too_old(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) < _OLDEST
 
 
-@torch.compiler.assume_constant_result
 def _tf32() -> bool:
     # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile cannot trace the question. torch.compiler.assume_constant_result would set this, but
+# to look it up imports torch.compile's machinery, and with it triton.
+_tf32._dynamo_marked_constant = True
 
 
 def _automatic(op: str, device: torch.device | None, dtype: torch.dtype | None) -> BackendChoice:

@@ -123,6 +123,17 @@ def test_dispatch_fp32_takes_triton_only_with_tf32(allowed, monkeypatch):
             assert dispatch.choose(op, gpu, fp32).backend == "triton"
 
 
+def test_dispatch_of_fp32_is_traced_whole(monkeypatch):
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def add(x):
+        choice = dispatch.choose("lora_linear", torch.device("cuda"), x.dtype)
+        return x + (1 if choice.backend == "triton" else 2)
+
+    assert add(torch.zeros(1)).item() == 2 and add(torch.zeros(1).bfloat16()).item() == 1
+
+
 def test_dispatch_reads_what_the_program_allows():
     result = python(
         "import torch, koffkernels.dispatch as d; print(d._tf32())\n"
