@@ -92,7 +92,7 @@ class Sizes(NamedTuple):
     keys: int = 128
 
 
-SMALL = Sizes((8, 64), (8, 32), 16, 6, 32)  # for a processor
+SMALL = Sizes((8, 64), (8, 32), 8, 6, 32)  # for a processor
 DRY = Sizes((2, 16), (2, 16), 12, 4, 8)
 BATCHES = (1, 8, 64)
 
@@ -116,9 +116,15 @@ class _Clock:
 
 
 def shared_copy(model: nn.Module, *, copied: Iterable[Tensor] = ()) -> nn.Module:
-    """A copy of the modules over the same parameters, but for those of ``copied``."""
+    """A copy of the modules over the same weights, but for those of ``copied``. The parameters are
+    new ones: what one tree freezes is not frozen in another."""
     own = {id(tensor) for tensor in copied}
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+    memo = {
+        id(p): nn.Parameter(p.data, requires_grad=p.requires_grad)
+        for p in model.parameters()
+        if id(p) not in own
+    }
+    return copy.deepcopy(model, memo)
 
 
 def _adapted(model: PeftModel) -> dict[Site, nn.Module]:
@@ -140,7 +146,7 @@ class Models:
     """
 
     def __init__(self, base: PreTrainedModel, sizes: Sizes):
-        self.base, self.sizes = base.eval().requires_grad_(False), sizes
+        self.base, self.sizes = base.eval(), sizes
         self.device, self.dtype = base.device, base.dtype
         config = base.config
         self.shape = Shape(
@@ -202,7 +208,7 @@ class Models:
         ):
             linears = arch.mlp_linears(mlp)
             for name, linear in arch.mlp_linears(narrow).items():
-                linears[name].weight = linear.weight
+                linears[name].weight = nn.Parameter(linear.weight.data)
             arch.set_width(mlp, arch.width(narrow))
         return model
 

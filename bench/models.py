@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ class Shape:
     def record(self) -> dict[str, int]:
         """The shape as a dict, for a result file."""
         return asdict(self)
+
+
+# From its config.json.
+LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128256)
+
+
+def of_layers(shape: Shape, layers: int) -> Shape:
+    """A model of fewer layers and true widths; its table of tokens shrinks with them, so that every
+    part keeps its share of the weights."""
+    vocab = round(shape.vocab * layers / shape.layers / 64) * 64
+    return replace(shape, layers=layers, vocab=vocab)
 
 
 def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:

@@ -28,12 +28,22 @@ class Sample:
         ids: of the tokens that follow.
         logprobs: of each of these.
         margins: by how much each was more probable, in log-probability, than the next one.
+        dtype: in which koff computed them.
     """
 
     prompt: list[int]
     ids: list[int]
     logprobs: list[float]
     margins: list[float]
+    dtype: str
+
+    def close(self, dtype: str) -> float:
+        """Return the largest difference of log-probabilities that is rounding.
+
+        Args:
+            dtype: in which the other engine computes.
+        """
+        return max(CLOSE[self.dtype], CLOSE[dtype])
 
     def difference(self, ids: list[int], logprobs: list[float], close: float) -> str | None:
         """Return how another continuation differs by more than rounding; None if it does not.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .requests import backbone_of, has_connector
-from .samples import CLOSE, VARIABLE, read_samples
+from .samples import VARIABLE, read_samples
 from .saved import COMMITTED, MARKER, SavedModel, StagedMemory, staged_memory
 
 logger = logging.getLogger("vllm.koff")
@@ -144,7 +144,7 @@ async def check_samples(folder: ServedFolder) -> None:
 
     models = folder.models
     samples = read_samples(Path(os.environ[VARIABLE]))
-    close = CLOSE[str(models.model_config.dtype).removeprefix("torch.")]
+    dtype = str(models.model_config.dtype).removeprefix("torch.")
     for name, sample in samples.items():
         request = models.lora_requests.get(name)
         if name and request is None:  # it came or went since
@@ -163,7 +163,7 @@ async def check_samples(folder: ServedFolder) -> None:
             (got,) = answer.outputs
         ids = list(got.token_ids)
         logprobs = [each[token].logprob for each, token in zip(got.logprobs, ids, strict=True)]
-        difference = sample.difference(ids, logprobs, close)
+        difference = sample.difference(ids, logprobs, sample.close(dtype))
         if difference:
             raise ValueError(
                 f"koff_vllm: {name or 'the backbone'} must go on as koff does, got a difference: "

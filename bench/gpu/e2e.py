@@ -12,11 +12,10 @@ from collections.abc import Iterator
 import torch
 
 from .. import e2e
-from ..models import Shape
+from ..models import LLAMA_3B
 from .context import Bench
 from .results import Case, Deadline, Results
 
-LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128256)
 READINGS = {"prefill": 4, "decode": 1, "train": 3}  # of decode one reading is many steps
 
 

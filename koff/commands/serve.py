@@ -22,6 +22,7 @@ from koff_vllm.saved import SavedModel, label_of, stage_root
 
 from ..errors import asker
 from ..storage.hub import resolve
+from ..storage.saved_folder import open_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ def serve_command(
         )
     options = koff_vllm.options(folder)
     interpreter = _interpreter(python)
+    _warn_of_bos(folder)
     command = [interpreter, "-m", "vllm.entrypoints.cli.main", "serve", options.pop("model")]
     command += ["--served-model-name", "backbone"]
     for name, value in options.items():
@@ -94,6 +96,22 @@ def serve_command(
     return [*command, *extra], changes
 
 
+def _warn_of_bos(folder: Path) -> None:
+    """Say so if vLLM will give text prompts no BOS, with which every memory was trained."""
+    saved = open_saved(folder)
+    if not saved.has_tokenizer:
+        return
+    tokenizer = saved.load_tokenizer()
+    bos = tokenizer.bos_token_id
+    if bos is not None and bos not in tokenizer("a")["input_ids"]:
+        print(
+            f"{asker()}: text prompts get no {tokenizer.bos_token} from this tokenizer, but koff "
+            "trains and generates with it; begin prompts with it, or send ids (chat templates "
+            "bring what they need)",
+            file=sys.stderr,
+        )
+
+
 def _samples(folder: Path, saved: SavedModel) -> Path:
     """The file of koff's samples for what a folder holds now, made now or before."""
     labels = [label_of(name, digest) for name, digest in saved.memories.items()]
@@ -110,16 +128,20 @@ def _samples(folder: Path, saved: SavedModel) -> Path:
     return path
 
 
-def take_samples(model: PreTrainedModel, memories: Sequence[str | None]) -> list[Sample]:
+def take_samples(
+    model: PreTrainedModel, memories: Sequence[str | None], seed: int = 0
+) -> list[Sample]:
     """Return koff's greedy continuation of one short prompt with each memory.
 
     Args:
         model: of ``koff.load``.
         memories: their names; None: none.
+        seed: of the random prompt.
     """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = str(model.dtype).removeprefix("torch.")
     prompt = torch.randint(model.config.vocab_size, (PROMPT,), generator=generator)
     samples = []
     for first in range(0, len(memories), _ROWS):
@@ -135,7 +157,8 @@ def take_samples(model: PreTrainedModel, memories: Sequence[str | None]) -> list
         for row in range(len(names)):
             margins = (values[row, :, 0] - values[row, :, 1]).tolist()
             new = ids[row, PROMPT:].tolist()
-            samples.append(Sample(prompt.tolist(), new, values[row, :, 0].tolist(), margins))
+            logprobs = values[row, :, 0].tolist()
+            samples.append(Sample(prompt.tolist(), new, logprobs, margins, dtype))
     return samples
 
 

@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def known_ids(ids: Tensor | None, memories: int) -> Tensor | None:
+    """Return ids with -1, no memory, in place of each that is none of the memories."""
+    return None if ids is None else torch.where((ids >= 0) & (ids < memories), ids, -1)
+
+
 def row_matrices(
     lora: tuple[Tensor, Tensor, Tensor], ids: Tensor | None, rows: int, dtype: torch.dtype
 ):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.character_tokenizer import make_tokenizer
 from support.damage import flip
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import koff
@@ -53,6 +55,18 @@ def test_vllm_gets_the_folder_and_every_option(saved, python, started):
     assert json.loads(words["--kv-transfer-config"])["kv_connector"] == "MemoryConnector"
     assert words["--lora-target-modules"] == "q_proj" and "--enable-lora" in words
     assert environment["KOFF_CACHE"] and "VLLM_PLUGINS" not in environment
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_tokenizer_without_a_bos_is_told(original, tmp_path, python, started, adds):
+    tokenizer = make_tokenizer(bos_token="<s>")
+    if adds:
+        template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = template
+    folder = koff.save(koff.load(original), tmp_path / "out", tokenizer=tokenizer)
+    result = run(folder, "--python", python(), "--no-check")
+    assert result.exit_code == 0 and len(started) == 1
+    assert ("koff serve: text prompts get no <s> from this" in result.stderr) is not adds
 
 
 def test_the_server_gets_what_koff_goes_on_with(saved, python, started):

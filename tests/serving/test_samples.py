@@ -1,10 +1,14 @@
 """What counts as another continuation than koff's, and what as rounding."""
 
+import dataclasses
+
 import pytest
 
 from koff_vllm.samples import Sample
 
-KOFF = Sample(prompt=[5], ids=[7, 8, 9], logprobs=[-1.0, -2.0, -3.0], margins=[1.0, 0.1, 1.0])
+KOFF = Sample(
+    [5], ids=[7, 8, 9], logprobs=[-1.0, -2.0, -3.0], margins=[1.0, 0.1, 1.0], dtype="float32"
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,12 @@ KOFF = Sample(prompt=[5], ids=[7, 8, 9], logprobs=[-1.0, -2.0, -3.0], margins=[1
 )
 def test_rounding_is_no_difference(ids, logprobs):
     assert KOFF.difference(ids, logprobs, 0.1) is None
+
+
+def test_the_coarser_dtype_says_what_rounding_is():
+    half = dataclasses.replace(KOFF, dtype="bfloat16")
+    assert KOFF.close("float32") < KOFF.close("float16") < KOFF.close("bfloat16")
+    assert half.close("float32") == half.close("bfloat16") == KOFF.close("bfloat16")
 
 
 @pytest.mark.parametrize(

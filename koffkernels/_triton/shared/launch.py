@@ -198,10 +198,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_memory(ids_ptr, offs_m, mask_m, tokens):
+def token_memory(ids_ptr, memories, offs_m, mask_m, tokens):
     """Memory of each token [BLOCK_M]; -1 for none, and for tokens outside the mask."""
     if ids_ptr is not None:
-        return tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1).to(tl.int32)
+        # An id that is none of the memories means none: it must not become an address.
+        id = tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1)
+        return tl.where((id >= 0) & (id < memories), id, -1).to(tl.int32)
     return tl.where(mask_m, 0, -1)
 
 
@@ -223,8 +225,7 @@ def token_span(ids_ptr, begin, end, tokens, m):
         for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
             offs = start + tl.arange(0, _IDS_BLOCK)
             inside = offs < end
-            memory = tl.load(ids_ptr + offs // tokens, mask=inside, other=-1).to(tl.int32)
-            mine = inside & (memory == m)
+            mine = inside & (tl.load(ids_ptr + offs // tokens, mask=inside, other=-1) == m)
             first = tl.minimum(first, tl.min(tl.where(mine, offs, _NO_MEMORY), 0))
             last = tl.maximum(last, tl.max(tl.where(mine, offs + 1, 0), 0))
     return first, last
