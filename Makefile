@@ -25,7 +25,7 @@ smollm2: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
 
-# Several processes each: one test at a time.
+# Many start several processes: one test at a time.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import koff
 
 from . import timing
-from .models import Shape, batch, forward_flops, llama
+from .models import Shape, batch, forward_flops, llama, vary
 
 BOUND = 0.93
 REMOVED = 0.25
@@ -33,10 +33,7 @@ def compacted(dense: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, list[
     """A copy of ``dense`` without the neurons of the lowest (random) log_alpha, and its widths."""
     config = koff.KoffConfig(memories=(), target_sparsity=REMOVED, lora=None, kv=None)
     model = koff.attach(copy.deepcopy(dense), config)
-    generator = torch.Generator().manual_seed(seed)
-    for index, log_alpha in enumerate(model.koff.gates.log_alpha):
-        # Layers differ in how much they lose, as they do after training.
-        log_alpha += torch.randn(log_alpha.shape, generator=generator) + 0.1 * (index % 4)
+    vary(model, seed)
     koff.binarize(model)
     small = koff.compact(model, inplace=True)
     return small, koff.sparsity(small).widths

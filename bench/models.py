@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class Shape:
     def record(self) -> dict[str, int]:
         """The shape as a dict, for a result file."""
         return asdict(self)
+
+
+# From its config.json.
+LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128256)
+
+
+def of_layers(shape: Shape, layers: int) -> Shape:
+    """A model of fewer layers and true widths; its table of tokens shrinks with them, so that every
+    part keeps its share of the weights."""
+    vocab = round(shape.vocab * layers / shape.layers / 64) * 64
+    return replace(shape, layers=layers, vocab=vocab)
 
 
 def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
@@ -76,3 +87,13 @@ def forward_flops(shape: Shape, widths: list[int]) -> int:
     mlp = sum(3 * shape.hidden * width for width in widths)
     head = shape.hidden * shape.vocab
     return 2 * positions * (len(widths) * (linears + scores) + mlp + head)
+
+
+@torch.no_grad()
+def vary(model: PreTrainedModel, seed: int) -> None:
+    """Give the gates of an attached model random values, in place; layers differ in how much they
+    are to lose, as they do after training."""
+    for index, log_alpha in enumerate(model.koff.gates.log_alpha):
+        generator = torch.Generator().manual_seed(seed * 1000 + index)
+        values = torch.randn(log_alpha.shape, generator=generator) + 0.1 * (index % 4)
+        log_alpha.copy_(values)

@@ -53,6 +53,34 @@ def paired_ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
+def limits(device, dtype, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """Bytes per second that a copy reads and writes, and operations per second of a square product,
+    the best of several, on this machine now."""
+    import torch  # the process that only starts others does without
+
+    cuda = device.type == "cuda"
+    source = torch.empty(1 << (30 if cuda else 26), dtype=torch.uint8, device=device).fill_(1)
+    target, size = torch.empty_like(source), 4096 if cuda else 1024
+    x, w = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def fastest(call: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(7):
+            start = clock()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append(clock() - start)
+        return min(taken[1:])
+
+    return {
+        "copy_bytes_per_second": 2 * source.nbytes / fastest(lambda: target.copy_(source)),
+        "gemm_operations_per_second": 2
+        * size**3
+        / fastest(lambda: torch.nn.functional.linear(x, w)),
+    }
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -44,8 +44,10 @@ def hard_concrete(
 
 
 def lora_delta(x: Tensor, lora: LoRA | None, memory_ids: Tensor | None) -> Tensor | float:
-    """Return scaling_m B_m A_m x of each row's memory m; zero for rows with id -1. x is [B, T, K]
-    or [M, K]."""
+    """Return scaling_m B_m A_m x of each row's memory m; zero for rows whose id is none of them.
+
+    x is [B, T, K] or [M, K].
+    """
     if lora is None:
         return 0.0
     if memory_ids is None:
@@ -127,9 +129,10 @@ def attention_weights(
     if prefix is not None:
         if memory_ids is None:
             memory_ids = torch.zeros(rows, dtype=torch.int64, device=q.device)
-        row = memory_ids.clamp(min=0)
+        known = (memory_ids >= 0) & (memory_ids < prefix.k.shape[0])
+        row = memory_ids.where(known, 0)
         inside = torch.arange(prefix.k.shape[2], device=q.device) < prefix.lengths[row][:, None]
-        inside = inside & (memory_ids >= 0)[:, None]
+        inside = inside & known[:, None]
         own = inside[:, None, :, None]
         keys = torch.cat([prefix.k[row].to(wide).where(own, 0.0), keys], dim=2)
         values = torch.cat([prefix.v[row].to(wide).where(own, 0.0), values], dim=2)

@@ -14,6 +14,10 @@ pytest.register_assert_rewrite("support")
 
 torch.set_num_threads(1)
 
+# A name that is no folder may be one of the hub, which is asked several times, and waited for. No
+# test needs it: test_hub.py has its own. huggingface_hub reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Triton's interpreter needs a process of its own: test_interpreter.py starts it.
 # What is in vllm runs in vLLM's environment: make test-vllm.
 collect_ignore = ["vllm"]

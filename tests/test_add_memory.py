@@ -189,6 +189,7 @@ def test_remove_memory(saved):
         koff.remove_memory(saved.parent, "en")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize("change", ["add", "remove"])
 def test_a_folder_loads_wherever_a_change_was_cut_short(

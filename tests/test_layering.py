@@ -31,7 +31,7 @@ DIRECTION = {
         ("koff.cli",),
     ),
     "koffkernels": (
-        ("koffkernels.types",),
+        ("koffkernels.types", "koffkernels.clock"),
         ("koffkernels.reference", "koffkernels.checks"),
         ("koffkernels.routes",),
         ("koffkernels.dispatch",),  # loads the two below by name, when they are used
@@ -45,7 +45,7 @@ DIRECTION = {
             "koffkernels.prefix_attention",
             "koffkernels.hard_concrete",
         ),
-        ("koffkernels.layers", "koffkernels.modules", "koffkernels.warmup"),
+        ("koffkernels.layers", "koffkernels.modules", "koffkernels.warmup", "koffkernels.tune"),
         ("koffkernels",),
     ),
     "koff_vllm": (

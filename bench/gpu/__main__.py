@@ -55,8 +55,8 @@ PARTS = {
     "smoke": Part(85, 60, processes=6),
     "kernels": Part(95, 60, warm=2),
     "targets": Part(90, 40, warm=3),
-    "e2e": Part(120, 75, warm=1),
-    "tables": Part(20, 30),
+    "e2e": Part(110, 75, warm=1),
+    "tables": Part(20, 60),
     "decode": Part(75, 40, alone=True),
     "tests": Part(420, 400),
 }
@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="run only this")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time of the whole command")
+    parser.add_argument(
+        "--minutes", type=float, help="time of the whole command (7; of named parts what they need)"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (bench/results)")
     parser.add_argument(
         "--configs",
@@ -413,6 +415,9 @@ def _cut() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run; 2 if something needed is missing."""
     args = _parser().parse_args(arguments)
+    if args.minutes is None:
+        named = sum(PARTS[name].seconds for name in args.part or ())
+        args.minutes = named / 60 or MINUTES
     absent = device.missing(args.dry_run)
     if absent:
         print(absent, file=sys.stderr)

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import koffkernels
 from koffkernels import Prefix
+from koffkernels.clock import Times, Variant
 
 from .. import timing
 from . import device
-from .clock import Times, Variant
 from .context import Bench
 from .results import Case, judged
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import koffkernels
+from koffkernels.clock import Clock, EventClock, Variant, WallClock, WarmClock, measure
 
 from ..models import Shape
 from . import device as devices
-from .clock import Clock, EventClock, Variant, WallClock, WarmClock, measure
 
 # Llama-3.1-8B, from its config.json; tokens per batch of the training and prefill rows: 8 x 1024.
 LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128256, rows=8, tokens=1024)
@@ -68,7 +68,7 @@ class Bench:
         return min(256, max(2, math.ceil(4 * self.l2 / max(size, 1))))
 
     def measure(self, **variants: Variant) -> dict[str, list[float]]:
-        """Microseconds per call of each variant; see ``clock.measure``."""
+        """Microseconds per call of each variant; see ``koffkernels.clock.measure``."""
         return measure(self.clock, variants)
 
     def prefill(self) -> tuple[int, int]:

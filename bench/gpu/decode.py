@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from koffkernels import LoRA
+from koffkernels.clock import Variant
 
 from .. import timing
 from ..peers.unmerged import Unmerged, adapters_of
 from . import layers
-from .clock import Variant
 from .context import Bench, pruned
 from .layers import Koff, Layer, Path, Plain
 from .results import Case, Deadline, Results

@@ -28,8 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koffkernels.clock import Variant
+
 from . import device, smoke
-from .clock import Variant
 from .context import Bench, pruned
 from .results import Case, Deadline, Results
 

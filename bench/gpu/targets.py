@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from koffkernels.clock import Variant
+
 from .. import timing
 from . import attention, layers, training
-from .clock import Variant
 from .context import Bench, pruned
 from .layers import Koff, Layer, Plain
 from .results import Case, Deadline, Results, judged

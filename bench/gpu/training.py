@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from koffkernels import LoRA, recompute_hidden
+from koffkernels.clock import Times, Variant
 
 from .. import timing
 from ..peers.lora_mlp import lora_mlp
 from . import device, layers
-from .clock import Times, Variant
 from .context import Bench
 from .results import Case, judged
 

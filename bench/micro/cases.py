@@ -152,7 +152,7 @@ def least_seconds(info: dict, limits: dict[str, float]) -> float:
     """The longer of moving the bytes and doing the operations, at this run's limits."""
     return max(
         info["bytes"] / limits["copy_bytes_per_second"],
-        info["operations"] / limits["product_operations_per_second"],
+        info["operations"] / limits["gemm_operations_per_second"],
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from koffkernels.clock import WallClock
+
 from .. import timing
-from ..gpu.clock import WallClock
 from ..gpu.context import Bench
 from .cases import CUDA, DTYPES, MODELS, now, scaled
 
@@ -52,21 +53,4 @@ def limits(request: pytest.FixtureRequest) -> dict[str, float]:
     """Bytes per second of a copy and operations per second of a product, of this run."""
     device = torch.device("cuda" if CUDA else "cpu")
     dtype = DTYPES[request.config.getoption("--dtype")]
-    source = torch.empty(1 << (30 if CUDA else 26), dtype=torch.uint8, device=device).fill_(1)
-    target, size = torch.empty_like(source), 4096 if CUDA else 1024
-    x, w = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    copy = _fastest(lambda: target.copy_(source))
-    product = _fastest(lambda: torch.nn.functional.linear(x, w))
-    return {
-        "copy_bytes_per_second": 2 * source.nbytes / copy,
-        "product_operations_per_second": 2 * size**3 / product,
-    }
-
-
-def _fastest(call, times: int = 7) -> float:
-    taken = []
-    for _ in range(times):
-        start = now()
-        call()
-        taken.append(now() - start)
-    return min(taken[1:])
+    return timing.limits(device, dtype, now)

@@ -2,9 +2,11 @@
 
     python -m bench.quality --recipe koff/recipes/docs-llama.yaml --output DIR [--dry-run]
 
-Per sparsity and seed: koff, and gates alone (the same recipe without memories); per seed: memories
-trained alike on the dense model. Every run is one `koff train` and one `koff eval` of its own
-process. The same command goes on where it was stopped, and leaves alone what is finished.
+Per sparsity and seed: koff, gates alone (the same recipe without memories), and koff with other
+settings (--variant); per seed: memories trained alike on the dense model; for a domain that comes
+later (--later) a memory added to the finished models of koff and to the dense ones. Every run is
+one `koff train` or `koff add-memory` and one `koff eval` of its own process. The same command goes
+on where it was stopped, and leaves alone what is finished.
 """
 
 from __future__ import annotations
@@ -40,9 +42,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     add("--split", choices=("validation", "test"), default="test", help="measured split (test)")
     add("--max-tokens", type=int, metavar="N", help="measured of each domain: its first N tokens")
-    add("--device", help="for every run: cpu, cuda, ...")
+    add("--batch-size", type=int, metavar="N", help="blocks per forward of the measurements")
+    add(
+        "--variant",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="koff once more, with these settings; its rows stand below the table",
+    )
+    add(
+        "--later",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="domain whose memory comes later: FOLDER/NAME.train.jsonl and so on",
+    )
+    add("--device", help="for every run: cpu, or what koff finds")
     add("--jobs", type=int, default=1, help="runs side by side, each with cores / jobs threads")
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the table")
+    add(
+        "--minutes",
+        type=float,
+        help="end what then still runs; the table is of the seeds that are whole",
+    )
     add("--dry-run", action="store_true", help="print the commands, run nothing")
     return parser
 
@@ -62,6 +85,9 @@ def _plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         name=args.name,
         max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        variants={name: tuple(texts) for name, *texts in args.variant},
+        later={name: Path(folder) for name, _, folder in (t.partition("=") for t in args.later)},
     )
     plan.check()
     return plan
@@ -103,18 +129,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.jobs < 1:
             raise ValueError(f"bench.quality: --jobs must be at least 1, got {args.jobs}; raise it")
+        if args.minutes is not None and not args.minutes > 0:
+            raise ValueError(f"bench.quality: --minutes must be above 0, got {args.minutes}")
         plan = _plan(args)
     except (ValueError, KeyError, TypeError, OSError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
-    runner = Runner(plan, args.jobs)
+    runner = Runner(plan, args.jobs, None if args.minutes is None else 60 * args.minutes)
     if args.dry_run:
         _dry(plan, runner.threads)
         return 0
     failures = _execute(runner)
     for name, end in failures.items():
         print(f"\n{name} FAILED, the end of {name}.log:\n{end}", file=sys.stderr, flush=True)
-    if failures:
+    if failures and args.minutes is not None:
+        plan = plan.whole()
+    if failures and (args.minutes is None or not plan.seeds):
         print(f"\nno table: {len(failures)} of {len(plan.runs)} runs failed", file=sys.stderr)
         return 1
     try:
@@ -122,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

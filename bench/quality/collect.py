@@ -61,12 +61,16 @@ class Table:
                 f"{', '.join(missing)}; run the plan again"
             )
         self._cells: dict[Run, Cells] = {run: cells(found, "koff") for run, found in rows.items()}
-        self._base = cells(rows[plan.runs[0]], "base")
+        self._base: Cells = {}
+        for run in plan.runs:
+            if run.base:
+                self._base |= cells(rows[run], "base")
         _check_tokens(rows)
-        for domain in self.domains:  # a hole is found here, and not once a table shows it
-            self.dense(domain)
-            for run in plan.runs:
-                for memory in (None, *(self.languages if run.kind != GATES else ())):
+        for run in plan.runs:  # a hole is found here, and not once a table shows it
+            later = [run.added] if run.added else []
+            for domain in (*self.domains, *later):
+                self.dense(domain)
+                for memory in (None, *(self.languages if run.kind != GATES else ()), *later):
                     self.cell(run, domain, memory)
 
     def dense(self, domain: str) -> float:
@@ -77,13 +81,24 @@ class Table:
         """One run's cell."""
         return perplexity(self._cells[run], domain, memory, run.name)
 
-    def seeds(self, kind: str, sparsity: float, domain: str, memory: str | None) -> Spread:
+    def seeds(
+        self,
+        kind: str,
+        sparsity: float,
+        domain: str,
+        memory: str | None,
+        added: str | None = None,
+    ) -> Spread:
         """One cell over the seeds."""
-        return spread(self.cell(run, domain, memory) for run in self.plan.of(kind, sparsity))
+        runs = self.plan.of(kind, sparsity, added)
+        return spread(self.cell(run, domain, memory) for run in runs)
 
-    def per_seed(self, sparsity: float, function: Callable[..., float]) -> dict[str, list[float]]:
-        """language -> per seed ``function(dense, dense_own, gates, own)`` of perplexities."""
-        kinds = (self.plan.of(DENSE), self.plan.of(GATES, sparsity), self.plan.of(KOFF, sparsity))
+    def per_seed(
+        self, sparsity: float, function: Callable[..., float], kind: str = KOFF
+    ) -> dict[str, list[float]]:
+        """language -> per seed ``function(dense, dense_own, gates, own)`` of perplexities; own: of
+        koff or of a variant."""
+        kinds = (self.plan.of(DENSE), self.plan.of(GATES, sparsity), self.plan.of(kind, sparsity))
         found: dict[str, list[float]] = {name: [] for name in self.languages}
         for name, values in found.items():
             for dense, gates, own in zip(*kinds, strict=True):
@@ -120,16 +135,16 @@ def over_languages(per_seed: dict[str, list[float]]) -> dict[str, dict]:
     return {"mean": asdict(spread(means)), "languages": named}
 
 
-def won_back(table: Table, sparsity: float) -> dict[str, dict]:
-    """Shares won back on log-perplexity and on perplexity; "undefined" with the reason where gates
-    alone lost nothing."""
+def won_back(table: Table, sparsity: float, kind: str = KOFF) -> dict[str, dict]:
+    """Shares won back on log-perplexity and on perplexity, by koff or by a variant; "undefined"
+    with the reason where gates alone lost nothing."""
 
     def share(scale: Callable[[float], float]) -> dict:
         def one(dense: float, dense_own: float, gates: float, own: float) -> float:
             return share_won_back(scale(dense), scale(gates), scale(own))
 
         try:
-            return over_languages(table.per_seed(sparsity, one))
+            return over_languages(table.per_seed(sparsity, one, kind))
         except Undefined as error:
             return {"undefined": str(error)}
 
@@ -152,10 +167,12 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
     manifest = saved.manifest
     neurons = sum(manifest.dense_widths) - sum(manifest.widths)
     removed = len(arch.MLP_LINEARS) * hidden * neurons
-    sizes = [count_saved(saved.path / MEMORIES / name) for name in manifest.memories]
+    names = [run.added] if run.added else manifest.memories
+    sizes = [count_saved(saved.path / MEMORIES / name) for name in names]
     return {
         "name": run.name,
         "kind": run.kind,
+        "added": run.added,
         "target_sparsity": run.sparsity,
         "seed": run.seed,
         "commands": [
@@ -167,6 +184,7 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
         "memory_parameters": max(sizes, default=0),
         "removed_parameters": removed,
         "ratio": max(sizes) / removed if sizes and removed else None,
+        # Of the model; nobody writes down how long a memory took that is added to it.
         "training_seconds": finite(log["seconds"], f"{run.name}: training seconds"),
         "resumed": log["resumed_from"] is not None,
         "rows": read_rows(plan.scores(run)),
@@ -226,13 +244,26 @@ def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
     recipe = plan.load(plan.of(KOFF, plan.sparsities[0])[0])
     found = []
     for sparsity in plan.sparsities:
-        mine = [run for run in runs if run["target_sparsity"] == sparsity and run["kind"] == KOFF]
+
+        def won(kind: str, sparsity: float = sparsity) -> dict:
+            """What memories do, in koff or in a variant."""
+            wanted = (kind, sparsity, None)
+            keys = ("kind", "target_sparsity", "added")
+            gains = table.per_seed(sparsity, offloading_gain, kind)
+            return {
+                "share_won_back": won_back(table, sparsity, kind),
+                "offloading_gain_nats": over_languages(gains),
+                "budget": budget([run for run in runs if tuple(run[k] for k in keys) == wanted]),
+            }
+
         found.append(
             {
                 "target_sparsity": sparsity,
-                "share_won_back": won_back(table, sparsity),
-                "offloading_gain_nats": over_languages(table.per_seed(sparsity, offloading_gain)),
-                "budget": budget(mine),
+                **won(KOFF),
+                "variants": {
+                    name: {"overrides": list(texts), **won(name)}
+                    for name, texts in plan.variants.items()
+                },
             }
         )
     values = recipe.to_dict()

@@ -7,7 +7,7 @@ import re
 import subprocess
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .plan import Plan, Run, child, shown
@@ -27,14 +27,17 @@ class Runner:
     Args:
         plan: checked.
         jobs: child processes side by side.
+        seconds: after which what still runs is ended, and nothing more is started; None: never.
     """
 
-    def __init__(self, plan: Plan, jobs: int):
+    def __init__(self, plan: Plan, jobs: int, seconds: float | None = None):
         self.plan, self.jobs = plan, jobs
         self.threads = max(1, cores() // jobs)
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._stopped = False
+        # Counted from here, so that the checks of what is there belong to it.
+        self._clock = None if seconds is None else threading.Timer(seconds, self._stop)
 
     def execute(self) -> dict[str, str]:
         """Train and measure what is not there yet.
@@ -48,25 +51,42 @@ class Runner:
         print(f"{len(self.plan.runs)} runs, {finished} finished before", flush=True)
         failures = {}
         pool = ThreadPoolExecutor(max_workers=self.jobs)
+        if self._clock:
+            self._clock.start()
         try:
-            futures = {pool.submit(self._make, run): run for run in waiting}
+            started: dict[Run, Future] = {}
+            for run in waiting:
+                # In order: what a run waits for is under way before it is.
+                parent = started.get(self.plan.parent(run))
+                started[run] = pool.submit(self._make, run, parent)
+            futures = {future: run for run, future in started.items()}
             for future in as_completed(futures):
                 error = future.result()
                 if error is not None:
                     failures[futures[future].name] = error
         finally:
+            if self._clock:
+                self._clock.cancel()
             self._stop()  # nothing is left but after an interruption
             pool.shutdown(cancel_futures=True)
         return {run.name: failures[run.name] for run in waiting if run.name in failures}
 
-    def _make(self, run: Run) -> str | None:
-        """Run the commands that are left of one run; return the end of its log if one fails."""
+    def _make(self, run: Run, parent: Future | None) -> str | None:
+        """Run the commands that are left of one run, once its parent is there; return the end of
+        its log if one fails."""
         log = self.plan.log(run)
+        if parent is not None and (error := parent.result()) is not None:
+            return error
         for command in self.plan.left(run):
+            if self._stopped:
+                return "the time was up"
             started = time.monotonic()
             print(f"{run.name}: {shown(command, self.threads)}", flush=True)
             code = self._run(command, log)
             took = f"{time.monotonic() - started:.0f} s"
+            if self._stopped and code != 0:
+                print(f"{run.name}: {command[0]} ended after {took}: the time was up", flush=True)
+                return "the time was up"
             if code != 0:
                 print(f"{run.name}: {command[0]} FAILED after {took}, exit {code}", flush=True)
                 return tail(log)

@@ -50,7 +50,48 @@ def _section(record: dict, part: dict, table: Table) -> list[str]:
         f"- {_shares(part['share_won_back'])}",
         f"- {_gain(part['offloading_gain_nats'])}",
         f"- {_seconds(record, sparsity)}",
+        *_variants(part, table),
+        *_later(table, sparsity),
     ]
+
+
+def _variants(part: dict, table: Table) -> list[str]:
+    """koff with other settings: one row each, beside koff itself."""
+    if not part["variants"]:
+        return []
+    at = part["target_sparsity"]
+    header = ["", "budget", *(f"{name}, own memory" for name in table.languages), "won back"]
+    header += ["gain, nats", *(f"{domain}, no memory" for domain in table.domains)]
+    lines = []
+    for kind, facts in {KOFF: part, **part["variants"]}.items():
+        own = [table.seeds(kind, at, name, name).text() for name in table.languages]
+        none = [table.seeds(kind, at, name, None).text() for name in table.domains]
+        shares = facts["share_won_back"]["perplexity"]
+        won = "undefined" if "undefined" in shares else _percent(shares["mean"])
+        ratio = facts["budget"]["ratio"]
+        size = "–" if ratio is None else _share(ratio)
+        gain = _nats(facts["offloading_gain_nats"]["mean"])
+        lines.append([kind, size, *own, won, gain, *none])
+    settings = [
+        f"- {name}: {' '.join(facts['overrides'])}" for name, facts in part["variants"].items()
+    ]
+    return ["", "### Other settings", "", markdown(header, lines).rstrip("\n"), "", *settings]
+
+
+def _later(table: Table, sparsity: float) -> list[str]:
+    """Memories added to finished models, and the same training on the dense one."""
+    if not table.plan.later:
+        return []
+    header = ["", "dense", "dense, own memory", "koff, own memory"]
+    header += [*(f"koff, memory {name}" for name in table.languages), "koff, no memory"]
+    lines = []
+    for name in table.plan.later:
+        own = table.seeds(DENSE, 0.0, name, name, name).text()
+        line = [name, f"{table.dense(name):.2f}", own]
+        for memory in (name, *table.languages, None):
+            line.append(table.seeds(KOFF, sparsity, name, memory, name).text())
+        lines.append(line)
+    return ["", "### Memories added later", "", markdown(header, lines).rstrip("\n")]
 
 
 def _cells(table: Table, sparsity: float) -> str:
@@ -137,8 +178,9 @@ def _seconds(record: dict, sparsity: float) -> str:
 
 
 def _runs(record: dict, kind: str, sparsity: float) -> list[dict]:
-    wanted = (kind, sparsity)
-    return [run for run in record["runs"] if (run["kind"], run["target_sparsity"]) == wanted]
+    wanted = (kind, sparsity, None)
+    keys = ("kind", "target_sparsity", "added")
+    return [run for run in record["runs"] if tuple(run[key] for key in keys) == wanted]
 
 
 def _each(found: dict, show) -> str:

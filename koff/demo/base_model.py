@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.blocks import pack
-from .corpus import Corpus, build_corpus
+from .corpus import Corpus, build_corpus, write_corpus
 
 # Chosen so that pretraining takes about two minutes on two cores and the model uses its neurons:
 # one that had more than its text needs would lose nothing by pruning, and memories win nothing.
@@ -78,7 +78,7 @@ def prepare_base(cache: Path, *, settings: Mapping[str, Any] = SETTINGS) -> Path
     # Made beside its place and renamed: what is there is whole, also after an interruption.
     temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-"))
     try:
-        _write_corpus(corpus, temporary / "data")
+        write_corpus(corpus, temporary / "data")
         tokenizer = train_tokenizer(corpus, settings["vocab_size"])
         model = pretrain(corpus, tokenizer, settings)
         model.save_pretrained(temporary / "base")
@@ -92,14 +92,6 @@ def prepare_base(cache: Path, *, settings: Mapping[str, Any] = SETTINGS) -> Path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _write_corpus(corpus: Corpus, folder: Path) -> None:
-    folder.mkdir()
-    for domain, splits in corpus.items():
-        for split, documents in splits.items():
-            lines = (json.dumps({"text": document}) + "\n" for document in documents)
-            (folder / f"{domain}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,9 +1,14 @@
-"""The demo's corpus: what every Python installation carries, and generated arithmetic."""
+"""The demo's corpus: what every Python installation carries, and generated arithmetic.
+
+``python -m koff.demo.corpus FOLDER`` writes it.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import random
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -58,6 +63,15 @@ def build_corpus(seed: int = 0) -> Corpus:
                     f"{_library()}; use a Python that carries its library's source"
                 )
     return corpus
+
+
+def write_corpus(corpus: Corpus, folder: Path) -> None:
+    """Write a corpus to a new folder, as ``<domain>.<split>.jsonl``."""
+    folder.mkdir()
+    for domain, splits in corpus.items():
+        for split, documents in splits.items():
+            lines = (json.dumps({"text": document}) + "\n" for document in documents)
+            (folder / f"{domain}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def separate(source: str) -> tuple[str, str]:
@@ -205,3 +219,7 @@ def _story(rng: random.Random) -> str:
         f"{other}?\nAnswer: Each friend gets {total}/{c}={a} {thing}.\n{other} has {a}-{min(b, a)}="
         f"{a - min(b, a)} {thing} left.\n#### {a - min(b, a)}\n"
     )
+
+
+if __name__ == "__main__":
+    write_corpus(build_corpus(), Path(sys.argv[1]))

@@ -175,7 +175,7 @@ def _watching(model: PreTrainedModel, sums: list[Tensor]) -> Iterator[None]:
         link = module._koff
         context = link.running.context
         bounds = mask_to_bounds(mask)
-        prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
+        prefix = link.bank.prefix(link.layer, context.memories, context.stacks, query.dtype)
         # [B, Hq, T, P + S], the learned keys first: query [B, Hq, T, D] and key [B, Hkv, S, D] are
         # rotated already, and the prefix is moved to the positions before them.
         weights, _ = attention_weights(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
+from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
 from ..errors import asked_by, asker
@@ -92,7 +93,8 @@ class _LinearMixin:
         link = self._koff
         context, lora = link.running.context, None
         if context is not None and context.memories:
-            lora = link.bank.lora(link.site, context.memories, context.stacks)
+            dtype = compute_dtype(x, self.weight)
+            lora = link.bank.lora(link.site, context.memories, context.stacks, dtype)
         if lora is None:
             return super().forward(x)
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
@@ -127,9 +129,10 @@ class _MLPMixin:
         if _is_plain(down) and all(map(_is_plain, first)):
             weights, lora = arch.mlp_weights(self), None
             if context.memories:
+                dtype = compute_dtype(x, weights[0])
                 lora = GatedMLPLoRA(
                     *(
-                        link.bank.lora(Site(index, name), context.memories, context.stacks)
+                        link.bank.lora(Site(index, name), context.memories, context.stacks, dtype)
                         for name in arch.MLP_LINEARS
                     )
                 )

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from koffkernels import RowBounds, prefix_attention
+from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import visible_keys
 
 from .forward_context import ForwardContext
@@ -166,7 +167,8 @@ def koff_attention(
     """
     link = module._koff
     context = link.running.context or ForwardContext()
-    prefix = link.bank.prefix(link.layer, context.memories, context.stacks)
+    dtype = compute_dtype(query, query)
+    prefix = link.bank.prefix(link.layer, context.memories, context.stacks, dtype)
     if prefix is None:
         mask = _sdpa_mask_of(attention_mask, query, key, context.masks)
         return sdpa_attention_forward(

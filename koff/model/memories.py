@@ -290,15 +290,15 @@ class Stacks:
         stream: of the device, on which they are made; see ``stream_of``.
 
     Attributes:
-        lora: the LoRA of each site that was asked for; None where no memory has one.
-        prefix: the learned cache of each layer that was asked for; None likewise.
+        lora: the LoRA of each site and dtype that was asked for; None where no memory has one.
+        prefix: the learned cache of each layer and dtype that was asked for; None likewise.
         start: the learned start of each recurrent layer that was asked for; None likewise.
     """
 
     def __init__(self, modules: Iterable[nn.Module], stream: int | None = None):
         self.stream = stream
-        self.lora: dict[Site, LoRA | None] = {}
-        self.prefix: dict[int, Prefix | None] = {}
+        self.lora: dict[tuple[Site, torch.dtype | None], LoRA | None] = {}
+        self.prefix: dict[tuple[int, torch.dtype | None], Prefix | None] = {}
         self.start: dict[int, Start | None] = {}
         # The dictionaries and not the tensors, since assigning a parameter replaces it in there.
         self._holders = [
@@ -485,7 +485,11 @@ class MemoryBank(nn.Module):
         return self._constants[key]
 
     def lora(
-        self, site: Site, memories: tuple[Memory, ...], stacks: Stacks | None = None
+        self,
+        site: Site,
+        memories: tuple[Memory, ...],
+        stacks: Stacks | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LoRA | None:
         """Return the stacked LoRA of one linear layer for the given memories.
 
@@ -493,6 +497,8 @@ class MemoryBank(nn.Module):
             site: of the linear layer.
             memories: M of them.
             stacks: of this forward, with the same memories; None: make it anew.
+            dtype: that the layer computes in. What ``stacks`` keeps is rounded to it if it has 16
+                bits: the layer would round it in every call, and read twice the bytes for it.
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
@@ -501,9 +507,13 @@ class MemoryBank(nn.Module):
         # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
         if stacks is None or torch.is_grad_enabled():
             return self._make_lora(site, memories)
-        if site not in stacks.lora:  # two threads may both make it, and get the same
-            stacks.lora[site] = self._make_lora(site, memories)
-        return stacks.lora[site]
+        key = site, dtype
+        if key not in stacks.lora:  # two threads may both make it, and get the same
+            made = self._make_lora(site, memories)
+            if made is not None:
+                made = made._replace(a=_rounded(made.a, dtype), b=_rounded(made.b, dtype))
+            stacks.lora[key] = made
+        return stacks.lora[key]
 
     def _make_lora(self, site: Site, memories: tuple[Memory, ...]) -> LoRA | None:
         found = [memory.matrices(site) for memory in memories]
@@ -522,7 +532,11 @@ class MemoryBank(nn.Module):
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
     def prefix(
-        self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
+        self,
+        layer: int,
+        memories: tuple[Memory, ...],
+        stacks: Stacks | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Prefix | None:
         """Return the stacked learned cache of one layer, keys moved to positions -P..-1.
 
@@ -530,6 +544,7 @@ class MemoryBank(nn.Module):
             layer: its number.
             memories: M of them.
             stacks: of this forward, with the same memories; None: make it anew.
+            dtype: of the queries; see ``lora``.
 
         Returns:
             k, v [M, Hkv, P, D] with zeros behind a shorter prefix, and lengths [M]; None if no
@@ -537,9 +552,13 @@ class MemoryBank(nn.Module):
         """
         if stacks is None or torch.is_grad_enabled():
             return self._make_prefix(layer, memories)
-        if layer not in stacks.prefix:
-            stacks.prefix[layer] = self._make_prefix(layer, memories)
-        return stacks.prefix[layer]
+        key = layer, dtype
+        if key not in stacks.prefix:
+            made = self._make_prefix(layer, memories)
+            if made is not None:  # rounded behind the rotation, as in training
+                made = made._replace(k=_rounded(made.k, dtype), v=_rounded(made.v, dtype))
+            stacks.prefix[key] = made
+        return stacks.prefix[key]
 
     def _make_prefix(self, layer: int, memories: tuple[Memory, ...]) -> Prefix | None:
         lengths = tuple(memory.length for memory in memories)
@@ -592,6 +611,13 @@ class MemoryBank(nn.Module):
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one: a view, no copy
+
+
+def _rounded(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``stack`` in a dtype of 16 bits; as it is for any other, or one of no more bits than its
+    own."""
+    narrower = dtype in (torch.bfloat16, torch.float16) and stack.element_size() > 2
+    return stack.to(dtype) if narrower else stack
 
 
 def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ..dispatch import compute_dtype, recomputes
 from ..reference import ACTIVATIONS
 from ..types import GatedMLPLoRA, LoRA
-from .rows import add_delta, lora_gradients, row_matrices, traced_linear
+from .rows import add_delta, known_ids, lora_gradients, row_matrices, traced_linear
 
 # Elementwise work on the CPU goes through pieces of this many elements: 8 MiB in fp32, so that the
 # handful of passes over one piece stay in cache and no temporary has the size of the whole. Smaller
@@ -251,7 +251,9 @@ def run(
     else:
         rows = x[None] if memory_ids is None else x[:, None, :]
     rows = rows.to(compute_dtype(x, weights[0]))
+    memories = next((part.a.shape[0] for part in lora or () if part is not None), 0)
+    ids = known_ids(memory_ids, memories)
     op = _traced if torch.compiler.is_compiling() else _GatedMLP.apply
     with torch.autocast(x.device.type, enabled=False):
-        y = op(rows, *weights, gates, memory_ids, activation, recomputes(), *flat)
+        y = op(rows, *weights, gates, ids, activation, recomputes(), *flat)
     return y if x.dim() == 3 else y.reshape(x.shape)

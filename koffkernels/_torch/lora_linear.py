@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import compute_dtype
 from ..types import LoRA
-from .rows import add_delta, lora_gradients, row_matrices, traced_linear
+from .rows import add_delta, known_ids, lora_gradients, row_matrices, traced_linear
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -64,5 +64,5 @@ def run(
     rows = rows.to(compute_dtype(x, weight))
     op = traced_linear if torch.compiler.is_compiling() else _apply
     with torch.autocast(x.device.type, enabled=False):
-        y = op(rows, weight, bias, lora, memory_ids)
+        y = op(rows, weight, bias, lora, known_ids(memory_ids, lora.a.shape[0]))
     return y if x.dim() == 3 else y.reshape(x.shape[0], weight.shape[0])

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..reference import visible_keys
 from ..types import Prefix, RowBounds
+from .rows import known_ids
 
 _aten = torch.ops.aten
 # The kernel's backward in bf16 took twice the time of fp32 on rows of 128 tokens (25 and 15 ms), as
@@ -260,6 +261,7 @@ def run(
         empty = q.new_zeros(1, k.shape[1], 1, q.shape[-1])
         prefix = Prefix(empty, empty, torch.zeros(1, dtype=torch.int64, device=q.device))
         memory_ids = None
+    memory_ids = known_ids(memory_ids, prefix.k.shape[0])
     eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
     with torch.autocast(q.device.type, enabled=False):
         if not eager_cpu or q.dtype == torch.float64 or 0 in q.shape:

@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def known_ids(ids: Tensor | None, memories: int) -> Tensor | None:
+    """Return ids with -1, no memory, in place of each that is none of the memories."""
+    return None if ids is None else torch.where((ids >= 0) & (ids < memories), ids, -1)
+
+
 def row_matrices(
     lora: tuple[Tensor, Tensor, Tensor], ids: Tensor | None, rows: int, dtype: torch.dtype
 ):
@@ -19,12 +24,12 @@ def row_matrices(
     the row has no memory."""
     a, b, scaling = lora
     if ids is None:
-        b = b * scaling.to(b.dtype)[:, None, None]
+        b = b * scaling[:, None, None]  # in fp32 also where b has 16 bits
         return a.to(dtype).expand(rows, -1, -1), b.to(dtype).expand(rows, -1, -1)
     index = ids.clamp(min=0)
     none = (ids < 0)[:, None, None]
     a_rows = a.to(dtype)[index]
-    b_rows = (b * scaling.to(b.dtype)[:, None, None]).to(dtype)[index]
+    b_rows = (b * scaling[:, None, None]).to(dtype)[index]
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(none.any()):
         return a_rows, b_rows
     # masked_fill rather than a factor 0: an inf or NaN of another memory must not reach rows that

@@ -8,8 +8,9 @@ from support import gpu_checks
 from support.gpu_cases import NAMES
 
 import koffkernels
-from bench.gpu import attention, clock, context, layers, training
+from bench.gpu import attention, context, layers, training
 from bench.peers.unmerged import Unmerged, adapters_of
+from koffkernels import clock
 
 
 @pytest.fixture(scope="module")

@@ -317,3 +317,95 @@ def test_bench_quality_names_and_order():
     assert plan.of("koff", 0.4) == [Run("koff", 0.4, 3), Run("koff", 0.4, 1)]
     assert plan.scores(plan.runs[0]) == Path("/out/dense-seed3/eval-validation.json")
     assert torch.get_num_threads() == 1  # planning runs nothing
+
+
+def test_bench_quality_variants_and_memories_that_come_later(root, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copy(root / f"math.{split}.jsonl", tmp_path / f"sums.{split}.jsonl")
+    runs = tmp_path / "runs"
+    extras = ("--variant", "small", "koff.lora.r=1", "koff.kv.num_tokens=2")
+    extras += ("--later", f"sums={tmp_path}")
+    assert bench(root, runs, *extras) == 0
+    record = record_of(runs)
+    found = {run["name"]: run for run in record["runs"]}
+    assert set(found) == {
+        *NAMES, "small-0.25-seed0", "small-0.25-seed1",
+        *(f"{kind}-seed{seed}+sums" for kind in ("dense", "koff-0.25") for seed in (0, 1)),
+    }  # fmt: skip
+    main, small = found["koff-0.25-seed1"], found["small-0.25-seed1"]
+    assert 0 < small["memory_parameters"] < main["memory_parameters"]
+    assert small["sparsity"] == main["sparsity"] and "--set koff.lora.r=1" in small["commands"][0]
+    facts = record["sparsities"][0]["variants"]["small"]
+    assert facts["budget"]["ratio"] < record["sparsities"][0]["budget"]["ratio"]
+    assert facts["overrides"] == ["koff.lora.r=1", "koff.kv.num_tokens=2"]
+    # The recipe's own settings of training, but for the teacher that is gone.
+    command = found["koff-0.25-seed1+sums"]["commands"][0]
+    for part in ("--name sums", "train.steps=4", "train.block_size=16", "seed=1",
+                 "train.distillation_weight=0"):  # fmt: skip
+        assert part in command
+    assert str(runs) not in json.dumps(record)
+    memories = ("en", "fr", "sums", None)
+    for name in ("dense-seed1+sums", "koff-0.25-seed0+sums"):
+        rows = {(r["domain"], r["memory"]) for r in found[name]["rows"] if r["variant"] == "koff"}
+        assert {("sums", memory) for memory in memories} <= rows
+    based = [
+        name for name, run in found.items() if any(r["variant"] == "base" for r in run["rows"])
+    ]
+    assert based == ["dense-seed0", "dense-seed0+sums"]
+    text = (runs / "results" / "quality-recipe-test.md").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.startswith(("| small |", "| sums |"))]
+    assert len(lines) == 2 and "nan" not in text
+    base = next(
+        r
+        for r in found["dense-seed0+sums"]["rows"]
+        if (r["variant"], r["domain"]) == ("base", "sums")
+    )
+    assert lines[1].startswith(f"| sums | {base['perplexity']:.2f} | ")
+    capsys.readouterr()
+    assert bench(root, runs, *extras) == 0
+    assert "12 runs, 12 finished before" in capsys.readouterr().out
+
+
+def test_bench_quality_when_the_time_is_up_shows_the_seeds_that_are_whole(
+    root, tmp_path, monkeypatch, capsys
+):
+    run = Runner._run
+
+    def until(self, arguments, log):
+        if "gates-0.25-seed1" in str(log):
+            self._stop()
+            return -15
+        return run(self, arguments, log)
+
+    monkeypatch.setattr(Runner, "_run", until)
+    extras = ("--minutes", "60", "--variant", "small", "koff.lora.r=1")
+    assert bench(root, tmp_path, *extras) == 1
+    assert "gates-0.25-seed1: train ended" in capsys.readouterr().out
+    record = record_of(tmp_path)
+    assert record["seeds"] == [0] and record["sparsities"][0]["variants"] == {}
+    assert [run["name"] for run in record["runs"]] == NAMES[:3]
+    monkeypatch.setattr(Runner, "_run", run)
+    assert bench(root, tmp_path, *extras) == 0
+    record = record_of(tmp_path)
+    assert record["seeds"] == [0, 1] and set(record["sparsities"][0]["variants"]) == {"small"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--variant", "gates", "koff.lora.r=1"), "other than dense, koff and gates, got 'gates'"),
+        (("--variant", "a/b", "koff.lora.r=1"), "--variant must begin with a name"),
+        (("--variant", "small", "seed=1"), "--set must not set seed"),
+        (("--variant", "small", "koff.lora.rank=1"), "rank"),
+        (("--later", "en=."), "--later must name no domain of the recipe, got 'en'"),
+        (("--later", "sums=none"), "sums.train.jsonl must be an existing file"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("--minutes", "0"), "--minutes must be above 0, got 0.0"),
+    ],
+)
+def test_bench_quality_refuses_wrong_extras(
+    root, tmp_path, in_this_process, options, message, capsys
+):
+    assert bench(root, tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not in_this_process and not (tmp_path / "new").exists()

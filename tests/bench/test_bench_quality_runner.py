@@ -112,6 +112,18 @@ def test_runner_leaves_no_child_behind(plan, monkeypatch):
             os.kill(pid, 0)
 
 
+def test_runner_ends_everything_when_the_time_is_up(plan):
+    (plan.output / "mode.txt").write_text("hang", "utf-8")
+    started = time.monotonic()
+    failures = Runner(plan, 2, seconds=3).execute()
+    assert set(failures.values()) == {"the time was up"} and len(failures) == 3
+    assert time.monotonic() - started < 60  # the stand-ins would take ten minutes
+    assert len(calls(plan)) == 2  # the third was never started
+    for line in (plan.output / "calls.txt").open():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(line.split()[3]), 0)
+
+
 def test_runner_ends_its_children_when_it_is_ended(tmp_path):
     """The whole command, with a `koff` that hangs in place of the real one."""
     (tmp_path / "mode.txt").write_text("hang", "utf-8")

@@ -246,6 +246,7 @@ def test_gate_command(tmp_path):
     assert f"{len(rows)} variants compiled" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", settings.ARCHS)
 def test_gate_passes_a_subset(arch):
     """At least one variant of every kernel, each chip's default configurations: no findings."""

@@ -10,10 +10,10 @@ import torch
 from support.imports import ROOT
 
 from bench.gpu import smoke
-from bench.gpu.clock import WallClock
 from bench.gpu.context import TINY, Bench
 from bench.micro import peers
 from bench.micro.cases import CASES, MODELS, check, scaled
+from koffkernels.clock import WallClock
 
 
 def test_micro_runs_and_writes_what_it_promises(tmp_path):

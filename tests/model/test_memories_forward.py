@@ -195,6 +195,41 @@ def test_constants_of_a_stack_are_made_once():
     assert copied.a is not first.a and torch.equal(copied.scaling, first.scaling)
 
 
+def dtypes(stacks):
+    """Of all matrices and learned keys and values that are kept."""
+    kept = [*stacks.lora.values(), *stacks.prefix.values()]
+    return {t.dtype for stack in kept if stack is not None for t in stack[:2]}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_without_autograd_a_model_of_16_bits_keeps_stacks_of_16(autocast):
+    """Half the bytes of every decode step, the same numbers: layers round to their dtype anyway.
+    With autograd stacks are views or copies of the fp32 parameters, as ever."""
+    lora = koff.LoRAConfig(r=4, alpha=8, target_modules="all-linear")  # a scaling of 2: exact
+    model = attached("llama", lora=lora)
+    bank, ids = model.koff.memories, tokens()
+    if not autocast:
+        for name, p in model.named_parameters():
+            if not name.startswith("koff."):
+                p.data = p.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        trained = model(ids, memory=MIX).logits.detach()
+        with torch.no_grad():
+            found = model(ids, memory=MIX).logits
+    assert torch.equal(found, trained)
+    with torch.no_grad():
+        ((memories, stacks),) = bank._stacks.mixes.items()
+        assert dtypes(stacks) == {torch.bfloat16}
+        # Half of the parameters', and beside them 2 % for scalings and lengths.
+        assert stacks.bytes() < 0.52 * sum(p.nbytes for m in memories for p in m.parameters())
+        if autocast:  # the same model outside of it: fp32, and the others stay
+            model(ids, memory=MIX)
+            assert bank.stacks(memories) is stacks
+            assert dtypes(stacks) == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in bank.parameters()} == {torch.float32}
+    assert bank.lora(Site(0, "q_proj"), memories).a.dtype == torch.float32
+
+
 def test_a_scaling_equal_to_a_length_is_another_constant():
     lora = koff.LoRAConfig(r=1, alpha=7, target_modules="all-linear")
     model = attached("llama", lora=lora)  # 7 learned tokens, and alpha / r = 7

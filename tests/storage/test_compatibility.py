@@ -69,6 +69,8 @@ def test_a_checkpoint_resumes_to_the_same_end(tmp_path):
         block_size=8,
         per_device_train_batch_size=2,
         general_every=0,
+        saliency_batches=0,  # that koff knew neither of these two
+        no_memory_rows=0.0,
         adam_epsilon=0.1,
         lora_learning_rate=1e-2,
         width_multiple_of=1,

@@ -21,6 +21,8 @@ from support.small_models import outputs, small
 import koff
 from koff.storage.files import DamagedFolder
 
+pytestmark = pytest.mark.slow
+
 ERRORS = (ValueError, DamagedFolder, FileNotFoundError, KeyError)
 VALUES = st.sampled_from(
     (None, True, False, 0, -1, 1, 2, 3, 10**12, -(10**12), 10**400, 0.5, 1e308, float("nan"))

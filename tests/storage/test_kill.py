@@ -50,6 +50,7 @@ def one_moment(monkeypatch):
     monkeypatch.setattr("koff.storage.save_load.datetime", fake)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [False, True], ids=["kill", "power cut"])
 def test_overwriting_save(models, in_memory, lose, record_property):
     old, new = models

@@ -55,6 +55,7 @@ SCENARIOS = {  # step of the checkpoint, checkpoints that may be found after a k
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [False, True], ids=["kill", "power cut"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_killed_checkpoint(scenario, lose, in_memory, whole, record_property):

@@ -1,12 +1,14 @@
 """Attention over a learned prefix for a few queries a row: decoding, speculative steps.
 
-Three launches. The first reads each memory's keys once for all rows that use it: a tile packs
-(rows of one memory) x (query heads of one kv head) x (queries) as its rows. Which rows these are is
-found inside the kernel from the ids, without a sort, without a plan and without the host: counting
-ids gives each tile its memory, a running count gives each of the tile's rows its index. The second
-cuts every row's own keys into splits of equal length; the length is the row's, read on the device,
-so that the unwritten part of a static cache costs nothing. Both leave fp32 partial results, which
-the third merges in a fixed order.
+Two launches or three. The first reads each memory's keys once for all rows that use it: a tile
+packs (rows of one memory) x (query heads of one kv head) x (queries) as its rows. Which rows these
+are is found inside the kernel from the ids, without a sort, without a plan and without the host:
+counting ids gives each tile its memory, a running count gives each of the tile's rows its index.
+The second cuts every row's own keys into splits of equal length; the length is the row's, read on
+the device, so that the unwritten part of a static cache costs nothing. Where the rows alone fill
+the GPU a row has one split, and its program goes on with the first launch's fp32 partial results
+and writes the output. Else the third launch merges all partial results. The order is fixed either
+way.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.config import Config
-from ..shared.launch import SMALLEST_TILE, cdiv, launch, power_of_2
+from ..shared.launch import SMALLEST_TILE, cdiv, launch, multiprocessors, power_of_2
 from ..shared.operands import per_head
 from .call import LN2, LOG2E, Call, attend, memory_length, row_bounds, row_prefix
 from .fwd import empty_output
@@ -31,7 +33,7 @@ EXPECTS = {
 # Beyond these the queries fill a tile of the one-pass kernel, which needs no merge.
 MOST_QUERIES = 16  # of one row
 MOST_PACKED = 64  # query heads of a kv head x queries of one row
-_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_WARPS = 8  # that fit a multiprocessor, of the 255 registers that a thread of the tiles' may use
 _SPLIT = 128  # a split has at least as many keys: two to four tiles
 _IDS = 64  # ids read at a time: one load for each memory, in a batch of up to 64 rows
 _MERGED = 16  # splits merged at a time
@@ -170,6 +172,10 @@ def _prefix_attention_own_kernel(
     bounds,
     o_ptr,
     lse_ptr,
+    prefix,
+    ids_ptr,
+    merged,
+    merged_lse_ptr,
     scale,
     heads,
     group,
@@ -183,7 +189,11 @@ def _prefix_attention_own_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: all queries of one kv head of one row, one split of the row's own keys."""
+    """One program: all queries of one kv head of one row, one split of the row's own keys.
+
+    Where there is only one split, ``merged`` takes the output: with the partial results of the
+    prefix, which are those before ``first_split``.
+    """
     kv_heads = heads // group
     kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     b = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -217,7 +227,28 @@ def _prefix_attention_own_kernel(
     )  # fmt: skip
     out = (b * heads + head) * T + t
     out_rows = rows.to(tl.int64) * heads * T
-    _store_part(acc, total, peak, o_ptr, lse_ptr, split + first_split, out_rows, out, mask, D)
+    if merged is None:
+        _store_part(acc, total, peak, o_ptr, lse_ptr, split + first_split, out_rows, out, mask, D)
+    else:
+        _, length = row_prefix(prefix, ids_ptr, b)
+        for s in tl.range(0, tl.where(length > 0, first_split, 0), loop_unroll_factor=4):
+            # lse [BLOCK_M], part [BLOCK_M, D]
+            at = s * out_rows + out  # int64
+            lse = tl.load(lse_ptr + at, mask=mask, other=float("-inf"))
+            part_ptrs = o_ptr + at[:, None] * D + tl.arange(0, D)[None, :]
+            part = tl.load(part_ptrs, mask=mask[:, None], other=0.0)
+            top = tl.maximum(peak, lse)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            weight = tl.exp2(lse - shift)
+            shrink = tl.exp2(peak - shift)
+            total = total * shrink + weight
+            acc = acc * shrink[:, None] + weight[:, None] * part
+            peak = top
+        mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 where nothing was seen
+        o_rows = b * merged.stride_row + head * merged.stride_head + t * merged.stride_token
+        o_ptrs = merged.ptr + o_rows[:, None] + tl.arange(0, D)[None, :]
+        tl.store(o_ptrs, mean.to(merged.ptr.dtype.element_ty), mask=mask[:, None])
+        tl.store(merged_lse_ptr + out, (peak + tl.log2(total)) * LN2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "rows", "prefix_splits", "splits"])
@@ -276,25 +307,27 @@ def _block(rows: int, limit: int) -> int:
     return min(limit, max(SMALLEST_TILE, power_of_2(rows)))
 
 
-def _splits(programs: int, keys: int) -> int:
-    """Return in how many parts to cut ``keys`` keys, so that ``programs`` per part fill the
-    GPU."""
-    return max(1, min(cdiv(_PROGRAMS, max(1, programs)), cdiv(keys, _SPLIT)))
+def _splits(programs: int, keys: int, warps: int, device: torch.device) -> int:
+    """Return in how many parts to cut ``keys`` keys: ``programs`` of so many warps a part, and all
+    parts together fit the GPU at once."""
+    at_once = multiprocessors(device) * max(1, _WARPS // warps)
+    return max(1, min(at_once // max(1, programs), cdiv(keys, _SPLIT)))
 
 
-def _group_grid(call: Call, config: Config) -> tuple[int, int, int]:
-    """Return (block_m, tiles, splits) of the prefix: shapes bound the tiles that any ids could
-    need."""
+def _group_tiles(call: Call, config: Config) -> tuple[Config, int, int]:
+    """Return the tile for this call, how many of them any ids could need, and how many they need
+    that are spread evenly."""
     rows, _, queries, _ = call.q.shape
-    n, kv_heads, length, _ = call.prefix.k.shape
     packed = max(1, call.group * queries)
-    users = min(n, rows)  # memories that can be in use
+    users = min(call.prefix.k.shape[0], rows)  # memories that can be in use
     block_m = _block(cdiv(rows, max(1, users)) * packed, config.block_m)
     block_m = max(block_m, _block(packed, MOST_PACKED))
     block_m = 64 if block_m == 32 else block_m  # three variants are enough
+    # One warp for each 16 rows of a tile, the height of a tensor core's; four at least.
+    warps = min(config.warps, max(4, block_m // 16))
     slots = block_m // packed
     tiles = (rows + users * (slots - 1)) // slots
-    return block_m, tiles, _splits(tiles * kv_heads, length)
+    return config._replace(block_m=block_m, warps=warps), tiles, max(users, cdiv(rows, slots))
 
 
 def decode(
@@ -307,17 +340,21 @@ def decode(
     own = own or (FP32 if wide else OWN_CONFIGS["64"])
     rows, heads, queries, width = call.q.shape
     kv_heads, keys = call.k.shape[1:3]
-    block_m, tiles, prefix_splits = (0, 0, 0) if call.prefix is None else _group_grid(call, group)
-    own_splits = _splits(rows * kv_heads, keys)
+    device, tiles, prefix_splits = call.q.device, 0, 0
+    if call.prefix is not None:
+        group, tiles, busy = _group_tiles(call, group)
+        prefix_splits = _splits(busy * kv_heads, call.prefix.k.shape[2], group.warps, device)
+    own_splits = _splits(rows * kv_heads, keys, own.warps, device)
+    merges = own_splits > 1
     splits, out_rows = prefix_splits + own_splits, rows * heads * queries
-    part = call.q.new_empty(splits, out_rows, width, dtype=torch.float32)
-    part_lse = call.q.new_empty(splits, out_rows, dtype=torch.float32)
+    parts = splits if merges else prefix_splits
+    part = call.q.new_empty(parts, out_rows, width, dtype=torch.float32)
+    part_lse = call.q.new_empty(parts, out_rows, dtype=torch.float32)
+    o, lse = empty_output(call.q)
     common = {"q": per_head(call.q), "o_ptr": part, "lse_ptr": part_lse, "rows": rows}
     common |= call.sizes()
     prefix = call.prefix_args()
     if call.prefix is not None:
-        # One warp for each 16 rows of a tile, the height of a tensor core's; four at least.
-        warps = min(group.warps, max(4, block_m // 16))
         launch(
             _prefix_attention_group_kernel,
             (tiles, kv_heads, prefix_splits),
@@ -325,7 +362,7 @@ def decode(
             splits=prefix_splits,
             IDS=_IDS,
             **common,
-            **group._replace(block_m=block_m, warps=warps).args(),
+            **group.args(),
         )
     launch(
         _prefix_attention_own_kernel,
@@ -333,28 +370,31 @@ def decode(
         k=per_head(call.k),
         v=per_head(call.v),
         bounds=call.bounds,
+        **(prefix if not merges else {"prefix": None, "ids_ptr": None}),
+        merged=None if merges else per_head(o),
+        merged_lse_ptr=None if merges else lse,
         S=keys,
         splits=own_splits,
         first_split=prefix_splits,
         **common,
         **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).args(),
     )
-    o, lse = empty_output(call.q)
-    launch(
-        _prefix_attention_merge_kernel,
-        (out_rows,),
-        part_ptr=part,
-        part_lse_ptr=part_lse,
-        o=per_head(o),
-        lse_ptr=lse,
-        **prefix,
-        heads=heads,
-        T=queries,
-        rows=rows,
-        prefix_splits=prefix_splits,
-        splits=splits,
-        D=width,
-        MERGED=_MERGED,
-        num_warps=4,
-    )
+    if merges:
+        launch(
+            _prefix_attention_merge_kernel,
+            (out_rows,),
+            part_ptr=part,
+            part_lse_ptr=part_lse,
+            o=per_head(o),
+            lse_ptr=lse,
+            **prefix,
+            heads=heads,
+            T=queries,
+            rows=rows,
+            prefix_splits=prefix_splits,
+            splits=splits,
+            D=width,
+            MERGED=_MERGED,
+            num_warps=4,
+        )
     return o, lse

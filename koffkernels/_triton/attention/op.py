@@ -26,6 +26,7 @@ from . import vendor
 from .call import HEAD_DIMS, Call
 from .dkv import own_grads
 from .dq import query_grad, upstream
+from .fwd import CONFIGS as ONE_PASS
 from .fwd import add_prefix, empty_output, one_pass
 from .prefix_grad import prefix_grads
 
@@ -45,13 +46,31 @@ def supports(q: Tensor, scale: float | None = None) -> str | None:
     return None
 
 
+def _way(call: Call, route: str, stage: str) -> tuple[str, str | None]:
+    """Return ("vendor", "cudnn", "flash" or None for the usual one), or ("one_pass", a name of its
+    configs or None); for "auto" what ``routes`` says of a pass.
+
+    Forward and backward may go different ways: both give and take the o and lse of the whole
+    softmax.
+    """
+    if route != "auto":
+        return route, None
+    q, k = call.q, call.k
+    sizes, mixed = (q.shape[2], q.shape[3], k.shape[2]), call.ids is not None
+    found = routes.choose(routes.Shape("prefix_attention", stage, *sizes, q.dtype, mixed), q.device)
+    if found.name == "vendor" and (found.forced or q.device.type == "cuda"):
+        return "vendor", found.config
+    return "one_pass", found.config
+
+
 def forward(call: Call, route: str) -> tuple[Tensor, Tensor]:
     """Return o [B, Hq, T, D] and lse (fp32 [B, Hq, T], natural, -inf where nothing is seen)."""
     if few.fits(call.q, call.k):
         return few.decode(call)
-    if route != "vendor" or vendor.why_not(call):
-        return one_pass(call)
-    o, lse = vendor.own_forward(call)
+    way, choice = _way(call, route, "forward")
+    if way != "vendor" or vendor.why_not(call):
+        return one_pass(call, ONE_PASS.get(choice))
+    o, lse = vendor.own_forward(call, choice)
     if call.prefix is not None:
         add_prefix(call, o, lse)
     return o, lse
@@ -75,9 +94,10 @@ def backward(
     if not any(needs):
         return (None,) * 5
     dq = dk = dv = dpk = dpv = None
-    by_vendor = route == "vendor" and any(needs[:3]) and vendor.why_not(call) is None
+    way, choice = _way(call, route, "backward")
+    by_vendor = way == "vendor" and any(needs[:3]) and vendor.why_not(call) is None
     if by_vendor:
-        dq, dk, dv = vendor.own_backward(call, do, o, lse)
+        dq, dk, dv = vendor.own_backward(call, do, o, lse, choice)
     if by_vendor and (call.prefix is None or not (needs[0] or any(needs[3:]))):
         return _needed((dq, dk, dv, None, None), needs)
     if call.prefix is not None and dtypes is None:
@@ -95,11 +115,6 @@ def backward(
 
 def _needed(grads: Grads, needs: tuple[bool, ...]) -> Grads:
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-def _known(route: str, q: Tensor, k: Tensor) -> str:
-    """Return ``route``, or what the table says for "auto"."""
-    return _route(q, k) if route == "auto" else route
 
 
 def _call(q, k, v, prefix_k, prefix_v, lengths, ids, start, end, first, scale) -> Call:
@@ -155,7 +170,7 @@ _ARGUMENTS = (
     schema=f"({_ARGUMENTS}, str route) -> (Tensor, Tensor)",
 )
 def _forward_op(*args):
-    o, lse = forward(_call(*args[:-1]), _known(args[-1], *args[:2]))
+    o, lse = forward(_call(*args[:-1]), args[-1])
     return _laid_out(o, empty_output(args[0])[0]), lse
 
 
@@ -172,7 +187,7 @@ def _(*args):
 )
 def _backward_op(do, o, lse, *args):
     *args, route, needs = args
-    grads = backward(_call(*args), do, o, lse, tuple(needs), _known(route, *args[:2]))
+    grads = backward(_call(*args), do, o, lse, tuple(needs), route)
     fakes = _empty_grads(args, needs)
     return tuple(f if g is None else _laid_out(g, f) for g, f in zip(grads, fakes, strict=True))
 
@@ -211,14 +226,6 @@ def _backward_of_op(ctx, do, _):
 _forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
-def _route(q: Tensor, k: Tensor) -> str:
-    """Return what ``routes`` says; only "vendor" is not one pass."""
-    shape = routes.Shape("prefix_attention", "forward", q.shape[2], q.shape[3], k.shape[2], q.dtype)
-    found = routes.choose(shape, q.device)
-    vendor_route = found.name == "vendor" and (found.forced or q.device.type == "cuda")
-    return "vendor" if vendor_route else "one_pass"
-
-
 def run(
     q: Tensor,
     k: Tensor,
@@ -233,16 +240,16 @@ def run(
 
     Args:
         route: "one_pass", or "vendor", which is taken only by causal calls without bounds and of as
-            many keys as queries, the others run in one pass; None: what the table says.
+            many keys as queries, the others run in one pass; None: what ``routes`` says.
     """
     if supports(q, scale) is not None:
         return plain.run(q, k, v, prefix, memory_ids, bounds, scale)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     call = Call(q, k, v, prefix, memory_ids, bounds, scale)
     tensors = _tensors(call)
-    if torch.compiler.is_compiling():  # which cannot trace a look-up in a table
-        return _forward_op(*tensors, scale, route or "auto")[0]
-    route = route or _route(q, k)
+    route = route or "auto"
+    if torch.compiler.is_compiling():
+        return _forward_op(*tensors, scale, route)[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _PrefixAttention.apply(*tensors, scale, route)[0]
     return forward(call, route)[0]

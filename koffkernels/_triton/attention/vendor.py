@@ -67,10 +67,15 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def own_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Return o and lse (fp32 [B, Hq, T], natural) of causal attention over the own keys."""
+def own_forward(call: Call, choice: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return o and lse (fp32 [B, Hq, T], natural) of causal attention over the own keys.
+
+    Args:
+        call: one that ``why_not`` has nothing against.
+        choice: "cudnn", where it takes the call, or "flash"; None: the faster on most such GPUs.
+    """
     q, k, v = (unit_stride(x) for x in call[:3])
-    found = _by_cudnn(_cudnn_forward, q, k, v, call.scale)
+    found = _by_cudnn(choice, _cudnn_forward, q, k, v, call.scale)
     if found is not None:
         return found
     if q.device.type == "cpu":
@@ -82,10 +87,12 @@ def own_forward(call: Call) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def own_backward(call: Call, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def own_backward(
+    call: Call, do: Tensor, o: Tensor, lse: Tensor, choice: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv of the own keys' part, given the o and lse of the whole softmax."""
     q, k, v = (unit_stride(x) for x in call[:3])
-    found = _by_cudnn(_cudnn_backward, q, k, v, call.scale, do, o, lse)
+    found = _by_cudnn(choice, _cudnn_backward, q, k, v, call.scale, do, o, lse)
     if found is not None:
         return found
     if q.device.type == "cpu":
@@ -100,12 +107,15 @@ def own_backward(call: Call, do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor
 
 
 @functools.lru_cache
-def _cudnn_is_faster(device: torch.device) -> bool:
-    """Return whether a device is one on which cuDNN goes before flash attention."""
+def _cudnn_is_faster(device: torch.device, choice: str | None) -> bool:
+    """Return whether cuDNN, where it is sound, goes before flash attention on a device: by
+    ``choice`` or, if that is None, by the kind of GPU."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    major, _ = torch.cuda.get_device_capability(device)
-    return major in _CUDNN_ARCHS and (torch.backends.cudnn.version() or 0) >= _CUDNN_VERSION
+    sound = (torch.backends.cudnn.version() or 0) >= _CUDNN_VERSION
+    if choice is not None:
+        return sound and choice == "cudnn"
+    return sound and torch.cuda.get_device_capability(device)[0] in _CUDNN_ARCHS
 
 
 def _kind(q: Tensor, k: Tensor) -> tuple:
@@ -113,13 +123,13 @@ def _kind(q: Tensor, k: Tensor) -> tuple:
     return q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]
 
 
-def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _cudnn_takes(choice: str | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return whether to ask cuDNN. This costs about 2 us, and reads nothing back from the
     device."""
     if _FORCED is not None:
         return _FORCED == "cudnn"
     return (
-        _cudnn_is_faster(q.device)
+        _cudnn_is_faster(q.device, choice)
         # cuDNN sums dq in no fixed order. Flash attention has a mode in which it does.
         and not torch.are_deterministic_algorithms_enabled()
         and all(x.data_ptr() % _ALIGNMENT == 0 for x in (q, k, v))
@@ -130,10 +140,15 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _by_cudnn(
-    attention: Callable[..., tuple], q: Tensor, k: Tensor, v: Tensor, *rest: object
+    choice: str | None,
+    attention: Callable[..., tuple],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: object,
 ) -> tuple | None:
     """Return what ``attention`` gives; None where cuDNN is not asked, or refuses."""
-    if not _cudnn_takes(q, k, v):
+    if not _cudnn_takes(choice, q, k, v):
         return None
     try:
         return attention(q, k, v, *rest)

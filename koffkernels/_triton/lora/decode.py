@@ -50,7 +50,7 @@ CONFIGS = {
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
 
 
-@triton.jit(do_not_specialize=["M", "ROWS", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS", "memories", "tokens", "blocks"])
 def _decode_linear_fwd_kernel(
     x_ptr,
     stride_x,
@@ -61,6 +61,7 @@ def _decode_linear_fwd_kernel(
     out_ptr,
     s_ptr,
     ids_ptr,
+    memories,
     tokens,
     M,
     N,
@@ -89,7 +90,7 @@ def _decode_linear_fwd_kernel(
         tiles_a = tl.cdiv(ROWS, BLOCK_N)
     if tile < tiles_a:
         if a is not None:  # both branches are compiled, and without memories there is no A
-            memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+            memory = token_memory(ids_ptr, memories, offs_m, mask_m, tokens)
             s_part = s_ptr + split.to(tl.int64) * M * a.rank
             shrink_rows(
                 x_ptr, stride_x, a, s_part, tile, memory, offs_m, K, ROWS, begin, end, a.rank,
@@ -117,7 +118,7 @@ def _decode_linear_fwd_kernel(
         tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "splits"])
+@triton.jit(do_not_specialize=["M", "memories", "tokens", "splits"])
 def _decode_expand_fwd_kernel(
     part_ptr,
     bias_ptr,
@@ -125,6 +126,7 @@ def _decode_expand_fwd_kernel(
     b_ptr,
     y_ptr,
     ids_ptr,
+    memories,
     tokens,
     M,
     N,
@@ -146,7 +148,7 @@ def _decode_expand_fwd_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if b_ptr is not None:
-        memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+        memory = token_memory(ids_ptr, memories, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         y = expand_rows(
             y, s_ptr, b_ptr, memory, offs_n, offs_m, N, R, first, last, splits, size * R, R,
@@ -158,7 +160,8 @@ def _decode_expand_fwd_kernel(
 def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
     """First launch: out [splits, M, N] and, with memories, s [splits, M, r]."""
     (m, k), n, splits = x.shape, weight.shape[0], out.shape[0]
-    a, a_rows = None, 0
+    a, a_rows, memories = None, 0, 0
+    tile, size = tile_args(x, config), x.element_size()
     if lora is not None:
         memories, rank, _ = lora[0].shape
         a, a_rows = StackedA(lora[0], lora[2], rank), memories * rank
@@ -174,14 +177,16 @@ def _multiply(x, weight, bias, lora, rows, out, s, blocks, config) -> None:
         out_ptr=out,
         s_ptr=s,
         ids_ptr=rows.ids,
+        memories=memories,
         tokens=rows.tokens,
         M=m,
         N=n,
         K=k,
         ROWS=a_rows,
         blocks=blocks,
-        BLOCK_A=config.block_k // 2,  # fp32 masters take twice the room
-        **tile_args(x, config),
+        # As many bytes in a stage as W takes: a program of A must not outlast the others.
+        BLOCK_A=tile["BLOCK_K"] * size // max(size, 0 if a is None else a.ptr.element_size()),
+        **tile,
     )
 
 
@@ -197,6 +202,7 @@ def _expand(part, bias, s, b, y, rows) -> None:
         b_ptr=b,
         y_ptr=y,
         ids_ptr=rows.ids,
+        memories=0 if b is None else b.shape[0],
         tokens=rows.tokens,
         M=m,
         N=n,

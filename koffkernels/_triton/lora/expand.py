@@ -51,9 +51,9 @@ def _expand_fwd_kernel(
     if memory < 0:
         return  # y is neither read nor written
     dtype = y_ptr.dtype.element_ty
-    b_first, scale_first = memory_part(first, memory, offs_n, mask_n, BLOCK_R, dtype)
+    b_first = memory_part(first, memory, offs_n, mask_n, BLOCK_R, dtype)
     if second is not None:
-        b_second, scale_second = memory_part(second, memory, offs_n, mask_n, BLOCK_R, dtype)
+        b_second = memory_part(second, memory, offs_n, mask_n, BLOCK_R, dtype)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < end)[:, None]
@@ -62,13 +62,13 @@ def _expand_fwd_kernel(
         y_ptrs = y_ptr + rows * stride_y + offs_n[None, :]
         mask = mask_m & mask_n[None, :]
         total = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-        total, _ = add_update(
-            total, first, b_first, scale_first, memory, rows, mask_m, offs_n, mask_n,
+        total = add_update(
+            total, first, b_first, memory, rows, mask_m, offs_n, mask_n,
             BLOCK_R, MORE, PRECISION,
         )  # fmt: skip
         if second is not None:
-            total, _ = add_update(
-                total, second, b_second, scale_second, memory, rows, mask_m, offs_n, mask_n,
+            total = add_update(
+                total, second, b_second, memory, rows, mask_m, offs_n, mask_n,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         tl.store(y_ptrs, total.to(dtype), mask=mask)

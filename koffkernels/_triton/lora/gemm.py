@@ -56,7 +56,7 @@ def store_output(
         store_tile(y_ptr, stride_y, acc, begin_m, begin_n, M, N, ONTO)
 
 
-@triton.jit(do_not_specialize=["M", "tokens"])
+@triton.jit(do_not_specialize=["M", "memories", "tokens"])
 def _gemm_linear_fwd_kernel(
     x_ptr,
     stride_x,
@@ -69,6 +69,7 @@ def _gemm_linear_fwd_kernel(
     delta0,
     delta1,
     ids_ptr,
+    memories,
     tokens,
     M,
     N,
@@ -98,7 +99,7 @@ def _gemm_linear_fwd_kernel(
     rows = tl.minimum(rows, M - begin_m - 1)
     if not EVEN_N and not W_BY_N:
         cols = tl.minimum(cols, N - begin_n - 1)
-    memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens)
+    memory = token_memory(ids_ptr, memories, begin_m + rows, rows >= 0, tokens)
     first, last = memory_range(memory)
     # x [BLOCK_M, BLOCK_K], W^T [BLOCK_K, BLOCK_N]
     acc = multiply(
@@ -164,6 +165,7 @@ def gemm_linear(
         delta0=operand(first),
         delta1=operand(second),
         ids_ptr=rows.ids,
+        memories=0 if first is None else first.b.shape[0],
         tokens=rows.tokens,
         M=m,
         N=n,

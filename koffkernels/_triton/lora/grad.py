@@ -54,7 +54,7 @@ def _lora_grad_kernel(
     for start in range(first, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         inside = offs_m < last
-        mine = inside & (token_memory(ids_ptr, offs_m, inside, tokens) == m)
+        mine = inside & (token_memory(ids_ptr, memories, offs_m, inside, tokens) == m)
         rows = offs_m.to(tl.int64)[:, None]
         # p [BLOCK_M, BLOCK_R], q [BLOCK_M, BLOCK_K]
         mask_p, mask_q = mine[:, None] & mask_r[None, :], mine[:, None] & mask_k[None, :]

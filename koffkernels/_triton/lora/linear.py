@@ -18,9 +18,10 @@ from .grad import lora_grad
 from .shrink import shrink
 
 
-def _route(stage: str, x: Tensor, weight: Tensor) -> routes.Route:
+def route_of(stage: str, x: Tensor, weight: Tensor, rows: Rows) -> routes.Route:
+    """Return the route of a call on x [M, K]."""
     n, k = weight.shape
-    shape = routes.Shape("lora_linear", stage, x.shape[0], k, n, x.dtype)
+    shape = routes.Shape("lora_linear", stage, x.shape[0], k, n, x.dtype, rows.ids is not None)
     return routes.choose(shape, x.device)
 
 
@@ -31,7 +32,7 @@ def linear_forward(
     a, b, scaling = lora
     s = shrink(x, a, None, rows)
     delta = (Delta(s, b, scaling),)
-    route = _route("forward", x, weight)
+    route = route_of("forward", x, weight, rows)
     if route.name == "fused":
         return gemm_linear(x, weight, bias, delta, rows, routes.find(FUSED, route)), s
     return expand_(F.linear(x, weight, bias), delta, rows), s
@@ -41,7 +42,7 @@ def linear_inference(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
 ) -> Tensor:
     """Return y of ``linear_forward``, where nothing is saved for backward."""
-    route = _route("forward", x, weight)
+    route = route_of("forward", x, weight, rows)
     if route.name == "decode":
         return decode_linear(x, weight, bias, lora, rows, routes.find(DECODE, route))
     return linear_forward(x, weight, bias, lora, rows)[0]
@@ -77,7 +78,7 @@ def linear_backward(
     dx = None
     if needs[0]:
         delta = (Delta(t, a.transpose(1, 2), scaling),)
-        route = _route("backward", dy, weight.t())
+        route = route_of("backward", dy, weight.t(), rows)
         if route.name == "fused":
             dx = gemm_linear(dy, weight.t(), None, delta, rows, routes.find(FUSED, route))
         else:

@@ -30,7 +30,7 @@ _BLOCK_M, _BLOCK_K = 64, 64  # 64 tokens: the least that wgmma takes
 _TILES_PER_SPLIT = 4  # of K, at least: a pipeline of three stages has to fill first
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "memories", "tokens", "blocks"])
 def _shrink_fwd_kernel(
     x_ptr,
     stride_x,
@@ -38,6 +38,7 @@ def _shrink_fwd_kernel(
     second,
     s_ptr,
     ids_ptr,
+    memories,
     tokens,
     M,
     K,
@@ -56,7 +57,7 @@ def _shrink_fwd_kernel(
     offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
-    memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+    memory = token_memory(ids_ptr, memories, offs_m, mask_m, tokens)
     lowest, last = memory_range(memory)
     # A multiple of a constant, so the compiler knows that rows stay aligned.
     begin = split * blocks * BLOCK_K
@@ -65,9 +66,10 @@ def _shrink_fwd_kernel(
     s1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for m in range(lowest, last):
         mine = memory == m
-        a0_cols = first.ptr + m * first.stride_memory + offs_r[None, :] * first.stride_rank
+        at = tl.cast(m, tl.int64)
+        a0_cols = first.ptr + at * first.stride_memory + offs_r[None, :] * first.stride_rank
         if second is not None:
-            a1_cols = second.ptr + m * second.stride_memory + offs_r[None, :] * second.stride_rank
+            a1_cols = second.ptr + at * second.stride_memory + offs_r[None, :] * second.stride_rank
         part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         # A tile can hold memories 0 and 39 and none between: these take no turn in the inner loop.
@@ -141,6 +143,7 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         second=None if a1 is None else _low_rank(a1),
         s_ptr=s,
         ids_ptr=rows.ids,
+        memories=a0.shape[0],
         tokens=rows.tokens,
         M=m,
         K=k,

@@ -47,7 +47,7 @@ _SHRINK_SPLIT_COST = 4.0
 LoRATensors = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "tokens", "blocks"])
+@triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "memories", "tokens", "blocks"])
 def _decode_shrink_fwd_kernel(
     x_ptr,
     stride_x,
@@ -55,6 +55,7 @@ def _decode_shrink_fwd_kernel(
     a1,
     s_ptr,
     ids_ptr,
+    memories,
     tokens,
     M,
     K,
@@ -73,7 +74,7 @@ def _decode_shrink_fwd_kernel(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
-    memory = token_memory(ids_ptr, offs_m, offs_m < M, tokens)
+    memory = token_memory(ids_ptr, memories, offs_m, offs_m < M, tokens)
     begin = split * blocks * BLOCK_K
     end = tl.minimum(begin + blocks * BLOCK_K, K)
     width = a0.rank
@@ -94,7 +95,7 @@ def _decode_shrink_fwd_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "tokens", "splits"])
+@triton.jit(do_not_specialize=["M", "memories", "tokens", "splits"])
 def _decode_mlp_up_fwd_kernel(
     x_ptr,
     stride_x,
@@ -108,6 +109,7 @@ def _decode_mlp_up_fwd_kernel(
     b_up_ptr,
     h_ptr,
     ids_ptr,
+    memories,
     tokens,
     M,
     N,
@@ -154,7 +156,7 @@ def _decode_mlp_up_fwd_kernel(
         w_up = tl.load(up_rows + offs_w, mask=mask_w, other=0.0)
         u = dot(w_up, x, u, PRECISION)
     if s_ptr is not None:
-        memory = token_memory(ids_ptr, offs_m, mask_m, tokens)
+        memory = token_memory(ids_ptr, memories, offs_m, mask_m, tokens)
         first, last = memory_range(memory)
         if gates_ptr is not None:
             last = tl.where(end > 0, last, first)
@@ -198,6 +200,7 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
         a1=None if a1 is None else StackedA(a1, scaling1, r1),
         s_ptr=s,
         ids_ptr=rows.ids,
+        memories=n,
         tokens=rows.tokens,
         M=m,
         K=k,
@@ -229,6 +232,7 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
         b_up_ptr=b_up,
         h_ptr=h,
         ids_ptr=rows.ids,
+        memories=next((b.shape[0] for b in lora_b if b is not None), 0),
         tokens=rows.tokens,
         M=m,
         N=h.shape[1],

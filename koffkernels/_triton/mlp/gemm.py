@@ -67,7 +67,7 @@ def store_hidden(
         store_tile(h_ptr, stride_h, h, begin_m, begin_n, M, N, False)
 
 
-@triton.jit(do_not_specialize=["M", "tokens"])
+@triton.jit(do_not_specialize=["M", "memories", "tokens"])
 def _gemm_mlp_up_fwd_kernel(
     x_ptr,
     stride_x,
@@ -84,6 +84,7 @@ def _gemm_mlp_up_fwd_kernel(
     delta_gate,
     delta_up,
     ids_ptr,
+    memories,
     tokens,
     M,
     N,
@@ -121,7 +122,7 @@ def _gemm_mlp_up_fwd_kernel(
             w_gate_ptr + ((inside * stride_gate)[None, :] + offs_k[:, None]),
             w_up_ptr + ((inside * stride_up)[None, :] + offs_k[:, None]),
         )
-        memory = token_memory(ids_ptr, begin_m + rows, rows >= 0, tokens)
+        memory = token_memory(ids_ptr, memories, begin_m + rows, rows >= 0, tokens)
         first, last = memory_range(memory)
         # x [BLOCK_M, BLOCK_K], [Wg; Wu]^T [BLOCK_K, 2 BLOCK_N]
         acc = multiply(
@@ -185,6 +186,7 @@ def gemm_mlp_up(
     config = choose_config(config, CONFIGS, FP32, x)
     (m, k), width = x.shape, w_gate.shape[0]
     h, gu = x.new_empty(m, width), x.new_empty(m, 2 * width) if keep else None
+    some = delta_gate or delta_up
     launch(
         _gemm_mlp_up_fwd_kernel,
         grid_of(m, width, config),
@@ -203,6 +205,7 @@ def gemm_mlp_up(
         delta_gate=operand(delta_gate),
         delta_up=operand(delta_up),
         ids_ptr=rows.ids,
+        memories=0 if some is None else some.b.shape[0],
         tokens=rows.tokens,
         M=m,
         N=width,

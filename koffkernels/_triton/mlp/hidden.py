@@ -66,9 +66,9 @@ def _mlp_hidden_fwd_kernel(
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     if delta_gate is not None:
-        b_gate, scale_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
+        b_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
     if delta_up is not None:
-        b_up, scale_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
+        b_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = (offs_m < end)[:, None]
@@ -79,13 +79,13 @@ def _mlp_hidden_fwd_kernel(
         g = tl.load(g0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(u0_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
-            g, _ = add_update(
-                g, delta_gate, b_gate, scale_gate, memory, rows, mask_m, offs_i, mask_i,
+            g = add_update(
+                g, delta_gate, b_gate, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_up is not None:
-            u, _ = add_update(
-                u, delta_up, b_up, scale_up, memory, rows, mask_m, offs_i, mask_i,
+            u = add_update(
+                u, delta_up, b_up, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         h = activate(g, ACTIVATION) * u

@@ -18,10 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lora.grad import lora_grad
+from ..shared.config import Config
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import sum_by_memory, sum_partials
-from ..shared.stretch import add_update, memory_part, stretch_of, stretches
+from ..shared.stretch import (
+    add_update,
+    memory_part,
+    narrow_transposed,
+    stretch_of,
+    stretches,
+)
 
 
 class HiddenDeltas(NamedTuple):
@@ -59,11 +66,15 @@ def _expects(args: dict[str, Any]) -> str | None:
 
 EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 
-# Tiles of 16 tokens: with 32 the sums and tiles of r = 64 spill a few bytes, and r = 16 was 6 %
-# slower on an H200 (M = 8192, I = 11904, eight memories; both with an approximate reciprocal in the
-# activation, which is not in here). Stretches of 1024 tokens: 256 took 2 % longer in a prototype,
-# with more partial sums to add afterwards.
-_BLOCK_M, _STAGES, _LENGTH = 16, 3, 1024
+# Three sums of [rank, block_n] lie in the registers beside five tiles of [block_m, block_n]. On an
+# H100 (M = 8192, I = 11904, r = 16, eight memories; a copy moves 3.01 TB/s) the first took 370 us,
+# 2.69 TB/s; 32x64 with eight warps 376, tiles of 32 columns, which are half a line, 506 and more,
+# and two stages instead of three a quarter more. r = 64 spills on sm_80 with larger tiles, or with
+# four warps. Stretches of 512 tokens took 3 % longer than 1024, and 2048 as long.
+_RANK_16 = Config(16, 64, warps=4, stages=3)
+_RANK_32 = Config(16, 64, warps=8, stages=3)
+_HIGHER = Config(16, 32, warps=8, stages=2)
+_LENGTH = 1024
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
 _SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
 
@@ -76,15 +87,13 @@ def sums_pay(deltas: HiddenDeltas, rows: Rows) -> bool:
 
 @triton.jit
 def _hidden_grads(dh, g, u, z, HAS_GATES: tl.constexpr, ACTIVATION: tl.constexpr):
-    """(dg, du, h, dh act u) of one tile in fp32."""
+    """(dg, du, act u, dh act u) of one tile in fp32; the gradients are those under the gates z."""
     act, slope = activate_grad(g, ACTIVATION)
     product = act * u
     dz = dh * product
-    h = product
     if HAS_GATES:
         dh = dh * z[None, :]
-        h = product * z[None, :]
-    return dh * u * slope, dh * act, h, dz
+    return dh * u * slope, dh * act, product, dz
 
 
 @triton.jit
@@ -143,13 +152,13 @@ def _mlp_hidden_bwd_kernel(
     if gates_ptr is not None:
         z = tl.load(gates_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float32)
     if delta_gate is not None:
-        b_gate, scale_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
+        b_gate = memory_part(delta_gate, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_gate = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     if delta_up is not None:
-        b_up, scale_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
+        b_up = memory_part(delta_up, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_up = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     if delta_down is not None:
-        b_down, scale_down = memory_part(delta_down, memory, offs_i, mask_i, BLOCK_R, dtype)
+        b_down = memory_part(delta_down, memory, offs_i, mask_i, BLOCK_R, dtype)
         sum_down = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     # Summed over the tile's tokens only at the end: across warps that takes barriers.
     dz = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
@@ -165,37 +174,43 @@ def _mlp_hidden_bwd_kernel(
         u = tl.load(u0_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + offs_h, mask=mask, other=0.0).to(tl.float32)
         if delta_gate is not None:
-            g, s_gate = add_update(
-                g, delta_gate, b_gate, scale_gate, memory, rows, mask_m, offs_i, mask_i,
+            g = add_update(
+                g, delta_gate, b_gate, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_up is not None:
-            u, s_up = add_update(
-                u, delta_up, b_up, scale_up, memory, rows, mask_m, offs_i, mask_i,
+            u = add_update(
+                u, delta_up, b_up, memory, rows, mask_m, offs_i, mask_i,
                 BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
         if delta_down is not None:
-            dh, t_down = add_update(
-                dh, delta_down, b_down, scale_down, memory, rows, mask_m, offs_i,
+            dh = add_update(
+                dh, delta_down, b_down, memory, rows, mask_m, offs_i,
                 mask_i, BLOCK_R, MORE, PRECISION,
             )  # fmt: skip
-        dg, du, h, dz_tile = _hidden_grads(dh, g, u, z, gates_ptr is not None, ACTIVATION)
+        dg, du, product, dz_tile = _hidden_grads(dh, g, u, z, gates_ptr is not None, ACTIVATION)
         if dz_ptr is not None:
             dz += dz_tile
         # From here on the tile of dh, or of g0 and u0, is written over: see ``outputs``.
-        dg, du, h = dg.to(dtype), du.to(dtype), h.to(dtype)
+        dg, du = dg.to(dtype), du.to(dtype)
         offs_d = rows * stride_dg + offs_i[None, :]
         tl.store(dg_ptr + offs_d, dg, mask=mask)
         tl.store(du_ptr + offs_d, du, mask=mask)
         if h_ptr is not None:
-            tl.store(h_ptr + offs_h, h, mask=mask)
+            h = product
+            if gates_ptr is not None:
+                h *= z[None, :]
+            tl.store(h_ptr + offs_h, h.to(dtype), mask=mask)
         if parts_ptr is not None:
             if delta_gate is not None:
-                sum_gate = dot(tl.trans(s_gate), dg, sum_gate, PRECISION)
+                s_gate = narrow_transposed(delta_gate, rows, mask_m, BLOCK_R, dtype)
+                sum_gate = dot(s_gate, dg, sum_gate, PRECISION)
             if delta_up is not None:
-                sum_up = dot(tl.trans(s_up), du, sum_up, PRECISION)
+                s_up = narrow_transposed(delta_up, rows, mask_m, BLOCK_R, dtype)
+                sum_up = dot(s_up, du, sum_up, PRECISION)
             if delta_down is not None:
-                sum_down = dot(tl.trans(t_down), h, sum_down, PRECISION)
+                t_down = narrow_transposed(delta_down, rows, mask_m, BLOCK_R, dtype)
+                sum_down = dot(t_down, product.to(dtype), sum_down, PRECISION)
     if dz_ptr is not None:
         tl.store(dz_ptr + stretch.to(tl.int64) * I + offs_i, tl.sum(dz, 0), mask=mask_i)
     if parts_ptr is not None:
@@ -207,6 +222,8 @@ def _mlp_hidden_bwd_kernel(
             _store_sum(part_ptr, sum_up, delta_up.rank, offs_r, offs_i, mask_i, I)
             part_ptr += delta_up.rank * I
         if delta_down is not None:
+            if gates_ptr is not None:
+                sum_down *= z[None, :]  # h = product z, and z is the same for all tokens
             _store_sum(part_ptr, sum_down, delta_down.rank, offs_r, offs_i, mask_i, I)
 
 
@@ -254,11 +271,10 @@ def mlp_hidden_bwd(
         sums = dh.new_empty(cut.count, ranks, i, dtype=torch.float32)
     elif deltas.down is not None:
         h = dh.new_empty(m, i)
-    # Three sums of [rank, BLOCK_I] lie in the registers beside five tiles of [BLOCK_M, BLOCK_I].
-    block_i = 64 if rank <= 16 else 32
+    config = _RANK_16 if rank <= 16 else _RANK_32 if rank <= 32 else _HIGHER
     launch(
         _mlp_hidden_bwd_kernel,
-        (cdiv(i, block_i) * cut.count,),
+        (cdiv(i, config.block_n) * cut.count,),
         dh_ptr=dh,
         stride_dh=i,
         g0_ptr=g0,
@@ -280,14 +296,15 @@ def mlp_hidden_bwd(
         I=i,
         RANKS=0 if sums is None else sums.shape[1],
         ACTIVATION=activation,
-        BLOCK_M=_BLOCK_M,
-        BLOCK_I=block_i,
+        BLOCK_M=config.block_m,
+        BLOCK_I=config.block_n,
         BLOCK_R=rank_block(rank),
         MORE=rank > rank_block(rank),
         PRECISION=precision(g0.dtype),
-        STAGES=_STAGES,
-        num_warps=4,
-        num_stages=_STAGES,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        most_registers=None,
     )
     if dz is not None:
         dz = sum_partials(dz, torch.float32)

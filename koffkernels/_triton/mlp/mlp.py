@@ -1,5 +1,6 @@
 """Gated MLP, forward and backward, on [M, H]: the vendor's GEMMs with narrow kernels between them,
-fused GEMMs, or the decode kernels; ``routes`` says which.
+fused GEMMs, or the decode kernels; ``routes`` says which, of the down projection as of any linear
+layer.
 
 Saved for backward: x, g0 and u0 (the GEMMs' results, before the low-rank updates, in one [M, 2 I]
 buffer) and the narrow s; with ``recompute`` g0 and u0 are not saved but computed again.
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from ... import routes
 from ...types import GatedMLPLoRA, LoRA
+from ..lora.decode import CONFIGS as DECODE_DOWN
 from ..lora.decode import decode_linear
 from ..lora.expand import expand_
 from ..lora.gemm import CONFIGS as FUSED_DOWN
 from ..lora.gemm import gemm_linear
 from ..lora.grad import lora_grad
 from ..lora.linear import matrix_gradients
+from ..lora.linear import route_of as linear_route
 from ..lora.shrink import shrink
 from ..shared.launch import Rows
 from ..shared.operands import Delta
@@ -52,10 +55,12 @@ class Saved(NamedTuple):
     s_down: Tensor | None
 
 
-def route_of(stage: str, x: Tensor, w_gate: Tensor) -> routes.Route:
-    """Return the route of a call on x [M, H]."""
+def _route(stage: str, x: Tensor, w_gate: Tensor, rows: Rows) -> routes.Route:
+    """Return the route of the gate and up projections of x [M, H]."""
     i, h = w_gate.shape
-    return routes.choose(routes.Shape("gated_mlp", stage, x.shape[0], h, i, x.dtype), x.device)
+    mixed = rows.ids is not None
+    shape = routes.Shape("gated_mlp", stage, x.shape[0], h, i, x.dtype, mixed)
+    return routes.choose(shape, x.device)
 
 
 def _shrink_both(x: Tensor, lora: GatedMLPLoRA, rows: Rows) -> Tensor | None:
@@ -92,38 +97,55 @@ def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     return gu
 
 
-def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Saved]:
-    """Return (y, what backward needs), g0 and u0 only with ``keep``. x is [M, H]."""
-    (w_gate, w_up, w_down), gates, lora, rows, activation = layer
-    i, route = w_gate.shape[0], route_of("forward", x, w_gate)
+def _hidden(
+    x: Tensor, layer: Layer, route: routes.Route, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (h, g0 and u0 or None, s of gate and up) by one of the GEMM routes."""
+    (w_gate, w_up, _), gates, lora, rows, activation = layer
+    i = w_gate.shape[0]
     s_gate_up = _shrink_both(x, lora, rows)
     deltas = _deltas(s_gate_up, lora)
-    gu = None
     if route.name == "fused":
         config = routes.find(FUSED_UP, route)
         h, gu = gemm_mlp_up(x, w_gate, w_up, gates, *deltas, rows, activation, config, keep)
-    else:
-        gu = _gate_up(x, w_gate, w_up)
-        h = mlp_hidden(gu[:, :i], gu[:, i:], gates, *deltas, rows, activation)
-    s_down = None if lora.down is None else shrink(h, lora.down.a, None, rows)
-    down = () if lora.down is None else (Delta(s_down, lora.down.b, lora.down.scaling),)
-    if route.name == "fused":
-        y = gemm_linear(h, w_down, None, down, rows)
-    else:
-        y = F.linear(h, w_down)
-        y = expand_(y, down, rows) if down else y
+        return h, gu, s_gate_up
+    gu = _gate_up(x, w_gate, w_up)
+    h = mlp_hidden(gu[:, :i], gu[:, i:], gates, *deltas, rows, activation)
+    return h, gu, s_gate_up
+
+
+def _down(h: Tensor, layer: Layer, route: routes.Route) -> tuple[Tensor, Tensor | None]:
+    """Return (y, s of down) by one of the GEMM routes."""
+    w_down, part, rows = layer.weights[2], layer.lora.down, layer.rows
+    s = None if part is None else shrink(h, part.a, None, rows)
+    delta = () if part is None else (Delta(s, part.b, part.scaling),)
+    if route.name == "fused":  # a forced config may be one of gate and up's
+        return gemm_linear(h, w_down, None, delta, rows, FUSED_DOWN.get(route.config)), s
+    y = F.linear(h, w_down)
+    return expand_(y, delta, rows) if delta else y, s
+
+
+def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Saved]:
+    """Return (y, what backward needs), g0 and u0 only with ``keep``. x is [M, H]."""
+    route = _route("forward", x, layer.weights[0], layer.rows)
+    h, gu, s_gate_up = _hidden(x, layer, route, keep)
+    y, s_down = _down(h, layer, linear_route("forward", h, layer.weights[2], layer.rows))
     return y, Saved(gu if keep else None, s_gate_up, s_down)
 
 
 def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
     """Return y of ``mlp_forward``, where nothing is saved for backward."""
     weights, gates, lora, rows, activation = layer
-    route = route_of("forward", x, weights[0])
-    if route.name != "decode":
-        return mlp_forward(x, layer, keep=False)[0]
-    config = routes.find(DECODE_UP, route)
-    h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
-    return decode_linear(h, weights[2], None, lora.down, rows)
+    route = _route("forward", x, weights[0], rows)
+    if route.name == "decode":
+        config = routes.find(DECODE_UP, route)
+        h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
+    else:
+        h = _hidden(x, layer, route, keep=False)[0]
+    route = linear_route("forward", h, weights[2], rows)
+    if route.name == "decode":  # a forced config may be one of gate and up's
+        return decode_linear(h, weights[2], None, lora.down, rows, DECODE_DOWN.get(route.config))
+    return _down(h, layer, route)[0]
 
 
 def _hidden_backward(
@@ -167,7 +189,7 @@ def _input_gradient(
         for t, part in ((t_gate, lora.gate), (t_up, lora.up))
         if part is not None
     )
-    route = route_of("backward", dg, w_gate)
+    route = _route("backward", dg, w_gate, rows)
     if route.name == "fused":
         config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
         dx = gemm_linear(dg, w_gate.t(), None, (), rows, config)

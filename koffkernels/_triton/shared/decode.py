@@ -214,7 +214,7 @@ def expand_rows(
             mine = memory == m
             used = tl.max(mine.to(tl.int32), 0) > 0
             mask_b = (offs_n < N)[:, None] & (offs_r < R)[None, :] & used
-            b_rows = b_ptr + (m * N + offs_n.to(tl.int64)[:, None]) * R
+            b_rows = b_ptr + (tl.cast(m, tl.int64) * N + offs_n[:, None]) * R
             b = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
             # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
             acc = tl.where(mine[None, :], dot(narrow(b, dtype), s, acc, PRECISION), acc)

@@ -104,6 +104,14 @@ def _several_gpus() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; those of an H100 for a device that is none."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -190,10 +198,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_memory(ids_ptr, offs_m, mask_m, tokens):
+def token_memory(ids_ptr, memories, offs_m, mask_m, tokens):
     """Memory of each token [BLOCK_M]; -1 for none, and for tokens outside the mask."""
     if ids_ptr is not None:
-        return tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1).to(tl.int32)
+        # An id that is none of the memories means none: it must not become an address.
+        id = tl.load(ids_ptr + offs_m // tokens, mask=mask_m, other=-1)
+        return tl.where((id >= 0) & (id < memories), id, -1).to(tl.int32)
     return tl.where(mask_m, 0, -1)
 
 
@@ -215,35 +225,46 @@ def token_span(ids_ptr, begin, end, tokens, m):
         for start in tl.range(begin, end, _IDS_BLOCK, num_stages=1):
             offs = start + tl.arange(0, _IDS_BLOCK)
             inside = offs < end
-            memory = tl.load(ids_ptr + offs // tokens, mask=inside, other=-1).to(tl.int32)
-            mine = inside & (memory == m)
+            mine = inside & (tl.load(ids_ptr + offs // tokens, mask=inside, other=-1) == m)
             first = tl.minimum(first, tl.min(tl.where(mine, offs, _NO_MEMORY), 0))
             last = tl.maximum(last, tl.max(tl.where(mine, offs + 1, 0), 0))
     return first, last
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in fp32, within a few units in the last place, as ``tl.sigmoid``.
+
+    1 / y = rsqrt(y)^2 takes two instructions for y >= 1, of which there is nothing to guard; a
+    division takes nine, a sixth of what the hidden layer's backward did for an element.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))  # log2(e)
+    return root * root
+
+
+@triton.jit
 def activate(g, ACTIVATION: tl.constexpr):
     """act(g) in fp32."""
     if ACTIVATION == "silu":
-        return g * tl.sigmoid(g)
+        return g * sigmoid(g)
     elif ACTIVATION == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))  # sqrt(1/2)
     else:  # gelu_tanh; 0.5 (1 + tanh(v)) = sigmoid(2 v), and 2 sqrt(2 / pi) = 1.5957691...
         inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-        return g * tl.sigmoid(inner)
+        return g * sigmoid(inner)
 
 
 @triton.jit
 def activate_grad(g, ACTIVATION: tl.constexpr):
     """(act(g), act'(g)) in fp32."""
     if ACTIVATION == "silu":
-        s = tl.sigmoid(g)
-        return g * s, s * (1.0 + g * (1.0 - s))
+        s = sigmoid(g)
+        act = g * s
+        return act, s + act * (1.0 - s)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
         return g * cdf, cdf + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)  # 1 / sqrt(2 pi)
     else:  # 3 * 0.044715 = 0.134145
-        s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        s = sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
         return g * s, s + g * s * (1.0 - s) * slope

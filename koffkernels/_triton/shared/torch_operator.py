@@ -91,16 +91,15 @@ def operation(
     op.register_autograd(lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup)
 
     class Eager(torch.autograd.Function):
+        # ctx in forward, and no setup_context, with which torch reads the signature in every call.
         @staticmethod
-        def forward(*args):
-            return forward(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
+        def forward(ctx, *args):
+            output = forward(*args)
             # What is saved gets no gradient, and a zero one is not made for it.
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*output[1:])
-            setup(ctx, inputs, output)
+            setup(ctx, args, output)
+            return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable

@@ -99,14 +99,19 @@ def test_decode_reads_a_prefix_once_per_group(monkeypatch):
     check(case)
 
 
-@pytest.mark.parametrize("programs", [1, 40, 1000])
-def test_decode_splits(programs, monkeypatch):
-    monkeypatch.setattr(few, "_PROGRAMS", programs)
+@pytest.mark.parametrize("multiprocessors", [1, 20, 500])
+@pytest.mark.parametrize("keys", [10, 290])
+def test_decode_splits(keys, multiprocessors, monkeypatch):
+    """Rows of one split go on with the prefix's partial results; others leave them to a merge."""
+    launches, launch = [], few.launch
+    monkeypatch.setattr(few, "launch", lambda *a, **k: (launches.append(a[1]), launch(*a, **k)))
+    monkeypatch.setattr(few, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(few, "_SPLIT", 16)
-    case = Case((2, 2, 1, 2, 290, 64, 2, 300), torch.float32, bounds=BOUNDS["left padding"])
-    check(case)
-    if programs == 1000:
-        assert few._splits(2, 290) == 19  # more than one round of the merge
+    check(Case((2, 2, 1, 2, keys, 64, 2, 300), torch.float32, bounds=BOUNDS["left padding"]))
+    prefix_splits, own_splits = launches[0][2], launches[1][1]
+    assert prefix_splits == (1 if multiprocessors == 1 else 19)  # more than one round of the merge
+    assert own_splits == (19 if keys == 290 and multiprocessors > 1 else 1)
+    assert len(launches) == (2 if own_splits == 1 else 3)
 
 
 def test_decode_ids_out_of_range_are_none():

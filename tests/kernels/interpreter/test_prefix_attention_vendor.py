@@ -81,7 +81,7 @@ def preferred(monkeypatch):
     """The CPU as a device on which cuDNN is faster, a torch that says it takes every call, and no
     demand for equal bits."""
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(vendor, "_cudnn_is_faster", lambda device: True)
+    monkeypatch.setattr(vendor, "_cudnn_is_faster", lambda device, choice: True)
     monkeypatch.setattr(vendor, "can_use_cudnn_attention", lambda params: True)
     monkeypatch.setattr(vendor, "_refused", set())
 
@@ -224,23 +224,23 @@ def test_forced_cudnn_hides_no_error(cudnn):
 
 def test_when_cudnn_is_asked(preferred, monkeypatch):
     q, k, v = Case(SMALL, torch.bfloat16).call()[:3]
-    assert vendor._cudnn_takes(q, k, v)
+    assert vendor._cudnn_takes(None, q, k, v)
     with vendor.forced("flash"):
-        assert not vendor._cudnn_takes(q, k, v)
+        assert not vendor._cudnn_takes(None, q, k, v)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert not vendor._cudnn_takes(q, k, v)
+    assert not vendor._cudnn_takes(None, q, k, v)
     torch.use_deterministic_algorithms(False)
     shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
-    assert not vendor._cudnn_takes(shifted, k, v)
+    assert not vendor._cudnn_takes(None, shifted, k, v)
     monkeypatch.setattr(vendor, "can_use_cudnn_attention", lambda params: False)
-    assert not vendor._cudnn_takes(q, k, v)
+    assert not vendor._cudnn_takes(None, q, k, v)
 
 
 def test_torch_is_asked_with_the_call_itself(preferred, monkeypatch):
     seen = []
     monkeypatch.setattr(vendor, "can_use_cudnn_attention", seen.append)
     q, k, v = Case(SMALL, torch.bfloat16).call()[:3]
-    assert not vendor._cudnn_takes(q, k, v)
+    assert not vendor._cudnn_takes(None, q, k, v)
     (asked,) = seen
     assert asked.query is q and asked.key is k and asked.value is v
     assert asked.attn_mask is None and asked.dropout == 0.0
@@ -267,5 +267,14 @@ def test_where_cudnn_is_faster(capability, version, hip, faster, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     monkeypatch.setattr(torch.version, "hip", hip)
     find = vendor._cudnn_is_faster.__wrapped__  # without what it remembers of each device
-    assert find(torch.device("cuda", 0)) is faster
-    assert find(torch.device("cpu")) is False
+    assert find(torch.device("cuda", 0), None) is faster
+    assert find(torch.device("cpu"), None) is False
+
+
+def test_a_table_may_choose_cudnn_where_it_is_sound(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    find, gpu = vendor._cudnn_is_faster.__wrapped__, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for version, sound in ((91500, False), (91900, True)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda v=version: v)
+        assert [find(gpu, name) for name in ("cudnn", "flash", None)] == [sound, False, False]

@@ -1,0 +1,2 @@
+"""stub"""
+def verdicts(rows): return ""
