@@ -94,7 +94,9 @@ def e2e(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="folder of the result files")] = RESULTS,
-    docs: Annotated[Path, typer.Option(help="folder of bench.md, its figures and its table")] = DOCS,
+    docs: Annotated[
+        Path, typer.Option(help="folder of bench.md, its figures and its table")
+    ] = DOCS,
     readme: Annotated[Path | None, typer.Option(help="its table is written anew")] = README,
 ) -> None:
     """Write docs/bench.md, its figures, a CSV with Liger-Kernel's columns, and README's table."""

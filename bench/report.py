@@ -1,2 +1,5 @@
 """stub"""
-def verdicts(rows): return ""
+
+
+def verdicts(rows):
+    return ""
