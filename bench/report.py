@@ -59,7 +59,9 @@ dtype, in its favour. Before a case is timed its logits, or the gradients of its
 with those of transformers or PEFT: what is wrong has no time. On a processor the cases of one phase
 and batch are read in turns, and compared reading by reading. The ideal is the longer of moving the
 bytes and doing the operations, at the rates of a copy and of a large product that were measured in
-the same run. A training step here is forward, backward and AdamW."""
+the same run. A training step here is forward, backward and AdamW. transformers' compiled
+`generate` takes half a minute per model and batch before its first token, and was measured where a
+row says so."""
 
 
 def load(folder: Path, pattern: str) -> dict[str, dict]:
@@ -115,6 +117,10 @@ def _memories(row: Row) -> str:
     return words + " with keys" * row["keys"]
 
 
+def _what(row: Row) -> str:
+    return f"{PHASES[row['phase']]}, {row['rows']} row{'s' * (row['rows'] > 1)}"
+
+
 def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
@@ -131,10 +137,9 @@ def verdicts(rows: list[Row]) -> str:
             continue
         peer = min(peers, key=lambda r: r["us"])
         gain = ratio(peer, ours)
-        what = f"{PHASES[ours['phase']]}, {ours['rows']} rows"
         lines.append(
             (
-                what.replace(" 1 rows", " 1 row"),
+                _what(ours),
                 _backbone(ours["backbone"]),
                 _memories(ours),
                 f"{ours['tokens_per_second']:.0f}",
@@ -169,7 +174,7 @@ def pruning(rows: list[Row]) -> str:
             gain, possible = ratio(dense[0], row), dense[0]["least_seconds"] / row["least_seconds"]
             lines.append(
                 (
-                    f"{PHASES[row['phase']]}, {row['rows']} row{'s' * (row['rows'] > 1)}",
+                    _what(row),
                     WAYS[row["way"]],
                     _memories(row),
                     _backbone(row["backbone"]),
@@ -329,7 +334,7 @@ def targets(folder: Path) -> str:
     for name, record in end_to_end(folder).items():
         timed = _timed(record["rows"])
         for ours in timed:
-            what = f"{PHASES[ours['phase']]}, {ours['rows']} rows, {name}"
+            what = f"{_what(ours)}, {name}"
             dense = ours["way"] == "koff" and ours["backbone"] == "dense" and not ours["keys"]
             peers = [r for r in timed if _same(r) == _same(ours) and r["way"] != "koff"]
             peers = [r for r in peers if r["way"] in ("transformers", "peft")]
@@ -486,12 +491,12 @@ def draw(record: dict, name: str, docs: Path) -> None:
                             of["dense"]["least_seconds"] / of[b]["least_seconds"] for b in names
                         ]
                         ax.plot(x, best, "k--", label="possible")
-        ax.set(title=f"{PHASES[phase]}, {batch} rows", xlabel="weights removed, %")
+        ax.set(title=_what({"phase": phase, "rows": batch}), xlabel="weights removed, %")
     (axes if len(settings) == 1 else axes[0]).set(ylabel="times as fast as dense")
     (axes if len(settings) == 1 else axes[-1]).legend(fontsize=6)
     save(figure, "speedup")
 
-    figure, ax = pyplot.subplots(figsize=(5, 3.4))
+    figure, ax = pyplot.subplots(figsize=(7, 3.4))
     lines: dict[str, dict[int, float]] = {}
     for r in rows:
         if r["phase"] == "decode" and r["backbone"] in ("dense", "25-equal") and not r["keys"]:
@@ -500,21 +505,22 @@ def draw(record: dict, name: str, docs: Path) -> None:
     for label, points in lines.items():
         ax.plot(list(sorted(points)), [points[b] for b in sorted(points)], "o-", label=label)
     ax.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms a token")
-    ax.legend(fontsize=5)
+    ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, "latency")
 
     figure, ax = pyplot.subplots(figsize=(5, 3.4))
     chosen = {}
     for r in rows:
         if r["phase"] == "decode" and r["way"] == "koff" and r["rows"] == 64:
-            chosen.setdefault(f"{r['backbone']}\n{_memories(r)}", r)
+            chosen.setdefault(f"{r['backbone']}, {_memories(r)}", r)
     bottom = [0.0] * len(chosen)
     for part in ("weight_bytes", "memory_bytes", "kv_bytes"):
         height = [r[part] / 2**20 for r in chosen.values()]
-        ax.bar(list(chosen), height, bottom=bottom, label=part.replace("_bytes", ""))
+        ax.barh(list(chosen), height, left=bottom, label=part.replace("_bytes", ""))
         bottom = [a + b for a, b in zip(bottom, height, strict=True)]
-    ax.set(ylabel="MiB, 64 rows")
-    ax.tick_params(axis="x", labelsize=5)
+    ax.set(xlabel="MiB, 64 rows")
+    ax.tick_params(axis="y", labelsize=7)
+    ax.invert_yaxis()
     ax.legend(fontsize=6)
     save(figure, "memory")
 
