@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 import koff
 from koff.model import arch
 from koff.model.arch import Site
+from koff.model.attach import contiguous
 from koff.model.state import count_weights
 
 from .models import Shape, forward_flops, vary
@@ -221,8 +222,9 @@ class Models:
     def peft(self, backbone: str, memories: int) -> PeftModel:
         """The same backbone with the LoRA of its memories as PEFT has it.
 
-        The adapters are in the base's dtype, in PEFT's favour: with fp32 adapters, its default, it
-        computes their products in fp32.
+        Two things are in PEFT's favour. The adapters are in the base's dtype: with fp32 adapters,
+        its default, it computes their products in fp32. And the head takes the last tokens of
+        several prompts as one product, as koff's does: PEFT freezes its table, too.
         """
         ours = self.koff("dense" if backbone == "gated" else backbone, False)
         targets = sorted({site.linear for site, _ in ours.koff.memories[NAMES[0]].sites()})
@@ -235,6 +237,7 @@ class Models:
         )
         fast = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
         model = get_peft_model(shared_copy(self.transformers(backbone)), lora, NAMES[0], **fast)
+        model.get_output_embeddings().register_forward_pre_hook(contiguous)
         for name in NAMES[1:memories]:
             model.add_adapter(name, lora, **fast)
         places = _adapted(model)

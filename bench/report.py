@@ -53,15 +53,15 @@ time, with Liger-Kernel's columns.
     pytest bench/micro --benchmark-only     # every public operation against its peers
 
 A backbone has lost 12 or 25 % of **all** weights, with equal widths or with different ones. Which
-neurons is random: the time does not depend on it. A memory is LoRA of rank 16 on all linear layers,
-the same numbers for PEFT and koff; "with keys": learned keys too. PEFT's adapters are in the base's
-dtype, in its favour. Before a case is timed its logits, or the gradients of its LoRA, are compared
-with those of transformers or PEFT: what is wrong has no time. On a processor the cases of one phase
-and batch are read in turns, and compared reading by reading. The ideal is the longer of moving the
-bytes and doing the operations, at the rates of a copy and of a large product that were measured in
-the same run. A training step here is forward, backward and AdamW. transformers' compiled
-`generate` takes half a minute per model and batch before its first token, and was measured where a
-row says so."""
+neurons is random: the time does not depend on it. A memory is LoRA of rank 16 on all linear
+layers, the same numbers for PEFT and koff; "with keys": learned keys too. In PEFT's favour its
+adapters are in the base's dtype, and its head takes the last tokens of several prompts as one
+product. Before a case is timed its logits, or the gradients of its LoRA, are compared with those
+of transformers or PEFT: what is wrong has no time. On a processor the cases of one phase and batch
+are read in turns, and compared reading by reading. The ideal is the longer of moving the bytes and
+doing the operations, at the rates of a copy and of a large product that were measured in the same
+run. A training step here is forward, backward and AdamW. transformers' compiled `generate` takes
+half a minute per model and batch before its first token, and was measured where a row says so."""
 
 
 def load(folder: Path, pattern: str) -> dict[str, dict]:
