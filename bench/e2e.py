@@ -540,7 +540,8 @@ def run(
 ) -> Iterable[dict[str, object]]:
     """Yield a row per case; those of one phase and batch take their readings in turns, so that a
     slow minute of the machine hits them all, and the i-th readings of two belong together."""
-    by = sorted(chosen, key=lambda case: (case.phase, case.rows))  # stable
+    # What computes the same stands side by side.
+    by = sorted(chosen, key=lambda c: (c.phase, c.rows, c.memories, c.keys, c.backbone))
     for _, group in itertools.groupby(by, key=lambda case: (case.phase, case.rows)):
         ready: dict[Case, Callable[[], float]] = {}
         for case in group:
@@ -549,9 +550,9 @@ def run(
             except Exception as error:  # of one way: the others are timed
                 yield {"name": case.name, **case._asdict(), "error": str(error)}
         readings: dict[Case, list[float]] = {case: [] for case in ready}
-        for _ in range(rounds):
-            for case, reading in ready.items():
-                readings[case].append(reading())
+        for turn in range(rounds):
+            for case in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+                readings[case].append(ready[case]())
         for case, taken in readings.items():
             yield models.row(case, taken, limits)
 
