@@ -67,9 +67,9 @@ half a minute per model and batch before its first token, and was measured where
 WHY = """The file `cpu-e2e-none` has eleven readings of each, the others two or three on a
 machine with other work.
 
-**Forwards under 0.95 in five rounds.** That run shared two cores with seven other processes. fp32 with
-different widths reaches 0.98 by the fastest of its rounds, and 0.98 in fifteen rounds of a quiet
-machine. bf16 with equal widths stayed near 0.91 in all five rounds; it was not profiled.
+**Forwards under 0.95 in five rounds.** That run shared two cores with seven other processes. fp32
+with different widths reaches 0.98 by the fastest of its rounds, and 0.98 in fifteen rounds of a
+quiet machine. bf16 with equal widths stayed near 0.91 in all five rounds; it was not profiled.
 
 **Eight memories on a processor are not twice as fast as by PEFT, and at 64 rows slower.** A step
 reads 438 MiB of base weights and 26 MiB of eight LoRA, so that twice is out of reach there. Of a
@@ -426,7 +426,9 @@ def document(folder: Path) -> str:
         ]
         parts += [f"Not timed: {row['name']}: {row['error'][:200]}" for row in errors]
         if missing:
-            parts.append(f"The time did not reach: {', '.join(missing)}.")
+            parts.append(
+                f"Not timed, or not side by side with what it is compared with: {', '.join(missing)}."
+            )
     lines = [(*line[:4], f"`{line[4]}`" if line[4] else "") for line in _steps(folder)]
     lines += [(*line[:4], f"`{line[4]}`") for line in _forwards(folder)]
     parts += [
