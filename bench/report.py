@@ -426,9 +426,8 @@ def document(folder: Path) -> str:
         ]
         parts += [f"Not timed: {row['name']}: {row['error'][:200]}" for row in errors]
         if missing:
-            parts.append(
-                f"Not timed, or not side by side with what it is compared with: {', '.join(missing)}."
-            )
+            reason = "Not timed, or not side by side with what it is compared with"
+            parts.append(f"{reason}: {', '.join(missing)}.")
     lines = [(*line[:4], f"`{line[4]}`" if line[4] else "") for line in _steps(folder)]
     lines += [(*line[:4], f"`{line[4]}`") for line in _forwards(folder)]
     parts += [
