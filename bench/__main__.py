@@ -97,12 +97,12 @@ def report(
     docs: Annotated[
         Path, typer.Option(help="folder of bench.md, its figures and its table")
     ] = DOCS,
-    readme: Annotated[Path | None, typer.Option(help="its table is written anew")] = README,
+    readme: Annotated[bool, typer.Option(help="write README's table anew, too")] = True,
 ) -> None:
     """Write docs/bench.md, its figures, a CSV with Liger-Kernel's columns, and README's table."""
     from . import report
 
-    report.write(results, docs, readme)
+    report.write(results, docs, README if readme else None)
 
 
 if __name__ == "__main__":
