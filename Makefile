@@ -45,9 +45,24 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# On two cores 12 minutes. What was committed stays: results and report go to BENCH.
+BENCH ?= build/bench
+MICRO := --benchmark-only --benchmark-min-rounds=3 --benchmark-max-time=0.1 --benchmark-warmup=off
 bench: $(STAMP)
-	$(BIN)/python -m bench.compact_forward
-	$(BIN)/python -m bench.train_step
+	@mkdir -p $(BENCH)
+	@echo '1/5 operations'
+	$(BIN)/python -m pytest bench/micro -q $(MICRO) --divide 8 -k 'not compiled and not flex' \
+		--benchmark-json $(BENCH)/cpu-micro.json
+	@echo '2/5 forwards'
+	$(BIN)/python -m bench.compact_forward --rounds 5 --json $(BENCH)/cpu-compact-forward.json
+	@echo '3/5 training steps'
+	$(BIN)/python -m bench.train_step --layers 4 --runs 1 --steps 3 --json $(BENCH)/cpu-train-step.json
+	$(BIN)/python -m bench.train_step --case peft --layers 4 --runs 1 --steps 3 \
+		--json $(BENCH)/cpu-train-step-peft.json
+	@echo '4/5 whole models'
+	$(BIN)/python -m bench e2e --rounds 3 --json $(BENCH)/cpu-e2e.json
+	@echo '5/5 report'
+	$(BIN)/python -m bench report --results $(BENCH) --docs $(BENCH) --no-readme
 
 # On a machine with a GPU, by a Python that already has torch, triton, transformers, peft and pytest.
 gpu:

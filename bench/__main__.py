@@ -94,13 +94,15 @@ def e2e(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="folder of the result files")] = RESULTS,
-    docs: Annotated[Path, typer.Option(help="folder of bench.md, its figures and its table")] = DOCS,
-    readme: Annotated[Path | None, typer.Option(help="its table is written anew")] = README,
+    docs: Annotated[
+        Path, typer.Option(help="folder of bench.md, its figures and its table")
+    ] = DOCS,
+    readme: Annotated[bool, typer.Option(help="write README's table anew, too")] = True,
 ) -> None:
     """Write docs/bench.md, its figures, a CSV with Liger-Kernel's columns, and README's table."""
     from . import report
 
-    report.write(results, docs, readme)
+    report.write(results, docs, README if readme else None)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 import koff
 from koff.model import arch
 from koff.model.arch import Site
+from koff.model.attach import contiguous
 from koff.model.state import count_weights
 
 from .models import Shape, forward_flops, vary
@@ -221,8 +222,9 @@ class Models:
     def peft(self, backbone: str, memories: int) -> PeftModel:
         """The same backbone with the LoRA of its memories as PEFT has it.
 
-        The adapters are in the base's dtype, in PEFT's favour: with fp32 adapters, its default, it
-        computes their products in fp32.
+        Two things are in PEFT's favour. The adapters are in the base's dtype: with fp32 adapters,
+        its default, it computes their products in fp32. And the head takes the last tokens of
+        several prompts as one product, as koff's does: PEFT freezes its table, too.
         """
         ours = self.koff("dense" if backbone == "gated" else backbone, False)
         targets = sorted({site.linear for site, _ in ours.koff.memories[NAMES[0]].sites()})
@@ -235,6 +237,7 @@ class Models:
         )
         fast = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
         model = get_peft_model(shared_copy(self.transformers(backbone)), lora, NAMES[0], **fast)
+        model.get_output_embeddings().register_forward_pre_hook(contiguous)
         for name in NAMES[1:memories]:
             model.add_adapter(name, lora, **fast)
         places = _adapted(model)
@@ -537,7 +540,8 @@ def run(
 ) -> Iterable[dict[str, object]]:
     """Yield a row per case; those of one phase and batch take their readings in turns, so that a
     slow minute of the machine hits them all, and the i-th readings of two belong together."""
-    by = sorted(chosen, key=lambda case: (case.phase, case.rows))  # stable
+    # What computes the same stands side by side.
+    by = sorted(chosen, key=lambda c: (c.phase, c.rows, c.memories, c.keys, c.backbone))
     for _, group in itertools.groupby(by, key=lambda case: (case.phase, case.rows)):
         ready: dict[Case, Callable[[], float]] = {}
         for case in group:
@@ -546,9 +550,9 @@ def run(
             except Exception as error:  # of one way: the others are timed
                 yield {"name": case.name, **case._asdict(), "error": str(error)}
         readings: dict[Case, list[float]] = {case: [] for case in ready}
-        for _ in range(rounds):
-            for case, reading in ready.items():
-                readings[case].append(reading())
+        for turn in range(rounds):
+            for case in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+                readings[case].append(ready[case]())
         for case, taken in readings.items():
             yield models.row(case, taken, limits)
 

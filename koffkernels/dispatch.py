@@ -94,7 +94,7 @@ def _missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     if torch.version.hip is not None:
-        return "a ROCm GPU, for which the kernels were never compiled"
+        return 'a ROCm GPU, on which no kernel has run yet; force_backend("triton") runs them'
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
@@ -109,7 +109,17 @@ def _too_old(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) < _OLDEST
 
 
-def _automatic(op: str, device: torch.device | None) -> BackendChoice:
+def _tf32() -> bool:
+    # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile cannot trace the question. torch.compiler.assume_constant_result would set this, but
+# to look it up imports torch.compile's machinery, and with it triton.
+_tf32._dynamo_marked_constant = True
+
+
+def _automatic(op: str, device: torch.device | None, dtype: torch.dtype | None) -> BackendChoice:
     if "triton" not in IMPLEMENTATIONS[op]:
         return BackendChoice(op, "torch", "it has no Triton kernel")
     if device is not None and device.type != "cuda":
@@ -118,6 +128,9 @@ def _automatic(op: str, device: torch.device | None) -> BackendChoice:
         return BackendChoice(op, "torch", _WITHOUT_TRITON)
     if not torch.compiler.is_compiling() and _too_old(None if device is None else device.index):
         return BackendChoice(op, "torch", "a GPU older than compute capability 8.0")
+    if dtype == torch.float32 and not _tf32():
+        # Without tensor cores a tile of fp32 takes more registers than there are.
+        return BackendChoice(op, "torch", "fp32, and TF32 is not allowed")
     return BackendChoice(op, "triton", "tensors on a CUDA GPU")
 
 
@@ -130,12 +143,15 @@ def preload_defaults() -> None:
         preload(_ENVIRONMENT)
 
 
-def choose(op: str, device: torch.device | None = None) -> BackendChoice:
+def choose(
+    op: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> BackendChoice:
     """Return the backend that ``op`` would use now, with the reason.
 
     Args:
         op: a key of ``IMPLEMENTATIONS``.
         device: of the tensors; None: the GPU if there is one.
+        dtype: in which it computes; None: any of 16 bits.
 
     Raises:
         ValueError: Triton was asked for, and the tensors are where it cannot run.
@@ -144,7 +160,7 @@ def choose(op: str, device: torch.device | None = None) -> BackendChoice:
     if asked is None:
         asked, reason = _ENVIRONMENT, "KOFF_BACKEND"
     if asked is None:
-        return _automatic(op, device)
+        return _automatic(op, device, dtype)
     if asked not in IMPLEMENTATIONS[op]:
         return BackendChoice(op, "torch", f"{asked} was set by {reason}, but has no {op}")
     if asked == "triton" and device is not None and device.type != "cuda":
@@ -171,9 +187,10 @@ def preload(backend: str) -> None:
             _load(op, backend)
 
 
-def implementation(op: str, device: torch.device) -> Callable:
-    """Return the function that runs ``op`` on tensors of a device under the current choice."""
-    backend = choose(op, device).backend
+def implementation(op: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable:
+    """Return the function that runs ``op`` on tensors of a device, in a dtype, under the current
+    choice."""
+    backend = choose(op, device, dtype).backend
     found = _LOADED.get((op, backend))
     return _load(op, backend) if found is None else found
 

@@ -29,8 +29,8 @@ def gated_mlp(
         w_down: [H, I], frozen.
         gates: z [I], fp32, or None for all ones.
         lora: LoRA of the three layers, or None.
-        memory_ids: int64 [B] ([M] for two-dimensional x); -1: no memory for that row. May be None
-            with one memory.
+        memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
+            them: no memory for that row. May be None with one memory.
         activation: "silu", "gelu" or "gelu_tanh".
 
     Returns:
@@ -47,5 +47,5 @@ def gated_mlp(
         rule = f"be one of {', '.join(ACTIVATIONS)}"
         refuse(where, "activation", rule, repr(activation), "choose one of these")
     check_gated_mlp(where, x, (w_gate, w_up, w_down), gates, lora, memory_ids)
-    run = dispatch.implementation("gated_mlp", x.device)
+    run = dispatch.implementation("gated_mlp", x.device, dispatch.compute_dtype(x, w_gate))
     return run(x, (w_gate, w_up, w_down), gates, lora, memory_ids, activation)

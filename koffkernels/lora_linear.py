@@ -24,8 +24,8 @@ def lora_linear(
         weight: [N, K], frozen, x's dtype (any under autocast).
         bias: [N] or None, frozen.
         lora: stacked LoRA of n memories, or None.
-        memory_ids: int64 [B] ([M] for two-dimensional x); -1: no memory for that row. May be None
-            when n is 1.
+        memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
+            them: no memory for that row. May be None when n is 1.
 
     Returns:
         y [..., N] in x's dtype (autocast's where it is on). Gradients for x and for the three
@@ -37,4 +37,5 @@ def lora_linear(
     Source: Hu et al. 2021 (LoRA); reference: ``koffkernels.reference.lora_linear``.
     """
     check_linear("lora_linear", x, weight, bias, lora, memory_ids)
-    return dispatch.implementation("lora_linear", x.device)(x, weight, bias, lora, memory_ids)
+    run = dispatch.implementation("lora_linear", x.device, dispatch.compute_dtype(x, weight))
+    return run(x, weight, bias, lora, memory_ids)

@@ -27,7 +27,8 @@ def prefix_attention(
         q: [B, Hq, T, D], fp32, bf16, fp16 or fp64, RoPE applied.
         k, v: [B, Hkv, S, D], q's dtype; Hq is a multiple of Hkv (grouped-query attention).
         prefix: learned keys and values of n memories (fp32 is usual), or None.
-        memory_ids: int64 [B]; -1: no prefix for that row. May be None with one memory.
+        memory_ids: int64 [B]; -1, or any that is none of them: no prefix for that row. May be None
+            with one memory.
         bounds: which keys each row sees; None: key_start 0, key_end S, query_start S - T.
         scale: softmax scale; None: 1 / sqrt(D).
 
@@ -48,5 +49,5 @@ def prefix_attention(
         dtype = torch.get_autocast_dtype(q.device.type)  # as scaled_dot_product_attention does
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_prefix_attention(where, q, k, v, prefix, memory_ids, bounds)
-    run = dispatch.implementation("prefix_attention", q.device)
+    run = dispatch.implementation("prefix_attention", q.device, q.dtype)
     return run(q, k, v, prefix, memory_ids, bounds, scale)

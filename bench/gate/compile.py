@@ -64,7 +64,7 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     """Return what to compile, each different machine code once per chip.
 
     Args:
-        archs: of "sm_80", "sm_90", "sm_100".
+        archs: of "sm_80", "sm_90", "sm_100", "gfx942".
         subset: one model's shapes and each chip's default configurations; at least one unit of
             every kernel.
         kernels: names of kernels; None for all.
@@ -82,7 +82,7 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
     for at, file, case in _all_cases():
         tables = tables_of(file) if at in few else None
         for key, launch, labels in _launches(at, file, case):
-            for arch in [arch for arch in archs if arch in case.archs]:
+            for arch in [arch for arch in archs if arch in _chips(case)]:
                 own = Unit(launch, arch, labels | {"shapes": []})
                 unit = units.setdefault((key, arch), own)
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
@@ -102,6 +102,13 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
         units = {key: unit for key, unit in units.items() if key in chosen}
     order = sorted(units.values(), key=_sort_key)
     return [unit for unit in order if kernels is None or unit.kernel in kernels]
+
+
+def _chips(case: Any) -> tuple[str, ...]:
+    """Return the chips that a case is for: AMD's take what is for all of NVIDIA's."""
+    from . import settings
+
+    return (*case.archs, "gfx942") if case.archs == settings.ARCHS else case.archs
 
 
 def _all_cases() -> Iterator[tuple[Any, str, Any]]:
@@ -298,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile and check every kernel for chips that need not be here.",
     )
     known = ("sm_80", "sm_90", "sm_100")
-    parser.add_argument("--arch", nargs="+", default=list(known), choices=known)
+    parser.add_argument("--arch", nargs="+", default=list(known), choices=(*known, "gfx942"))
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--subset", action="store_true", help="one model, default configurations")
     parser.add_argument("--kernel", nargs="+", help="only these kernels")

@@ -22,16 +22,18 @@ from koffkernels._triton.shared.launch import Launch, leaves_of, tensors_of
 # Shared memory that one block may use, in bytes: 163 KB and 227 KB (CUDA C++ Programming Guide,
 # table "Technical Specifications per Compute Capability").
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+SHARED_LIMITS["gfx942"] = 65_536  # LDS of a workgroup (CDNA 3 instruction set, 2.2.2)
 TENSOR_COLUMNS = 512  # tensor memory of an sm_100 multiprocessor, the same guide
 
 _INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
     "mma.sync": r"\bmma\.sync\b",
     "tcgen05": r"\btcgen05\.mma\b",
+    "mfma": r"\bv_mfma_",
 }
 # Numbers of devices whose kernels are only named, never compiled, and of those that are compiled.
 _NAMED, _COMPILED = 1000, 2000
-_FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+_FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _COPY = r"\bcp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)? \[[^]]*\], \[[^]]*\], 0x10\b"  # 16 bytes
 _MEASURED = (
     "registers",
@@ -63,11 +65,13 @@ class _Chip:
     """What triton asks of its driver before it compiles."""
 
     def __init__(self, arch: str, device: int):
-        self.number = int(arch.removeprefix("sm_"))
+        amd = arch.startswith("gfx")
+        target = ("hip", arch, 64) if amd else ("cuda", int(arch.removeprefix("sm_")), 32)
+        self.target = GPUTarget(*target)
         self.device = device
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.number, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return self.device
@@ -84,7 +88,7 @@ def _chip(arch: str, caches: int) -> Iterator[_Chip]:
     """
     driver = triton.runtime.driver
     before = driver._active
-    driver.set_active(_Chip(arch, caches + int(arch.removeprefix("sm_"))))
+    driver.set_active(_Chip(arch, caches + int(arch[3:])))
     try:
         yield driver.active
     finally:
@@ -179,6 +183,20 @@ def _resources(log: str) -> dict[str, int]:
     }
 
 
+def _amd_resources(text: str) -> dict[str, int]:
+    """Return the same of a kernel for CDNA, from its assembler's metadata. Registers are those of
+    vectors, accumulators included; a lane spills four bytes at a time."""
+
+    def of(name: str) -> int:
+        return max(_numbers(rf"\.{name}:\s+(\d+)", text), default=0)
+
+    return {
+        "registers": of("vgpr_count"),
+        "spill_bytes": 4 * of("vgpr_spill_count"),
+        "stack_bytes": of("private_segment_fixed_size"),
+    }
+
+
 def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
     """Compile one launch for ``arch``, from scratch.
 
@@ -194,11 +212,15 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         launch.kernel.device_caches.pop(chip.device, None)
+        options = dict(launch.options)
+        if arch.startswith("gfx"):
+            options.pop("maxnreg", None)
         with contextlib.redirect_stdout(log):
-            done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
-    ptx = done.asm["ptx"]
+            done = launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
+    amd = done.asm.get("amdgcn")
+    ptx = amd or done.asm["ptx"]
     return {
-        **_resources(log.getvalue()),
+        **(_amd_resources(amd) if amd else _resources(log.getvalue())),
         "shared_bytes": done.metadata.shared,
         "tensor_columns": getattr(done.metadata, "tmem_size", 0) or 0,
         "wide_copies": len(re.findall(_COPY, ptx)),
@@ -211,7 +233,7 @@ def blank_row(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
 
     Args:
         launch: from ``common.recording``.
-        arch: "sm_80", "sm_90" or "sm_100".
+        arch: "sm_80", "sm_90", "sm_100" or "gfx942".
         labels: what else the row says (dtype, config, shapes).
     """
     return {
@@ -232,7 +254,7 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
         row |= compile_launch(launch, arch)
         contract = contract_of(launch)
         row["problems"] = problems_of(row, contract, launch.args)
-        if contract.accumulators is not None:
+        if contract.accumulators is not None and not arch.startswith("gfx"):
             row["problems"] += copy_problems(row["wide_copies"], contract.accumulators, launch)
     except Exception as error:  # whatever the compiler raises is the row's finding
         text = " ".join(str(error).split())

@@ -138,9 +138,17 @@ def _training() -> Iterator[Op]:
     yield Op(f"MLP hidden {size}", lambda: mlp_hidden(*hidden), (b,), others)
     deltas, others = HiddenDeltas(delta, second, third), (*others, dh, third.s)
     back = (dh, (g, u), gates, deltas, rows, "silu")
-    run = lambda: mlp_hidden_bwd(*back, needs_gates=True, overwrite=False)  # noqa: E731
-    yield Op(f"MLP hidden backward with LoRA sums {size}", run, (b,), others)
-    yield Op(f"LoRA gradient {size}", lambda: lora_grad(delta.s, y, 1, rows), (), (delta.s, y))
+
+    def backward() -> tuple[Tensor, ...]:
+        grads = mlp_hidden_bwd(*back, needs_gates=True, overwrite=False)
+        sums = (part.total(torch.float32, scaling, True) for part in grads[3:])
+        return (*grads[:3], *sums)
+
+    def gradient() -> Tensor:
+        return lora_grad(delta.s, y, 1, rows).total(torch.float32, scaling, True)
+
+    yield Op(f"MLP hidden backward with LoRA sums {size}", backward, (b,), others)
+    yield Op(f"LoRA gradient {size}", gradient, (), (delta.s, y), partials=True)
 
 
 def _gemm() -> Iterator[Op]:

@@ -38,3 +38,7 @@ def test_operation(benchmark, context, limits, model, operation, phase, memories
     if benchmark.stats:  # not under --benchmark-disable
         least = least_seconds(benchmark.extra_info, limits)
         benchmark.extra_info["share_of_limit"] = least / benchmark.stats.stats.median
+        taken = benchmark.stats.stats.sorted_data
+        for share in (20, 80):  # as Liger-Kernel's tables have them
+            place = round(share / 100 * (len(taken) - 1))
+            benchmark.extra_info[f"seconds_{share}"] = taken[place]

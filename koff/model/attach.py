@@ -296,6 +296,16 @@ def new_memory(
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
+def contiguous(head: nn.Module, args: tuple) -> tuple:
+    """Forward pre-hook of the head: lay its input out in one piece.
+
+    Of a prompt, ``generate`` gives it the last token of each row, which lie apart. By a weight that
+    has no gradient torch then multiplies row by row, and where it computes bf16 on a processor it
+    first copies the whole table once for each of them: 64 rows took half a minute.
+    """
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+
+
 def install(model: PreTrainedModel, state: KoffState) -> None:
     """Swap the classes, freeze the base and hook the boundary.
 
@@ -328,6 +338,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         inner.register_forward_pre_hook(PatchCheck(computed)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache, with_kwargs=True),
+        model.get_output_embeddings().register_forward_pre_hook(contiguous),
         # Under the base's names, what goes out and comes in has the base's order of neurons.
         model.register_state_dict_post_hook(in_original_order),
         model.register_load_state_dict_pre_hook(before_load),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,46 @@ from ..data.records import check_tokenizer
 from ..errors import asked_by, asker
 from ..model import arch
 from ..model.memory_argument import write_backbone
+from ..model.sharding import whole_model
 from ..model.state import require_attached
 from .adapters import write_kv
 from .backbone import check_writable
 from .card import export_card
 from .hub import resolve
 from .layout import CARD, KV
+from .processes import one_writes
 from .publish import left_over, new_staging, rename, sync_tree
 from .save_load import load
 from .saved_folder import open_saved
+from .space import SMALL_FILES, bytes_of, writing
+
+
+def first_writes(export: Callable[..., Path]) -> Callable[..., Path]:
+    """Decorate an export: of a distributed run the first process writes, and the others wait.
+
+    A model that FSDP shards is gathered before, on all of them.
+
+    Args:
+        export: takes a ``source`` and an ``output``, which it returns.
+    """
+    signature = inspect.signature(export)
+
+    @functools.wraps(export)
+    def on_every_process(source: PreTrainedModel | str | Path, *args: Any, **kwargs: Any) -> Path:
+        output = Path(signature.bind(source, *args, **kwargs).arguments["output"])
+        if isinstance(source, PreTrainedModel):
+            require_attached(source)
+            source = whole_model(source)
+        with one_writes(f"{asker()} {output}") as writes:
+            if writes:
+                export(source, *args, **kwargs)
+        return output
+
+    return on_every_process
 
 
 @asked_by("koff.export_merged")
+@first_writes
 def export_merged(
     source: PreTrainedModel | str | Path,
     name: str,
@@ -41,7 +71,7 @@ def export_merged(
 
     With equal widths it is a stock checkpoint; otherwise it loads with koff, or without by
     ``trust_remote_code=True``. The learned cache, if the memory has one, lies beside it as PEFT's
-    CARTRIDGE in ``kv/``.
+    CARTRIDGE in ``kv/``. Of a distributed run the first process writes, and the others wait.
 
     Args:
         source: an attached model without gates, the folder of a saved one, or its id on the hub.
@@ -56,6 +86,7 @@ def export_merged(
     Raises:
         FileNotFoundError, KeyError, ValueError: no saved model, no such memory, gates that are not
             compacted, an adapter around a layer, or a taken folder; nothing is written then.
+        OSError: there is no room for it on the disk; nothing stays there.
     """
     output = check_output(output)
     model, tokenizer = open_source(source, tokenizer, revision)
@@ -71,7 +102,7 @@ def export_merged(
             f"recurrent, got {name!r} on {model.config.model_type}: PEFT's CARTRIDGE has no place "
             "for their states, and the weights alone would be another model; use koff.save"
         )
-    with new_folder(output.absolute()) as staging:
+    with new_folder(output.absolute(), bytes_of(model.parameters())) as staging:
         write_backbone(model, staging, merged_weights(model, name))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -128,21 +159,30 @@ def open_source(
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of a free or empty one, in one step, if the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in left_over(target.parent, target.name):  # of an export that was killed
-        shutil.rmtree(left)
-    staging = new_staging(target.parent, target.name)
-    staging.mkdir()
-    try:
-        yield staging
-        sync_tree(staging)
-        if target.exists():  # os.replace does not take the place of a folder on every system
-            target.rmdir()
-        rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def new_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A folder that takes the place of a free or empty one, in one step, if the block ends well.
+
+    Args:
+        target: the place.
+        needed: bytes of the tensors that are written there.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    with writing("the export", needed + SMALL_FILES, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in left_over(target.parent, target.name):  # of an export that was killed
+            shutil.rmtree(left)
+        staging = new_staging(target.parent, target.name)
+        staging.mkdir()
+        try:
+            yield staging
+            sync_tree(staging)
+            if target.exists():  # os.replace does not take the place of a folder on every system
+                target.rmdir()
+            rename(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @torch.no_grad()

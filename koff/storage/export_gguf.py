@@ -21,8 +21,9 @@ from ..errors import asked_by, asker
 from ..model import arch
 from ..model.arch import NARROW_PREFIX
 from ..version import __version__
-from .export import check_output, new_folder, open_source
+from .export import check_output, first_writes, new_folder, open_source
 from .layout import CARD, MEMORIES
+from .space import bytes_of
 
 BACKBONE = "backbone.gguf"
 
@@ -64,6 +65,7 @@ _CHOICE = """A request chooses a memory by its number in this order, as
 
 
 @asked_by("koff.export_gguf")
+@first_writes
 def export_gguf(
     source: PreTrainedModel | str | Path,
     output: str | Path,
@@ -74,6 +76,8 @@ def export_gguf(
     revision: str | None = None,
 ) -> Path:
     """Write the backbone, and the LoRA of each memory, as GGUF files for llama.cpp.
+
+    Of a distributed run the first process writes, and the others wait.
 
     Args:
         source: an attached model without gates, the folder of a saved one, or its id on the hub.
@@ -92,6 +96,7 @@ def export_gguf(
         FileNotFoundError, ImportError, KeyError, TypeError, ValueError: no saved model, no package
             gguf, no such memory, one with learned keys, or a model or tokenizer that GGUF or
             llama.cpp has no form for; nothing is written then.
+        OSError: there is no room for it on the disk; nothing stays there.
     """
     output = check_output(output)
     model, tokenizer = open_source(source, tokenizer, revision)
@@ -115,7 +120,7 @@ def export_gguf(
     vocabulary = _vocabulary(gguf, tokenizer, model)
 
     permuted, paths = _permuter(model, architecture), _paths(gguf, model, architecture)
-    with new_folder(output.absolute()) as staging:
+    with new_folder(output.absolute(), bytes_of(model.parameters())) as staging:
         writer = gguf.GGUFWriter(staging / BACKBONE, architecture)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(file_type)
@@ -241,7 +246,8 @@ def _permuter(model: PreTrainedModel, architecture: str) -> Callable[[str, Tenso
     """A function that orders the rows of a tensor as llama.cpp's RoPE wants them: within each head
     0, D/2, 1, D/2 + 1, ... for those whose pairs are neighbours there."""
     config = model.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    counts = (config.num_attention_heads, config.num_key_value_heads)
+    heads = dict(zip(arch.ATTENTION_LINEARS, counts, strict=False))  # queries and keys come first
 
     def permuted(key: str, tensor: Tensor) -> Tensor:
         count = heads.get(key.split(".")[-2])

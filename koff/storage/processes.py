@@ -60,7 +60,9 @@ def one_writes(what: str) -> Iterator[bool]:
         try:
             yield True
         except BaseException as error:
-            outcome = f"{_FULL if isinstance(error, DiskFull) else _FAILED}{error}"
+            # A KeyError as a text would be one in quotation marks.
+            words = error.args[0] if isinstance(error, KeyError) else error
+            outcome = f"{_FULL if isinstance(error, DiskFull) else _FAILED}{words}"
             raise
         finally:
             store.set(key, outcome)
@@ -79,3 +81,20 @@ def one_writes(what: str) -> Iterator[bool]:
         raise DiskFull(outcome.removeprefix(_FULL))
     if outcome.startswith(_FAILED):
         raise ValueError(outcome.removeprefix(_FAILED))
+
+
+def said_by_first(what: str, text: str = "") -> str:
+    """Return what the first process of a distributed run says, on all of them.
+
+    Args:
+        what: was done by ``one_writes`` just before, under the same name.
+        text: what to say; that of the first process counts.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return text
+    store, key = dist.distributed_c10d._get_default_store(), f"koff/{what}/{_times[what]}/said"
+    if is_first():
+        store.set(key, text)
+        return text
+    return store.get(key).decode()

@@ -16,13 +16,18 @@ from transformers import PreTrainedModel
 
 from ..errors import asked_by
 from ..model.narrow import REMOTE_FILE
+from ..model.sharding import whole_model
+from ..model.state import require_attached
 from .card import model_card
 from .files import File, sha256
 from .hub import PATTERNS
 from .layout import ADAPTER_CONFIG, CARD, MARKER, MEMORIES, current
 from .manifest import Manifest
+from .processes import one_writes, said_by_first
+from .publish import files_of
 from .save_load import save
 from .saved_folder import open_saved
+from .space import SMALL_FILES, writing
 
 _RECIPE = "recipe.json"
 _UPLOADED = [*PATTERNS, REMOTE_FILE]
@@ -46,7 +51,8 @@ def push_to_hub(
     """Upload a saved model: one commit, after which the repository holds what the folder holds.
 
     Checkpoints and the training log stay here. Of absolute paths that recipe, koff.json, card and
-    adapters name, the last part is left, or as many parts as tell two of them apart.
+    adapters name, the last part is left, or as many parts as tell two of them apart. Of a
+    distributed run the first process uploads, and the others wait.
 
     Args:
         source: folder of a saved model, or an attached model that could be saved.
@@ -63,13 +69,36 @@ def push_to_hub(
     Raises:
         FileNotFoundError, ValueError: no saved model, or one that cannot be saved; nothing is
             uploaded then.
+        OSError: there is no room for a copy among the temporary files (of a model, or of a folder
+            on another disk).
     """
+    if isinstance(source, PreTrainedModel):
+        require_attached(source)
+        source = whole_model(source)
+    what, address = f"koff.push_to_hub {repo_id}", ""
+    with one_writes(what) as writes:
+        if writes:
+            address = _push(source, repo_id, tokenizer, private, revision, message, token)
+    return said_by_first(what, address)
+
+
+def _push(
+    source: PreTrainedModel | str | Path,
+    repo_id: str,
+    tokenizer: Any,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+    token: str | None,
+) -> str:
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory(prefix="koff-push-") as place:
         if isinstance(source, PreTrainedModel):
             source = save(source, Path(place, "saved"), tokenizer=tokenizer)
-        staging = _portable(current(source), Path(place, "staging"))
+        folder = current(source)
+        with writing("the copy to upload", _copied(folder, Path(place)), Path(place)):
+            staging = _portable(folder, Path(place, "staging"))
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -81,6 +110,13 @@ def push_to_hub(
             delete_patterns=_UPLOADED,  # what is there and not in the folder: a removed memory
         )
     return commit.commit_url
+
+
+def _copied(folder: Path, place: Path) -> int:
+    """How many bytes a folder takes on the disk of another: on the same disk it is linked there."""
+    if not folder.is_dir() or folder.stat().st_dev == place.stat().st_dev:
+        return SMALL_FILES
+    return sum((folder / name).stat().st_size for name in files_of(folder))
 
 
 def _link(source: str, target: str) -> None:

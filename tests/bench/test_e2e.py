@@ -90,6 +90,6 @@ def test_e2e_takes_turns_and_an_error_costs_one_row(models, monkeypatch):
     monkeypatch.setattr(models, "prepare", prepare)
     chosen = [e2e.Case("prefill", 2, way, "dense", 0) for way in ("transformers", "peft", "koff")]
     rows = {row["way"]: row for row in e2e.run(models, chosen, LIMITS, 2)}
-    assert order == ["transformers", "koff"] * 2
+    assert order == ["transformers", "koff", "koff", "transformers"]
     assert rows["peft"]["error"] == "off; no time" and "us" not in rows["peft"]
     assert rows["koff"]["readings"] == [1.0, 1.0]

@@ -80,7 +80,7 @@ def problems(launch: common.Launch, arch: str = "sm_90", **contract) -> list[str
     return compiling.problems_of(row, compiling.Contract(**contract), launch.args)
 
 
-@pytest.mark.parametrize("arch", settings.ARCHS)
+@pytest.mark.parametrize("arch", [*settings.ARCHS, "gfx942"])
 def test_gate_passes_what_is_right(arch):
     launch = tile(64, 64, 64)
     row = compiling.row_of(launch, arch)
@@ -88,11 +88,12 @@ def test_gate_passes_what_is_right(arch):
     assert row["registers"] > 0 and row["spill_bytes"] == 0
     assert 0 < row["shared_bytes"] <= row["shared_limit"]
     used = {kind for kind, count in row["mma"].items() if count}
-    assert used == {{"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]}
+    assert used == {compiling._FULL_TILE[arch]}
 
 
-def test_gate_fails_on_spills():
-    row = compiling.row_of(copy(32768, 1), "sm_90")
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_gate_fails_on_spills(arch):
+    row = compiling.row_of(copy(32768, 1), arch)
     assert row["spill_bytes"] > 0 and "spills" in row["problems"][0]
 
 

@@ -107,6 +107,75 @@ def test_dispatch_automatic_choice(missing, device, backend, reason, monkeypatch
     assert dispatch.choose("hard_concrete", torch.device(device)).backend == "torch"
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_dispatch_fp32_takes_triton_only_with_tf32(allowed, monkeypatch):
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
+    monkeypatch.setattr(dispatch, "_too_old", lambda index: False)
+    monkeypatch.setattr(dispatch, "_tf32", lambda: allowed)
+    gpu, fp32 = torch.device("cuda"), torch.float32
+    for op in OPS[:3]:
+        choice = dispatch.choose(op, gpu, fp32)
+        assert choice.backend == ("triton" if allowed else "torch")
+        assert allowed or choice.reason == "fp32, and TF32 is not allowed"
+        for dtype in (torch.bfloat16, torch.float16, None):
+            assert dispatch.choose(op, gpu, dtype).backend == "triton"
+        with koffkernels.force_backend("triton"):
+            assert dispatch.choose(op, gpu, fp32).backend == "triton"
+
+
+def test_dispatch_of_fp32_is_traced_whole(monkeypatch):
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def add(x):
+        choice = dispatch.choose("lora_linear", torch.device("cuda"), x.dtype)
+        return x + (1 if choice.backend == "triton" else 2)
+
+    assert add(torch.zeros(1)).item() == 2 and add(torch.zeros(1).bfloat16()).item() == 1
+
+
+def test_dispatch_reads_what_the_program_allows():
+    result = python(
+        "import torch, koffkernels.dispatch as d; print(d._tf32())\n"
+        "torch.backends.cuda.matmul.allow_tf32 = True; print(d._tf32())\n"
+        "torch.set_float32_matmul_precision('highest'); print(d._tf32())\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(d._tf32())\n"
+    )
+    assert result.stdout.split() == ["False", "True", "False", "True"], result.stderr
+
+
+def test_dispatch_every_operation_says_its_dtype(monkeypatch):
+    """Autocast's where it is on."""
+    seen = {}
+
+    def implementation(op, device, dtype=None):
+        seen[op] = dtype
+        return lambda *args: None
+
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    x, w, q = normal(2, 4), normal(6, 4), normal(1, 2, 3, 4)
+
+    def call():
+        koffkernels.lora_linear(x, w)
+        koffkernels.gated_mlp(x, w, w, normal(4, 6))
+        koffkernels.prefix_attention(q, q, q, None)
+        return set(seen) == set(OPS[:3]) and set(seen.values())
+
+    assert call() == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call() == {torch.bfloat16}
+
+
+def test_dispatch_rocm_runs_triton_only_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", dispatch._missing())
+    choice = dispatch.choose("gated_mlp", torch.device("cuda"))
+    assert choice.backend == "torch" and 'force_backend("triton") runs them' in choice.reason
+    with koffkernels.force_backend("triton"):
+        assert dispatch.choose("gated_mlp", torch.device("cuda")).backend == "triton"
+
+
 def test_dispatch_old_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
     monkeypatch.setattr(dispatch, "_too_old", lambda index: True)

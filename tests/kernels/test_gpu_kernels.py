@@ -18,7 +18,8 @@ from support.oracle import (
 )
 from support.tolerances import BACKWARD, FORWARD
 
-from koffkernels.dispatch import choose
+from koffkernels import force_backend
+from koffkernels.dispatch import _automatic
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +57,13 @@ def fp32_accumulation():
         setattr(matmul, name, value)
 
 
+@pytest.fixture(autouse=True)
+def triton():
+    """The kernels in fp32 too, which runs in plain torch by itself."""
+    with force_backend("triton"):
+        yield
+
+
 @pytest.fixture(params=["cudnn", "flash"])
 def attention_vendor(request):
     """Whose attention the vendor's route takes: each."""
@@ -75,7 +83,14 @@ def repeatable(shape) -> None:
 
 @every_op
 def test_gpu_operations_run_on_triton(op):
-    assert choose(op, DEVICE).backend == "triton"
+    assert _automatic(op, DEVICE, torch.bfloat16).backend == "triton"
+    assert _automatic(op, DEVICE, torch.float32).backend == "torch"
+
+
+@every_op
+def test_gpu_fp32_in_plain_torch(op):
+    with force_backend("torch"):
+        check(build(op, TYPICAL[op], "fp32"), "fp32")
 
 
 def linear_cases():

@@ -253,6 +253,11 @@ def test_backends_says_which_table(monkeypatch):
     assert "run python -m koffkernels.tune" in said
 
 
+def test_routes_on_rocm_are_the_vendors(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert chosen() == ("vendor", None, f"unmeasured on {GPU}", False)
+
+
 def test_force_route_of_one_operation():
     with koffkernels.force_route("fused"), koffkernels.force_route("vendor", "gated_mlp"):
         assert chosen().name == "vendor" and chosen("lora_linear").name == "fused"

@@ -287,3 +287,14 @@ def test_llama_config_is_not_changed_by_forward():
     before = model.config.to_dict()
     model(tokens(), memory="en")
     assert model.config.to_dict() == before and isinstance(model.config, LlamaConfig)
+
+
+def test_head_of_a_prompts_last_tokens_is_one_product():
+    """The last tokens of several rows lie apart; the head takes them together all the same, where
+    torch would multiply row by row by a table that has no gradient."""
+    model = attached("llama")
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model(tokens(4, 9), logits_to_keep=1, memory=None)
+    head = model.get_output_embeddings().weight
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    assert not [shape for shape in shapes if shape[1][1:] == [*head.T.shape]]

@@ -165,7 +165,11 @@ def test_a_cache_begins_anew_when_it_is_empty():
         with torch.no_grad():
             for memory in ("en", "es"):
                 got = model(ids, memory=memory, past_key_values=cache).logits
-                cache.reset()
+                # Older versions of transformers reset a growing cache to zeros, not to nothing.
+                if isinstance(cache, StaticCache):
+                    cache.reset()
+                else:
+                    cache.crop(-ids.shape[1])
         assert (got - want).abs().max() < FP32
 
 

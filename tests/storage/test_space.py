@@ -51,6 +51,14 @@ def test_a_save_that_does_not_fit_is_refused_before_it_begins(models, free, tmp_
         koff.save(new, tmp_path / "new" / "deep")
     with pytest.raises(OSError, match="memory 'de' must have 16.8 MB of room"):
         koff.import_memory(out, "de", kv=out / "memories/en/kv")
+    for export in (out, koff.load(out)):
+        with pytest.raises(OSError, match="koff.export_merged: the export must have 16.8 MB of ro"):
+            koff.export_merged(export, "en", tmp_path / "exported")
+    with pytest.raises(OSError, match="koff.save: the model must have 16.8 MB of room"):
+        koff.push_to_hub(old, "some/one")
+    with pytest.raises(OSError, match="koff.push_to_hub: the copy to upload must have 16.8 MB of"):
+        koff.push_to_hub(out, "some/one")
+    assert not (tmp_path / "exported").exists()
     free(10**12)
     assert same(outputs(koff.load(out)), outputs(old))
 

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,39 @@ def check_saves(narrow: torch.nn.Module, folder: Path) -> None:
         koff.save(narrow, folder / "by-one")
     koff.remove_memory(out, "keys")
     assert koff.load(out).koff.memory_names == ("en", "es")
+    check_exports(narrow, out, folder)
+
+
+def check_exports(narrow: torch.nn.Module, saved: Path, folder: Path) -> None:
+    """One process exports and uploads; all of them find what it wrote, and hear what it heard."""
+    for number, source in enumerate((narrow, saved)):
+        exported = koff.export_merged(source, "en", folder / f"exported-{number}")
+        assert (exported / "README.md").is_file() and (exported / "kv").is_dir()
+        with pytest.raises(ValueError, match="koff.export_merged: the output must be a new or em"):
+            koff.export_merged(source, "en", exported)
+    uploads = []
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo, **options):
+            pass
+
+        def upload_folder(self, folder_path, **options):
+            assert (folder_path / "koff.json").is_file()
+            uploads.append(folder_path)
+            return SimpleNamespace(commit_url=f"https://hub/{os.getpid()}/{len(uploads)}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi", Hub)
+        addresses = [koff.push_to_hub(source, "some/one") for source in (narrow, saved)]
+    first = ranks() == 1 or dist.get_rank() == 0
+    assert len(uploads) == 2 * first and addresses[0] != addresses[1]
+    if ranks() > 1:
+        everyones = [None] * ranks()
+        dist.all_gather_object(everyones, addresses)
+        assert everyones == [addresses] * ranks()
 
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:

@@ -4,13 +4,15 @@ import collections
 import copy
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from support.models import NAMES, VOCAB, tiny, tokens
 from support.trainings import DOMAINS, GENERAL, arguments, fresh, learned, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import koff
 
@@ -120,6 +122,10 @@ def test_evaluate_takes_domains_and_predict_is_refused(tmp_path):
         ),
         (dict(save_strategy="epoch"), "save_strategy must be 'steps' or 'no'.*got 'epoch'"),
         (dict(eval_strategy="epoch"), "eval_strategy must be 'steps' or 'no'.*got 'epoch'"),
+        (
+            dict(ddp_find_unused_parameters=False),
+            "ddp_find_unused_parameters must be True or left out .*, got False; leave it out",
+        ),
     ],
 )
 def test_settings_that_a_run_cannot_honour_are_refused(tmp_path, changes, message):
@@ -141,6 +147,40 @@ def test_users_arguments_stay_as_they_are(tmp_path):
     before = copy.deepcopy(args.to_dict())
     koff.KoffTrainer(fresh(kv=None), args, {n: d * 40 for n, d in DOMAINS.items()})
     assert args.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "plugin", "message"),
+    [
+        ({"tp_size": 2}, None, "tp_size of parallelism_config must be 1, got a larger one; use D"),
+        ({"cp_size": 2}, None, "cp_size of parallelism_config must be 1, got a larger one; use D"),
+        ({"sp_size": 2}, None, "sp_size of parallelism_config must be 1, got a larger one; use D"),
+        (None, dict(fsdp_version=1), "FSDP must be of version 2, got 1; set version to 2 in fsdp"),
+        (
+            {"dp_shard_size": 2},
+            dict(fsdp_version=2, cpu_ram_efficient_loading=True),
+            "cpu_ram_efficient_loading of FSDP must be False .*, got True; leave it out",
+        ),
+    ],
+)
+def test_ways_to_spread_a_model_that_koff_cannot_honour_are_refused(
+    tmp_path, monkeypatch, parallelism, plugin, message
+):
+    """What transformers makes of a launcher's settings, most of which need GPUs, is put there."""
+
+    def accelerated(run):
+        config = parallelism and ParallelismConfig(**parallelism)
+        run.accelerator = SimpleNamespace(
+            parallelism_config=config, state=SimpleNamespace(fsdp_plugin=plugin)
+        )
+        run.is_fsdp_enabled = plugin is not None
+
+    if plugin:
+        plugin = SimpleNamespace(**{"cpu_ram_efficient_loading": False} | plugin)
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", accelerated)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_arguments_of_other_kinds_are_refused(tmp_path):

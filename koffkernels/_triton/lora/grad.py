@@ -1,7 +1,7 @@
 """Gradients of low-rank matrices: sums over each memory's tokens of p^T q.
 
 da = scaling t^T x and db = scaling dy^T s. A program owns a block of the wide side, a chunk of
-tokens and one memory; chunks are added in order by a second pass.
+tokens and one memory; chunks are added in order by a second pass, which also scales and transposes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
-from ..shared.reduce import sum_partials
+from ..shared.reduce import MatrixSum
 
 EXPECTS = {"_lora_grad_kernel": "dot16"}
 _PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
@@ -66,7 +66,7 @@ def _lora_grad_kernel(
     tl.store(out, total, mask=mask_r[:, None] & mask_k[None, :])
 
 
-def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
+def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> MatrixSum:
     """Return the sum of p^T q over each memory's tokens.
 
     Args:
@@ -76,7 +76,7 @@ def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
         rows: memory of each token.
 
     Returns:
-        fp32 [n, r, K], not scaled; 0 for a memory that no token uses.
+        The sums of chunks, of [n, r, K], not scaled.
     """
     (m, k), r = q.shape, p.shape[1]
     block_r = rank_block(r)
@@ -107,4 +107,4 @@ def lora_grad(p: Tensor, q: Tensor, memories: int, rows: Rows) -> Tensor:
         num_warps=4,
         num_stages=3,
     )
-    return parts[0] if chunks == 1 else sum_partials(parts, torch.float32)
+    return MatrixSum(parts, memories)

@@ -3,12 +3,14 @@ GEMM, or the decode kernels; ``routes`` says which."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import routes
 from ..shared.launch import Rows
 from ..shared.operands import Delta
+from ..shared.reduce import MatrixSum
 from .decode import CONFIGS as DECODE
 from .decode import decode_linear
 from .expand import expand_
@@ -49,17 +51,19 @@ def linear_inference(
 
 
 def matrix_gradients(
-    lora: tuple, da: Tensor, db: Tensor, needs: tuple[bool, bool, bool]
+    lora: tuple, da: MatrixSum, db: MatrixSum, needs: tuple[bool, bool, bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of a [n, r, K], b [n, N, r] and scaling [n] from the unscaled fp32 sums
-    da [n, r, K] and db [n, r, N]."""
+    """Return the gradients of a [n, r, K], b [n, N, r] and scaling [n], None where ``needs`` says
+    so, from the sums [n, r, K] and [n, r, N]."""
     a, b, scaling = lora
-    factor = scaling.float()[:, None, None]
-    db = db.transpose(1, 2).contiguous()  # the layout that the operators promise
+    dscaling = None
+    if needs[2]:  # not from db, which a scaling of 0 would have made 0
+        unscaled = db.total(torch.float32, None, transposed=True)
+        dscaling = (unscaled * b.float()).sum((1, 2)).to(scaling.dtype)
     return [
-        (da * factor).to(a.dtype) if needs[0] else None,
-        (db * factor).to(b.dtype) if needs[1] else None,
-        (db * b.float()).sum((1, 2)).to(scaling.dtype) if needs[2] else None,
+        da.total(a.dtype, scaling, transposed=False) if needs[0] else None,
+        db.total(b.dtype, scaling, transposed=True) if needs[1] else None,
+        dscaling,
     ]
 
 

@@ -21,7 +21,7 @@ from ..lora.grad import lora_grad
 from ..shared.config import Config
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
-from ..shared.reduce import sum_by_memory, sum_partials
+from ..shared.reduce import MatrixSum, sum_partials
 from ..shared.stretch import (
     add_update,
     memory_part,
@@ -46,16 +46,16 @@ class HiddenDeltas(NamedTuple):
 class HiddenGrads(NamedTuple):
     """What ``mlp_hidden_bwd`` returns; None for what is not wanted or not there.
 
-    dg and du [M, I], dz fp32 [I], and fp32 [n, r, I]: sums over tokens of s_gate^T dg,
-    s_up^T du and t^T h, not scaled.
+    dg and du [M, I], dz fp32 [I], and [n, r, I]: sums over tokens of s_gate^T dg, s_up^T du and
+    t^T h, not scaled.
     """
 
     dg: Tensor
     du: Tensor
     dz: Tensor | None
-    gate: Tensor | None
-    up: Tensor | None
-    down: Tensor | None
+    gate: MatrixSum | None
+    up: MatrixSum | None
+    down: MatrixSum | None
 
 
 def _expects(args: dict[str, Any]) -> str | None:
@@ -314,7 +314,9 @@ def mlp_hidden_bwd(
             for delta, wide in zip(deltas, (dg, du, h), strict=True)
         ]
     else:
-        total = sum_by_memory(sums, rows.ids, cut.per_row, memories)
-        parts = iter(total.split([delta.b.shape[2] for delta in there], 1))
-        found = [None if delta is None else next(parts) for delta in deltas]
+        ranks = [0 if delta is None else delta.b.shape[2] for delta in deltas]
+        found = [
+            MatrixSum(part[:, None], memories, rows.ids, cut.per_row) if part.shape[1] else None
+            for part in sums.split(ranks, 1)
+        ]
     return HiddenGrads(dg, du, dz, *found)

@@ -40,7 +40,9 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache
-def _arch(device: torch.device) -> int:
+def _arch(device: torch.device) -> int | None:
+    if torch.version.hip is not None:
+        return None  # gfx90a calls itself 9.0, too
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

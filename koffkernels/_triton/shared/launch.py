@@ -34,6 +34,7 @@ def _find_cache() -> None:
 
 _find_cache()
 
+ROCM = torch.version.hip is not None  # whose backend of Triton has no ``maxnreg``
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _WIDEN = tl.constexpr(INTERPRETED)
 _NO_MEMORY = tl.constexpr(1 << 30)  # above every id, so that a minimum passes over it
@@ -136,7 +137,7 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if most_registers is not None:
+    if most_registers is not None and not ROCM:
         options["maxnreg"] = min(most_registers, _REGISTERS // (32 * num_warps))
     if _recorded is not None:
         # Looked at here, for the gate and the tests, since a real launch has no time for it.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, rank_block
 
-EXPECTS = {"_sum_partials_kernel": None, "_sum_by_memory_kernel": None}
+EXPECTS = {"_sum_partials_kernel": None, "_sum_matrix_kernel": None}
+_TILE = 1024  # elements of a matrix that one program adds up
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -45,49 +48,84 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["stretches", "per_row"])
-def _sum_by_memory_kernel(
-    part_ptr, out_ptr, ids_ptr, stretches, per_row, size, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["splits", "per_row"])
+def _sum_matrix_kernel(
+    part_ptr,
+    stride_split,
+    stride_memory,
+    out_ptr,
+    scaling_ptr,
+    ids_ptr,
+    splits,
+    per_row,
+    RANK,
+    WIDE,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """One program: BLOCK elements of one memory's sum, over its stretches in their order."""
-    m = tl.program_id(1)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    part_ptrs = part_ptr + offs
-    for stretch in range(stretches):
-        mine = m == 0
+    """One program: a tile [BLOCK_R, BLOCK_W] of one memory's matrix, added over its splits in their
+    order, times its scaling. out is [n, RANK, WIDE], or TRANSPOSED [n, WIDE, RANK]."""
+    m = tl.program_id(2).to(tl.int64)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    mask = (offs_r < RANK) & (offs_w < WIDE)
+    offs = offs_r * WIDE + offs_w
+    total = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
+    part_ptr += m * stride_memory
+    for split in range(splits):
+        mine = mask
         if ids_ptr is not None:
-            mine = tl.load(ids_ptr + stretch // per_row) == m
-        # Masked, not multiplied: other memories' parts are not even read.
-        total += tl.load(part_ptrs, mask=mask & mine, other=0.0)
-        part_ptrs += size
-    tl.store(out_ptr + m.to(tl.int64) * size + offs, total, mask=mask)
+            # Masked, not multiplied: other memories' parts are not even read.
+            mine = mask & (tl.load(ids_ptr + split // per_row) == m)
+        total += tl.load(part_ptr + offs, mask=mine, other=0.0)
+        part_ptr += stride_split
+    if scaling_ptr is not None:
+        total *= tl.load(scaling_ptr + m).to(tl.float32)
+    if TRANSPOSED:
+        offs = offs_w * RANK + offs_r
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m * RANK * WIDE + offs, out, mask=mask)
 
 
-def sum_by_memory(partials: Tensor, ids: Tensor | None, per_row: int, memories: int) -> Tensor:
-    """Return each memory's sum of the partial results of its stretches, in their order.
+class MatrixSum(NamedTuple):
+    """A sum over tokens for every memory, [n, r, W], which is not added up yet.
 
     Args:
-        partials: fp32 [stretches, ...], contiguous.
-        ids: int64 [rows], the memory of each row; None: memory 0.
-        per_row: stretches of a row.
+        parts: fp32 [splits, n, r, W], partial sums of all memories; or [splits, 1, r, W], each of
+            one memory. The last two dimensions are dense.
         memories: n.
-
-    Returns:
-        fp32 [n, ...]; 0 for a memory that no row uses.
+        ids: int64 [splits / per_row], whose memory a split's is; None: every memory has its own.
+        per_row: consecutive splits that share one id.
     """
-    out = partials.new_empty(memories, *partials.shape[1:])
-    size = out[0].numel()
-    launch(
-        _sum_by_memory_kernel,
-        (cdiv(size, 1024), memories),
-        part_ptr=partials,
-        out_ptr=out,
-        ids_ptr=ids,
-        stretches=partials.shape[0],
-        per_row=per_row,
-        size=size,
-        BLOCK=1024,
-    )
-    return out
+
+    parts: Tensor
+    memories: int
+    ids: Tensor | None = None
+    per_row: int = 1
+
+    def total(self, dtype: torch.dtype, scaling: Tensor | None, transposed: bool) -> Tensor:
+        """Return the sums times ``scaling`` [n], or as they are for None: [n, r, W], 0 for a memory
+        that no token uses; [n, W, r] where ``transposed``."""
+        splits, each, rank, wide = self.parts.shape
+        n, block_r = self.memories, rank_block(rank)
+        shape = (n, wide, rank) if transposed else (n, rank, wide)
+        out = self.parts.new_empty(shape, dtype=dtype)
+        launch(
+            _sum_matrix_kernel,
+            (cdiv(wide, _TILE // block_r), cdiv(rank, block_r), n),
+            part_ptr=self.parts,
+            stride_split=self.parts.stride(0),
+            stride_memory=self.parts.stride(1) if each > 1 else 0,
+            out_ptr=out,
+            scaling_ptr=scaling,
+            ids_ptr=self.ids,
+            splits=splits,
+            per_row=self.per_row,
+            RANK=rank,
+            WIDE=wide,
+            TRANSPOSED=transposed,
+            BLOCK_R=block_r,
+            BLOCK_W=_TILE // block_r,
+        )
+        return out

@@ -1,0 +1,96 @@
+"""How many kernels a decoder layer launches in its linear layers and its attention: the narrow ones
+here, and torch's. Launchers run on tensors without data, so no GPU is needed."""
+
+import collections
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.gate.settings import MODELS, Setting, pruned
+from koffkernels import GatedMLPLoRA, LoRA, Prefix, routes
+from koffkernels._triton.attention.call import Call
+from koffkernels._triton.attention.decode import decode
+from koffkernels._triton.lora.linear import linear_backward, linear_forward, linear_inference
+from koffkernels._triton.mlp.mlp import Layer, mlp_backward, mlp_forward, mlp_inference
+from koffkernels._triton.shared import launch as common
+
+# Of aten's operators, those that launch nothing: they make a tensor without filling it, or a view.
+FREE = {"empty", "new_empty", "empty_like", "transpose", "t", "slice", "select", "split"}
+FREE |= {"split_with_sizes", "unsqueeze", "permute", "view", "expand", "detach", "alias"}
+MODEL = MODELS[0]
+WIDTHS = [(MODEL.hidden, n) for n in (4096, 1024, 1024, 4096)]  # q, k, v, o
+
+
+class Operators(TorchDispatchMode):
+    """Counts what torch itself would launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in FREE:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count(run) -> int:
+    """Launches of one call."""
+    with common.recording() as launches, Operators() as operators:
+        run()
+    return len(launches) + operators.found.total()
+
+
+def setting(memories: int) -> Setting:
+    return Setting(MODEL, pruned(MODEL.inner), 16, memories > 1, torch.bfloat16)
+
+
+def mlp_of(at: Setting, rows: common.Rows) -> Layer:
+    h, i = MODEL.hidden, at.inner
+    up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
+    weights = at.empty(i, h), at.empty(i, h), at.empty(h, i)
+    return Layer(weights, at.master(i), GatedMLPLoRA(up, up, down), rows, "silu")
+
+
+@pytest.mark.parametrize("memories", [1, 8])
+@pytest.mark.parametrize("batch, most", [(1, 15), (64, 14)])
+def test_launches_of_a_layer_that_decodes(batch, most, memories):
+    """Two for each of the four linear layers of attention, four for the MLP, two for attention;
+    and one more there to merge the splits of a batch that does not fill the GPU."""
+    at = setting(memories)
+    rows = at.rows(batch)
+
+    def layer():
+        for k, n in WIDTHS:
+            linear_inference(at.empty(batch, k), at.empty(n, k), None, at.lora(k, n), rows)
+        mlp_inference(at.empty(batch, MODEL.hidden), mlp_of(at, rows))
+        q = at.empty(batch, MODEL.heads, 1, MODEL.head_dim)
+        k, v, *learned = (at.empty(n, 8, 512, MODEL.head_dim) for n in (batch, batch, 8, 8))
+        prefix = Prefix(*learned, at.empty(8, dtype=torch.int64))
+        decode(Call(q, k, v, prefix, at.empty(batch, dtype=torch.int64), None, 1.0))
+
+    with routes.force_route("decode"):
+        assert count(layer) == most
+
+
+@pytest.mark.parametrize("memories", [1, 8])
+def test_launches_of_the_linear_layers_in_a_training_step(memories):
+    """Forward and backward, 8192 tokens: 12 for each linear layer of attention, 30 for the MLP."""
+    at, m = setting(memories), 8192
+    rows = at.rows(m)
+
+    def linear(k, n):
+        x, weight, lora = at.empty(m, k), at.empty(n, k), at.lora(k, n)
+        _, s = linear_forward(x, weight, None, lora, rows)
+        needs = True, True, True, False
+        linear_backward(at.empty(m, n), x, s, weight, lora, rows, needs)
+
+    def mlp():
+        layer, x = mlp_of(at, rows), at.empty(m, MODEL.hidden)
+        y, saved = mlp_forward(x, layer, True)
+        mlp_backward(y, x, saved, layer, (True, True, [(True, True, False)] * 3))
+
+    assert [count(lambda w=w: linear(*w)) for w in WIDTHS] == [12] * 4
+    assert count(mlp) == 30
