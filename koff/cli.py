@@ -119,7 +119,22 @@ def train(
 
     folder = run(checked, output, device=device)
     if is_first():
-        Console().print(f"saved to {folder}; next: koff eval {folder} --base", markup=False)
+        next_step = f"koff eval {folder} --base --card, and koff report {folder}"
+        Console().print(f"saved to {folder}; next: {next_step}", markup=False)
+
+
+def _keep(
+    directory: Path, rows: list[dict[str, Any]], kind: str, card: bool, json: Path | None
+) -> None:
+    """Write what was measured where the user wants it."""
+    from .commands.tables import write_json
+
+    if card:
+        from .storage.change import write_results
+
+        write_results(directory, rows, kind)
+    if json is not None:
+        write_json(json, rows)
 
 
 @_command
@@ -139,10 +154,41 @@ def eval_(
     card: Annotated[
         bool, typer.Option("--card", help="Write the rows into the model card too.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, instead of text.")
+    ] = None,
+    memory: Annotated[
+        list[str] | None, typer.Option(help="Of --tasks; default: every memory, and none.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Task files of your own, which only describe data.")
+    ] = None,
+    run_task_code: Annotated[
+        bool, typer.Option("--run-task-code", help="Let these run the code that they name.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question; default: the task's.")
+    ] = None,
 ) -> None:
-    """Measure perplexity and bits per byte with every memory and none, on every domain."""
-    from .commands.tables import check_writable, eval_table, write_json
+    """Measure perplexity and bits per byte with every memory and none, on every domain.
 
+    With --tasks: the tasks of lm-eval instead.
+    """
+    from .commands.tables import check_writable, eval_table, tasks_table
+
+    of_tasks = {
+        "--memory": memory,
+        "--task-folder": task_folder,
+        "--run-task-code": run_task_code or None,
+        "--limit": limit,
+        "--fewshot": fewshot,
+    }
+    of_text = {"--split": None if split == "test" else split, "--max-tokens": max_tokens}
+    for name, value in (of_tasks if tasks is None else of_text).items():
+        if value is not None:
+            must = "come with" if tasks is None else "not come with"
+            raise ValueError(f"koff eval: {name} must {must} --tasks, got {value!r}; correct it")
     if json is not None:
         check_writable(json)
 
@@ -152,6 +198,24 @@ def eval_(
     if card:
         with asked_by("koff eval --card"):
             open_saved(directory)  # a folder of one's own, not a download
+    if tasks is not None:
+        from .commands.tasks import run_tasks
+
+        rows = run_tasks(
+            directory,
+            [name for name in tasks.split(",") if name],
+            memories=memory,
+            folder=task_folder,
+            run_code=run_task_code,
+            base=base,
+            limit=limit,
+            fewshot=fewshot,
+            batch_size=batch_size,
+            device=device,
+        )
+        _keep(directory, [row.to_dict() for row in rows], "tasks", card, json)
+        Console().print(tasks_table([row.to_dict() for row in rows]))
+        return
     rows = evaluate_run(
         directory,
         split=split,
@@ -160,12 +224,7 @@ def eval_(
         batch_size=batch_size,
         device=device,
     )
-    if card:
-        from .storage.change import write_results
-
-        write_results(directory, [row.to_dict() for row in rows])
-    if json is not None:
-        write_json(json, [row.to_dict() for row in rows])
+    _keep(directory, [row.to_dict() for row in rows], "results", card, json)
     console = Console()
     console.print(eval_table(rows, title=f"perplexity, {split} (lower is better)"))
     console.print(
@@ -235,6 +294,30 @@ def info(
     from .commands.tables import facts_table
 
     Console().print(facts_table(describe(directory), title=str(directory)))
+
+
+@_command
+def report(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Output folders of koff train, of one base model.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="An .html or .md file; default: report.html in the one folder."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Write a page about finished runs, of one kind or many, from what lies in their folders.
+
+    It shows what `koff eval --card` wrote, and what `koff eval` and `koff analyse` wrote with
+    --json to DIR/eval-SPLIT.json and DIR/attention-NAME.json.
+    """
+    from .commands.report.write import write_report
+
+    written = write_report(directories, output, split=split)
+    Console().print(f"written: {written}", markup=False, soft_wrap=True)
 
 
 @_command

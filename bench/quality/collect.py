@@ -13,13 +13,7 @@ import torch
 from koff.commands.saved import count_saved, eval_sources
 from koff.commands.train import LOG_FILE
 from koff.errors import asked_by
-from koff.model import arch
-from koff.storage.files import File
-from koff.storage.layout import CONFIG, MEMORIES
-from koff.storage.saved_folder import open_saved
-
-from .. import timing
-from .measures import (
+from koff.evaluation.measures import (
     Cells,
     Spread,
     Undefined,
@@ -30,6 +24,12 @@ from .measures import (
     share_won_back,
     spread,
 )
+from koff.model import arch
+from koff.storage.files import File
+from koff.storage.layout import CONFIG, MEMORIES
+from koff.storage.saved_folder import open_saved
+
+from .. import timing
 from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown, threads_of
 
 # A memory may have so many of the parameters that pruning removed: with as many or more, the
@@ -226,6 +226,7 @@ def budget(runs: list[dict]) -> dict:
     return named | {"limit": BUDGET, "exceeded": ratio is None or ratio > BUDGET}
 
 
+@asked_by(WHERE)
 def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
     """Everything that is known of a finished plan.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from koff.commands.tables import markdown
+from koff.evaluation.measures import Spread
 
 from .collect import Table
-from .measures import Spread
 from .plan import DENSE, GATES, KOFF
 
 OWN = "·"  # stands in the columns of single memories where the memory is the row's own

@@ -20,7 +20,7 @@ from ..storage.files import File
 from ..training.settings import Settings
 from .schema import build, convert, join, unknown_key
 
-RECIPE_FILE = "recipe.json"  # in the output folder of a run
+RECIPE_FILE, LOG_FILE = "recipe.json", "train_log.json"  # in the output folder of a run
 SHIPPED = Path(__file__).parents[1] / "recipes"
 
 # numpy, which transformers seeds too, takes no larger one.

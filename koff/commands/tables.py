@@ -86,6 +86,22 @@ def eval_table(
     return table
 
 
+def tasks_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return measured tasks as a ``rich`` table, one line for each measure and memory."""
+    table = Table(title="tasks")
+    for name in ("task", "measure", "memory"):
+        table.add_column(name)
+    for name in ("value", "standard error", "questions"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        memory = DENSE if row["variant"] == "base" else row["memory"] or NONE
+        measure = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        cells = (row["task"], measure, memory, f"{row['value']:.4f}", error, str(row["samples"]))
+        table.add_row(*map(escape, cells))
+    return table
+
+
 def prefix_table(found: PrefixMass, *, title: str) -> Table:
     """Return per layer what a memory's learned keys get of the attention, as a ``rich`` table."""
     first = "frozen tokens" if found.frozen > 1 else "first token"
@@ -151,9 +167,22 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there.
+
+    Args:
+        path: file to write; its folder must exist.
+        text: its content, written as UTF-8.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
     path = Path(path)
     check_writable(path)
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -40,12 +40,13 @@ from ..training.checkpoint import last_complete
 from ..training.settings import OWN_FIELDS
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
-from .recipe import RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
+from .recipe import LOG_FILE, RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
+from .report.write import write_report
 from .tables import write_json
 
 logger = logging.getLogger("koff")
 
-LOG_FILE, CHECKPOINTS = "train_log.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -82,7 +83,8 @@ def run(
         label: what stands before the progress bar.
 
     Returns:
-        The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json.
+        The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json,
+        report.html.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: a recipe that cannot run, or a folder that another
@@ -126,7 +128,17 @@ def run(
         save(model, output, tokenizer=prepared.tokenizer, metadata=metadata)
         if writes and not recipe.train.save_every:
             shutil.rmtree(output / CHECKPOINTS)  # it kept what was learned until now
+        if writes:
+            _write_page(output)
     return output
+
+
+def _write_page(output: Path) -> None:
+    """Write the page about a run that is saved, which no trouble with a page shall undo."""
+    try:
+        write_report([output])
+    except (OSError, ValueError) as error:
+        logger.warning("koff train: the model is saved, but not the page about it: %s", error)
 
 
 def _train(trainer: KoffTrainer, output: Path, checkpoint: str | None) -> None:

@@ -45,7 +45,7 @@ arXiv 2605.29075) from `{base}`.
 ```python
 {stock}
 ```
-{results}"""
+{results}{tasks}"""
 
 _REMOTE = (
     "Its layers differ in width, which transformers' own classes cannot build: `modeling_koff.py` "
@@ -90,6 +90,22 @@ def _results(rows: list[dict[str, Any]] | None) -> str:
         numbers = f"{_number(row['perplexity'], 3)} | {_number(row['bits_per_byte'], 4)}"
         lines.append(
             f"| {row['variant']} | {memory} | {row['domain']} | {row['split']} | {numbers} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _tasks(rows: list[dict[str, Any]] | None) -> str:
+    if not rows:
+        return ""
+    lines = [f"\n## Tasks\n\nMeasured by {rows[0].get('harness', 'lm-eval')}.\n"]
+    lines.append("| variant | memory | task | measure | value | standard error | questions |")
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        measure = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        numbers = f"{_number(row['value'], 4)} | {_number(row['stderr'], 4)}"
+        lines.append(
+            f"| {row['variant']} | {row['memory'] or 'none'} | {row['task']} | {measure} | "
+            f"{numbers} | {row.get('samples', '–')} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -205,6 +221,7 @@ def model_card(manifest: Manifest, folder: Path) -> str:
         remark=_remark(narrow, "transformers") + (_OWN if own else _PEFT if names else ""),
         stock=_without_koff(narrow, tokenizer, lora, kv),
         results=_results(manifest.metadata.get("results")),
+        tasks=_tasks(manifest.metadata.get("tasks")),
     )
 
 

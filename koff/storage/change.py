@@ -82,15 +82,16 @@ def drop_memory(directory: Path, name: str) -> None:
     shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
 
 
-def write_results(directory: Path, rows: list[dict[str, Any]]) -> None:
+def write_results(directory: Path, rows: list[dict[str, Any]], kind: str = "results") -> None:
     """Replace what koff.json and the model card say was measured.
 
     Args:
         directory: of the saved model.
-        rows: of ``koff.evaluate``.
+        rows: of ``koff.evaluate``, or of `koff eval --tasks`.
+        kind: "results" or "tasks": under which name of the metadata.
     """
     with _changed(directory) as (manifest, _):
-        manifest.metadata["results"] = plain_rows(rows)
+        manifest.metadata[kind] = plain_rows(rows)
 
 
 @contextlib.contextmanager
@@ -132,5 +133,6 @@ def _forget(metadata: dict[str, Any], name: str) -> None:
     """Drop what metadata says of a memory that goes, or went before another takes its name."""
     for kind in ("data", "added"):
         (metadata.get(kind) or {}).pop(name, None)
-    if metadata.get("results"):
-        metadata["results"] = [row for row in metadata["results"] if row["memory"] != name]
+    for kind in ("results", "tasks"):
+        if metadata.get(kind):
+            metadata[kind] = [row for row in metadata[kind] if row["memory"] != name]

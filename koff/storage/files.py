@@ -71,11 +71,14 @@ class File:
             )
         self.path = path
 
-    def json(self) -> dict[str, Any]:
-        """Read a JSON object of at most 64 MiB.
+    def json(self, kind: type = dict) -> Any:
+        """Read JSON of at most 64 MiB.
+
+        Args:
+            kind: what it must hold: an object (dict) or a list.
 
         Raises:
-            ValueError: too large, or no JSON object.
+            ValueError: too large, no JSON, or not of the kind.
         """
         size = self.path.stat().st_size
         if size > _MOST_JSON:
@@ -87,9 +90,10 @@ class File:
             values = json.loads(self.path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # "[[[[..." recurses
             raise DamagedFolder(f"{self.path.name} must be JSON, got {error}") from error
-        if not isinstance(values, dict):
+        if not isinstance(values, kind):
+            wanted = "object" if kind is dict else "list"
             raise ValueError(
-                f"{asker()}: {self.path.name} must hold a JSON object, "
+                f"{asker()}: {self.path.name} must hold a JSON {wanted}, "
                 f"got {type(values).__name__}; check it"
             )
         return values

@@ -37,8 +37,9 @@ def plain_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     values = dict(metadata)
     try:
-        if isinstance(values.get("results"), (list, tuple)):
-            values["results"] = plain_rows(values["results"])
+        for kind in ("results", "tasks"):
+            if isinstance(values.get(kind), (list, tuple)):
+                values[kind] = plain_rows(values[kind])
         text = json.dumps(values, default=_plain, allow_nan=False, ensure_ascii=False)
         # To UTF-8, as the card is written: a lone surrogate, which JSON could escape, fails here.
         values = json.loads(text.encode())
@@ -127,6 +128,17 @@ def _is_row(row: Any) -> bool:
     return numbers and all(isinstance(text, str) for text in texts)
 
 
+def _is_task_results(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_task_row, value))
+
+
+def _is_task_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("memory", 0), str | None):
+        return False
+    texts = all(isinstance(row.get(name), str) for name in ("variant", "task", "metric", "filter"))
+    return texts and all(name in row and _is_measure(row[name]) for name in ("value", "stderr"))
+
+
 def _is_added(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_record, value.values()))
 
@@ -142,4 +154,5 @@ _SHAPES = {
     "general": ("be an object of names and texts", _is_named_texts),
     "added": ("be an object of names and what they were trained on", _is_added),
     "results": ("be rows of koff.evaluate", _is_results),
+    "tasks": ("be rows of koff eval --tasks", _is_task_results),
 }

@@ -84,15 +84,20 @@ class SavedFolder:
             FileNotFoundError, ValueError: it is not, or a link does.
         """
         if name not in self._files:
-            file = File(self.path / name)
-            real = file.path.resolve()
-            if not any(real.is_relative_to(root) for root in self._roots):
-                raise ValueError(
-                    f"{asker()}: {name} must lie in its folder, got a link to {real}; copy the "
-                    "folder again, with its files instead of links"
-                )
-            self._files[name] = file
+            self._files[name] = _inside(File(self.path / name), name, self._roots)
         return self._files[name]
+
+    def beside(self, name: str) -> File:
+        """Return a file that does not belong to the saved model but lies beside it, as a run's
+        recipe, log and measurements do; checked as by ``file``.
+
+        Args:
+            name: relative to ``directory``, where it stays also while a new version is on its way.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not there, or a link leads it out of here.
+        """
+        return _inside(File(self.directory / name), name, _allowed_roots(self.directory))
 
     def verify(self, names: Iterable[str]) -> None:
         """Refuse files whose sha256 is not the one that koff.json recorded.
@@ -142,6 +147,17 @@ class SavedFolder:
                 f"loads, got {type(error).__name__}: {first}; save the model again with "
                 "tokenizer=..."
             ) from error
+
+
+def _inside(file: File, name: str, roots: list[Path]) -> File:
+    """Return the file, unless a link leads it out of these folders."""
+    real = file.path.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ValueError(
+            f"{asker()}: {name} must lie in its folder, got a link to {real}; copy the "
+            "folder again, with its files instead of links"
+        )
+    return file
 
 
 def _allowed_roots(directory: Path) -> list[Path]:

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 from support.imports import ROOT
+from support.run_folders import RunFolder
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton", "datasets", "tokenizers"}
 COMMANDS = (
     "train", "eval", "analyse", "generate", "info", "export", "add-memory", "import-memory",
-    "remove-memory", "push", "demo",
+    "remove-memory", "push", "demo", "report",
 )  # fmt: skip
 
 # Runs `koff` with the arguments it gets, then prints its exit code and every module there is.
@@ -74,6 +75,8 @@ def test_version_imports_neither_torch_nor_transformers():
         ("generate", "none", "Once"),
         ("generate", "none", "Once", "--temperature", "-1"),
         ("info", "none"),
+        ("report",),
+        ("report", "none"),
     ],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )
@@ -85,6 +88,14 @@ def test_wrong_arguments_are_refused_before_torch_or_transformers(arguments):
 def test_info_reads_a_saved_model_without_torch_or_transformers(saved):
     code, modules = run("info", saved)
     assert code == 0 and not modules & HEAVY
+
+
+def test_report_reads_finished_runs_without_torch_or_transformers(tmp_path):
+    run_folder = RunFolder().write(tmp_path / "run")
+    for name in ("page.html", "page.md"):
+        code, modules = run("report", run_folder, "--output", tmp_path / name)
+        assert code == 0 and not modules & HEAVY
+        assert ("matplotlib" in modules) == name.endswith(".md")
 
 
 def test_importing_koff_imports_neither_torch_nor_transformers():

@@ -1,4 +1,4 @@
-"""What the table says, as functions of perplexities alone."""
+"""What perplexities say together: shares won back, the gain of offloading, spreads over seeds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from ..errors import asker
 
 Cells = Mapping[tuple[str, str | None], float]
 
@@ -55,7 +57,7 @@ def finite(value: float | None, what: str) -> float:
     """
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(
-            f"bench.quality: {what} must be a finite number, got {value}; look at that run's log"
+            f"{asker()}: {what} must be a finite number, got {value}; look at that run's log"
         )
     return float(value)
 
@@ -89,13 +91,13 @@ def perplexity(found: Cells, domain: str, memory: str | None, run: str) -> float
     what = f"{run}: the perplexity of {domain} with {f'memory {memory}' if memory else 'no memory'}"
     if (domain, memory) not in found:
         raise ValueError(
-            f"bench.quality: {what} must have been measured, got no such row; measure it again: "
+            f"{asker()}: {what} must have been measured, got no such row; measure it again: "
             "remove the run's eval file"
         )
     value = finite(found[domain, memory], what)
     if not value >= 1:  # exp of a mean negative log-likelihood, which is never negative
         raise ValueError(
-            f"bench.quality: {what} must be at least 1, got {value}; measure it again: remove the "
+            f"{asker()}: {what} must be at least 1, got {value}; measure it again: remove the "
             "run's eval file"
         )
     return value

@@ -1,11 +1,11 @@
-"""What bench.quality computes, on numbers worked out by hand."""
+"""What perplexities say together, on numbers worked out by hand."""
 
 import math
 
 import pytest
 
 from bench.quality.collect import over_languages
-from bench.quality.measures import (
+from koff.evaluation.measures import (
     Spread,
     Undefined,
     cells,
