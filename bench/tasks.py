@@ -54,7 +54,7 @@ def goes_on(documents: list[str], questions: int, rng: random.Random) -> list[di
 
 
 def math_questions(documents: list[str], questions: int) -> list[dict[str, Any]]:
-    """Return questions with their reasoning and, as choices, four numbers one of which is right."""
+    """Return questions, their reasoning and, as choices, four numbers one of which is right."""
     found = []
     for text in documents:
         match = re.fullmatch(r"(.*)####\s*(-?[\d,]+)\s*", text, re.DOTALL)
@@ -66,8 +66,11 @@ def math_questions(documents: list[str], questions: int) -> list[dict[str, Any]]
         if len(choices) == CHOICES:
             gold = len(found) % CHOICES
             choices[0], choices[gold] = choices[gold], choices[0]
-            before = f"{match[1]}####"
-            found.append({"question": before, "choices": choices, "gold": gold})
+            # Written with its reasoning, the number is there to be read off; without, it is to be
+            # guessed.
+            question = match[1].partition("Answer:")[0] + "Answer: "
+            doc = {"question": question.rstrip(), "reasoning": f"{match[1]}####"}
+            found.append(doc | {"choices": choices, "gold": gold})
     return found
 
 
@@ -94,6 +97,7 @@ def write_task(
     if generate:
         task |= {
             "output_type": "generate_until",
+            "doc_to_text": "{{reasoning}}",
             "doc_to_target": "{{choices[gold]}}",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
             "metric_list": [{"metric": "exact_match", "ignore_punctuation": True}],

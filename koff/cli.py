@@ -235,24 +235,50 @@ def eval_(
 @_command
 def analyse(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
-    domain: Annotated[str, typer.Option(help="Domain or general part whose text is read.")],
+    domain: Annotated[
+        str | None, typer.Option(help="Domain or general part whose text is read.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Default: the domain's own.")] = None,
+    neurons: Annotated[
+        bool, typer.Option("--neurons", help="Which neurons went: those of one language?")
+    ] = False,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all heads and tokens to this file.")
+        Path | None, typer.Option(metavar="FILE", help="Write everything to this file.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --neurons: each domain's first documents, of so many tokens."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks per forward.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Show how much attention each layer gives to the learned keys of a memory."""
-    from .commands.tables import check_writable, prefix_table, write_json
+    """Show how much attention each layer gives to the learned keys of a memory.
 
+    With --neurons instead: whether pruning took the neurons that one language alone uses.
+    """
+    from .commands.tables import check_writable, neuron_table, prefix_table, write_json
+
+    if neurons == (domain is not None) or (neurons and memory is not None):
+        raise ValueError(
+            "koff analyse: there must be --domain (with --memory) or --neurons, got "
+            f"{'both' if neurons else 'neither'}; give one"
+        )
+    if not neurons and max_tokens is not None:
+        raise ValueError("koff analyse: --max-tokens must come with --neurons; leave it out")
     if json is not None:
         check_writable(json)
 
-    from .commands.saved import analyse_run
+    from .commands.saved import analyse_neurons, analyse_run
 
     options = {"split": split, "batch_size": batch_size, "device": device}
+    if neurons:
+        report = analyse_neurons(directory, max_tokens=max_tokens, **options)
+        if json is not None:
+            write_json(json, {"split": split} | report.to_dict())
+        Console().print(neuron_table(report))
+        Console().print(report.sentence(), markup=False, highlight=False, soft_wrap=True)
+        return
     found = analyse_run(directory, domain, memory=memory, **options)
     if json is not None:
         write_json(json, {"domain": domain, "split": split} | found.to_dict())

@@ -21,6 +21,7 @@ from .tables import millions
 
 if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
+    from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
 
 
@@ -250,6 +251,67 @@ def analyse_run(
         block_size=recipe.train.block_size,
         batch_size=batch_size,
     )
+
+
+def analyse_neurons(
+    directory: str | Path,
+    *,
+    split: str = "test",
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> NeuronReport:
+    """Compare how a saved model's mask treats language-specific and other neurons of its base.
+
+    Args:
+        directory: output folder of `koff train`.
+        split: "train", "validation" or "test".
+        max_tokens: of each domain, as ``evaluate_run`` takes it.
+        batch_size: blocks per forward.
+        device: where to run; None: as ``pick_device`` finds it.
+
+    Raises:
+        FileNotFoundError, ValueError: no finished run, nothing pruned, or fewer than two domains
+            with the split.
+    """
+    directory = check_saved(directory)
+    recipe, saved = read_run(directory), open_saved(directory)
+    if saved.manifest.kept is None:
+        raise ValueError(
+            "koff analyse: --neurons must have a pruned model, got one with all its neurons; "
+            "analyse one that was trained with koff.target_sparsity above 0"
+        )
+    sources = recipe.sources(split)
+    if len(sources) < 2:
+        raise ValueError(
+            f"koff analyse: --neurons must have at least two domains with a {split} split, to see "
+            f"what only one uses, got {list(sources)}"
+        )
+    documents = {name: load_documents(source) for name, source in sources.items()}
+
+    import torch
+
+    from ..data.blocks import pack
+    from ..evaluation.neurons import neuron_report
+    from .train import load_base
+
+    tokenizer, size = saved.load_tokenizer(), recipe.train.block_size
+    packed = {
+        name: pack(
+            _first(texts, tokenizer, max_tokens),
+            tokenizer,
+            size,
+            name=f"the {split} split of {name!r}",
+        )
+        for name, texts in documents.items()
+    }
+    with asked_by("koff analyse"):
+        kept = saved.manifest.kept_neurons()
+        pruned = []
+        for rows, width in zip(kept, saved.manifest.dense_widths, strict=True):
+            pruned.append(torch.ones(width, dtype=torch.bool).index_fill_(0, rows, False))
+        base = load_base(recipe).to(pick_device(device))
+        return neuron_report(base, packed, pruned, batch_size=batch_size)
 
 
 def generate_text(

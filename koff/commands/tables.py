@@ -17,6 +17,7 @@ from ..storage.publish import rename, sync
 
 if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
+    from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
     from ..pruning.binarize import SparsityReport
 
@@ -113,6 +114,23 @@ def prefix_table(found: PrefixMass, *, title: str) -> Table:
         largest, head = heads.max(0)
         shown = "–" if math.isnan(share) else f"{share:.1%}"
         table.add_row(str(index), f"{heads.mean():.4f}", shown, f"{largest:.4f} (head {int(head)})")
+    return table
+
+
+def neuron_table(report: NeuronReport) -> Table:
+    """Return what a mask does to kinds of neurons, as a ``rich`` table."""
+    table = Table(title="pruned neurons of the base")
+    table.add_column("neurons")
+    for name in ("all", "pruned", "95 % interval", "random masks", "p"):
+        table.add_column(name, justify="right")
+    for name, rate in report.rates.items():
+        if not rate.neurons:
+            table.add_row(escape(name), "0", *["–"] * 4)
+            continue
+        interval = f"{rate.low:.1%} to {rate.high:.1%}"
+        p = "–" if rate.p is None else f"{rate.p:.2g}"
+        shares = (f"{rate.rate:.1%}", interval, f"{rate.expected:.1%}", p)
+        table.add_row(escape(name), str(rate.neurons), *shares)
     return table
 
 

@@ -25,7 +25,8 @@ def test_the_right_continuation_is_the_one_of_the_document():
 def test_math_questions_end_before_their_number():
     texts = ["Question: a\nAnswer: 2*9=18\n#### 18\n", "no number", "b\n#### 1,200"]
     first, second = math_questions(texts, 10)
-    assert first["question"].endswith("2*9=18\n####") and first["choices"][first["gold"]] == "18"
+    assert first["question"] == "Question: a\nAnswer:" and first["choices"][first["gold"]] == "18"
+    assert first["reasoning"].endswith("2*9=18\n####")
     assert second["choices"][second["gold"]] == "1200" and second["gold"] == 1
     assert len(set(first["choices"])) == CHOICES and len(math_questions(texts, 1)) == 1
 

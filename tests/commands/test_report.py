@@ -100,7 +100,7 @@ def test_report_of_many_runs_says_what_was_found(grid, tmp_path):
     assert text in page.text
     missing = page.text.rpartition("Not in this page")[2].split("\n")
     assert [line.partition(":")[0] for line in missing if line] == [
-        "Tasks", "Speed of the trained model"
+        "Which neurons went", "Tasks", "Speed of the trained model"
     ]  # fmt: skip
 
 
@@ -392,3 +392,42 @@ def test_report_in_chromium_fits_the_screen(width, grid, tmp_path):
 def test_report_is_one_page(tmp_path):
     text = html.html(Page("t", [Section("s", [Text("a < b & c")])], ["x"]))
     assert "a &lt; b &amp; c" in text and Reader(text).open == []
+
+
+def test_koff_analyse_neurons_and_its_page(trained, tmp_path):
+    output = succeed("analyse", trained, "--neurons", "--json", trained / "neurons.json",
+                     "--max-tokens", 300)  # fmt: skip
+    assert "specific to fr" in output and "others" in output
+    found = json.loads((trained / "neurons.json").read_text("utf-8"))
+    assert found["sentence"] in output and found["languages"] == ["en", "fr"]
+    assert sum(layer["neurons"] for layer in found["layers"]) == 2 * 64
+    gone = sum(layer["specific_pruned"] + layer["others_pruned"] for layer in found["layers"])
+    assert gone == 2 * 64 - sum(runs.read_finished(trained, "test").manifest.widths)
+    page = read(write_report([trained], tmp_path / "page.html"))
+    assert "Which neurons" in page.text and found["sentence"] in page.text
+    some = '{"rates": {"a": {"neurons": 1}}, "layers": [], "sentence": "s"}'
+    bad = [json.dumps(found | change) for change in ({"layers": []}, {"sentence": 3})]
+    for text in ("{}", some, *bad):
+        (trained / "neurons.json").write_text(text, "utf-8")
+        assert "neurons.json must be as koff analyse" in fail("report", trained)
+    (trained / "neurons.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "there must be --domain (with --memory) or --neurons, got neither"),
+        (("--neurons", "--domain", "fr"), "got both"),
+        (("--neurons", "--memory", "fr"), "got both"),
+        (("--domain", "fr", "--max-tokens", "3"), "--max-tokens must come with --neurons"),
+        (("--neurons", "--split", "validation"), "at least two domains with a validation split"),
+    ],
+)
+def test_koff_analyse_refuses_wrong_options(options, message, trained):
+    assert message in fail("analyse", trained, *options)
+
+
+def test_koff_analyse_neurons_needs_a_pruned_model(root, tmp_path):
+    output = tmp_path / "dense"
+    succeed("train", root / "recipe.yaml", "--output", output, "--sparsity", 0, "--steps", 1)
+    assert "--neurons must have a pruned model" in fail("analyse", output, "--neurons")

@@ -23,6 +23,24 @@ from ..saved import count_saved
 # How files of measurements are named that lie beside a model; `koff eval` and `koff analyse` write
 # them with --json.
 SCORES, ATTENTION, TASKS = "eval-*.json", "attention-*.json", "tasks-*.json"
+NEURONS = "neurons.json"
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """How a mask treats language-specific and other neurons.
+
+    Args:
+        sentence: the finding in words.
+        rates: {kind of neuron: (how many, share pruned, low and high end of its interval, share
+            that random masks prune, p or None)}; kinds of which there are none are left out.
+        layers: shares pruned of specific and of other neurons, layer by layer; None where a layer
+            has none.
+    """
+
+    sentence: str
+    rates: dict[str, tuple[int, float, float, float, float, float | None]]
+    layers: list[tuple[float | None, float | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +58,7 @@ class Finished:
         splits: those for which there are rows.
         tasks: rows of `koff eval --tasks`.
         attention: {(domain, memory): attention on the memory's learned keys, layer by layer}.
+        neurons: what `koff analyse --neurons` found, or None.
         sizes: {part: (parameters, bytes)}; the parts are "backbone" and the memories.
     """
 
@@ -54,6 +73,7 @@ class Finished:
     splits: list[str]
     tasks: list[dict[str, Any]]
     attention: dict[tuple[str, str], list[float]]
+    neurons: Neurons | None
     sizes: dict[str, tuple[int, int]]
 
     @property
@@ -96,6 +116,7 @@ def read_finished(directory: str | Path, split: str) -> Finished:
         splits=list(dict.fromkeys(str(row.get("split")) for row in named)),
         tasks=list(_tasks(saved)),
         attention=dict(_attention(saved)),
+        neurons=_neurons(saved) if NEURONS in names else None,
         sizes=_sizes(saved),
     )
 
@@ -168,6 +189,32 @@ def _attention(saved: SavedFolder) -> Iterator[tuple[tuple[str, str], list[float
         if not (isinstance(domain, str) and isinstance(memory, str) and layers and whole):
             raise DamagedFolder(f"{path.name} must be as koff analyse writes it, got another shape")
         yield (domain, memory), [sum(h) / len(h) for h in layers]
+
+
+def _neurons(saved: SavedFolder) -> Neurons:
+    """Return what `koff analyse --neurons` wrote."""
+    values = saved.beside(NEURONS).json()
+    try:
+        rates = {}
+        for name, rate in values["rates"].items():
+            keys = ("rate", "low", "high", "expected")
+            shares = [_number(rate[key]) for key in keys]
+            if rate["neurons"] and None not in shares:
+                rates[name] = (int(rate["neurons"]), *shares, _number(rate["p"]))
+        layers = [
+            tuple(
+                _number(layer[f"{kind}_pruned"] / layer[kind]) if layer[kind] else None
+                for kind in ("specific", "others")
+            )
+            for layer in values["layers"]
+        ]
+        if len(layers) != len(saved.manifest.widths) or not isinstance(values["sentence"], str):
+            raise ValueError(f"{len(layers)} layers")
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DamagedFolder(
+            f"{NEURONS} must be as koff analyse --neurons writes it, got another shape ({error})"
+        ) from None
+    return Neurons(values["sentence"], rates, layers)
 
 
 def _sizes(saved: SavedFolder) -> dict[str, tuple[int, int]]:

@@ -43,7 +43,16 @@ def make_page(runs: Sequence[Finished], split: str) -> Page:
     missing: list[str] = []
     sections = [
         make(groups, split, missing)
-        for make in (_overview, _pruned, _perplexity, _won_back, _swaps, _tasks, _attention)
+        for make in (
+            _overview,
+            _pruned,
+            _neurons,
+            _perplexity,
+            _won_back,
+            _swaps,
+            _tasks,
+            _attention,
+        )
     ]
     sections += [_training(groups, missing), _sizes(groups), _speed(groups, missing)]
     sections.append(_settings(groups, missing))
@@ -220,6 +229,48 @@ def _kept_sets(run: Finished) -> list[set[int]]:
             )
         found.append(kept)
     return found
+
+
+# ---- which neurons ----
+
+
+def _neurons(groups: list[Group], split: str, missing: list[str]) -> Section | None:
+    parts: list[Part] = []
+    for group in groups:
+        for run in group.runs:
+            found = run.neurons
+            if found is None:
+                continue
+            label = _run_label(group.label, run, groups)
+            parts.append(Text(cut(f"{label}:")))
+            parts.append(Text(found.sentence[: 3 * _MOST_TEXT]))
+            rows, lines = [], []
+            for name, (count, rate, low, high, expected, p) in found.rates.items():
+                rows.append(Interval(cut(name), rate, low, high))
+                shown = _NONE if p is None else f"{p:.2g}"
+                lines.append([name, str(count), share(rate), share(expected), shown])
+            if rows:
+                # What a random mask removes of any neurons, on average.
+                gone = 1 - sum(run.manifest.widths) / sum(run.manifest.dense_widths)
+                what = "pruned, with 95 % interval; dashed: of all neurons"
+                parts.append(Intervals("Pruned, by kind", what, rows[:_MOST_LINES], True, gone))
+            series = []
+            for index, kind in enumerate(("specific", "others")):
+                points = [(float(at), both[index]) for at, both in enumerate(found.layers)]
+                points = [(at, value) for at, value in points if value is not None]
+                if points:
+                    series.append(Series(kind, _thinned(points)))
+            if series:
+                parts.append(Lines("Pruned, by layer", "layer", "pruned", series, True))
+            header = ["neurons", "all", "pruned", "by random masks", "p"]
+            parts.append(table(header, lines))
+    if not parts:
+        missing.append("Which neurons went: koff analyse DIR --neurons --json DIR/neurons.json")
+        return None
+    text = "Specific are the neurons that one language uses far more than the others (LAPE, on the "
+    text += "unpruned base); general ones are used much by all. Random masks remove as many "
+    text += "neurons of each layer as the mask did; p is how often they are as far from their mean."
+    return Section("Which neurons", [Text(text), *parts])
 
 
 # ---- perplexity ----
