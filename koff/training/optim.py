@@ -106,11 +106,14 @@ def clip_groups(
     Returns:
         The norm of each clipped group before clipping, by name; on the parameters' device.
     """
-    return {
-        name: torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
-        for name, group in zip(names, groups, strict=True)
-        if not group.get("unclipped")
-    }
+    norms = {}
+    for name, group in zip(names, groups, strict=True):
+        if not group.get("unclipped"):
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
+            # Where no parameter has a gradient (gates, once the mask is fixed), torch returns a
+            # zero on the CPU.
+            norms[name] = norm.to(group["params"][0].device)
+    return norms
 
 
 def hold_constant_groups(scheduler: Any, groups: list[dict[str, Any]]) -> None:

@@ -350,7 +350,7 @@ def test_bench_gpu_shares_become_one_file(tmp_path, monkeypatch):
         cases = [(n, lambda n=n: [{"name": n, "text": "ok"}]) for n in "abcde"]
         made.run(cases, results.Deadline(1))
         assert [row["name"] for row in made.record["rows"]] == list("abcde")[i::2]
-    args = command._parser().parse_args(["--dry-run", "--part", "smoke", "--resume"])
+    args = command._parser().parse_args(["--dry-run", "--minutes", "1", "--resume"])
     run = command.Run(args, tmp_path, tmp_path)
     run._merge("smoke")
     assert [p.name for p in tmp_path.iterdir()] == ["dry-smoke.json"]

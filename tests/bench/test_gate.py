@@ -243,7 +243,7 @@ def test_gate_command(tmp_path):
         assert row["dtype"] in settings.DTYPES and isinstance(row["config"], dict)
         assert row["kernel"] == "_sum_partials_kernel" and row["problems"] == []
         assert all(isinstance(row[name], int) for name in gate.FIELDS[4:-1])
-        assert set(row["mma"]) == {"wgmma", "mma.sync", "tcgen05"}
+        assert set(row["mma"]) == {"wgmma", "mma.sync", "tcgen05", "mfma"}
     assert f"{len(rows)} variants compiled" in done.stdout
 
 

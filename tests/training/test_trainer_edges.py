@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import koff
+from koff.training.optim import clip_groups
 
 
 def test_resuming_before_the_mask_was_fixed_trains_the_gates_again(tmp_path):
@@ -282,3 +283,9 @@ def test_the_config_keeps_the_bases_use_cache(tmp_path, base):
     assert model.config.use_cache is base
     koff.save(koff.compact(model, inplace=True), tmp_path / "out")
     assert koff.load(tmp_path / "out").config.use_cache is base
+
+
+def test_the_norm_of_a_group_without_gradients_lies_with_the_others():
+    """As that of the gates, once their mask is fixed; torch alone gives a zero on the CPU."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, device="meta"))]}
+    assert clip_groups(["gates"], [group], 1.0)["gates"].device.type == "meta"
