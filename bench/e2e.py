@@ -32,7 +32,7 @@ from koff.model.arch import Site
 from koff.model.attach import contiguous
 from koff.model.state import count_weights
 
-from .models import Shape, forward_flops, vary
+from .models import Shape, forward_flops, llama_config, vary
 
 NAMES = tuple(f"m{index}" for index in range(8))
 RANK = 16
@@ -559,19 +559,10 @@ def run(
 
 def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A Llama with random weights, tied tables and sdpa attention, made where it will run."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
+    config = llama_config(
+        shape, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=True
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

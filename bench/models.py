@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +48,24 @@ def of_layers(shape: Shape, layers: int) -> Shape:
     return replace(shape, layers=layers, vocab=vocab)
 
 
-def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with random weights (untied), sdpa attention, the same for the same seed."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def llama_config(shape: Shape, **settings: Any) -> LlamaConfig:
+    """The configuration of a Llama of this shape with sdpa attention; settings: of its own."""
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
         attn_implementation="sdpa",
+        **settings,
     )
-    return LlamaForCausalLM(config).to(dtype)
+
+
+def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama with random weights (untied), sdpa attention, the same for the same seed."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(shape, max_position_embeddings=4096)).to(dtype)
 
 
 def batch(shape: Shape, seed: int) -> Tensor:

@@ -430,11 +430,7 @@ def read_config(model: str) -> dict:
 
 def _variant(key: Key) -> tuple:
     """Return what mostly decides which kernels a shape needs, so that few are compiled twice."""
-    tokens = (
-        routes.DECODE_TOKENS + 1
-        if key.m > DECODE_TOKENS
-        else max(16, 1 << (key.m - 1).bit_length())
-    )
+    tokens = DECODE_TOKENS + 1 if key.m > DECODE_TOKENS else max(16, 1 << (key.m - 1).bit_length())
     return (
         key.op,
         key.direction,

@@ -20,6 +20,7 @@ from .recipe import RECIPE_FILE, Recipe, added_data, data_root, parse, stored_re
 from .tables import millions
 
 if TYPE_CHECKING:
+    from ..data.blocks import PackedBlocks
     from ..evaluation.attention_mass import PrefixMass
     from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
@@ -161,14 +162,32 @@ def evaluate_run(
         name: load_documents(source) for name, source in eval_sources(recipe, split).items()
     }
 
-    from ..data.blocks import pack
     from ..evaluation.perplexity import evaluate
     from ..storage.save_load import load
     from .train import load_base
 
     tokenizer = open_saved(directory).load_tokenizer()
     # Packed here and not by evaluate: once for both models, and errors name the split.
-    packed = {
+    packed = _packed(documents, tokenizer, size, split, max_tokens)
+    rows = []
+    options: dict[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
+    if base:  # without a name of its own: it is gone before the other model needs its memory
+        rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
+    return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
+
+
+def _packed(
+    documents: dict[str, list[Document]],
+    tokenizer: Any,
+    size: int,
+    split: str,
+    max_tokens: int | None,
+) -> dict[str, PackedBlocks]:
+    """Return {name: its documents, the first ``max_tokens`` tokens of them, in blocks of ``size``};
+    errors name the split."""
+    from ..data.blocks import pack
+
+    return {
         name: pack(
             _first(texts, tokenizer, max_tokens),
             tokenizer,
@@ -177,11 +196,6 @@ def evaluate_run(
         )
         for name, texts in documents.items()
     }
-    rows = []
-    options: dict[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
-    if base:  # without a name of its own: it is gone before the other model needs its memory
-        rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
-    return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
 
 
 def _first(documents: list[Document], tokenizer: Any, tokens: int | None) -> list[Document]:
@@ -291,20 +305,11 @@ def analyse_neurons(
 
     import torch
 
-    from ..data.blocks import pack
     from ..evaluation.neurons import neuron_report
     from .train import load_base
 
     tokenizer, size = saved.load_tokenizer(), recipe.train.block_size
-    packed = {
-        name: pack(
-            _first(texts, tokenizer, max_tokens),
-            tokenizer,
-            size,
-            name=f"the {split} split of {name!r}",
-        )
-        for name, texts in documents.items()
-    }
+    packed = _packed(documents, tokenizer, size, split, max_tokens)
     with asked_by("koff analyse"):
         kept = saved.manifest.kept_neurons()
         pruned = []

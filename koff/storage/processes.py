@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import asker
 from .space import DiskFull
@@ -29,6 +30,15 @@ def is_first() -> bool:
     return not (dist and dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def _store() -> Any:
+    """Return the store through which the processes of a distributed run have found each other, None
+    in a process that is alone."""
+    dist = sys.modules.get("torch.distributed")
+    if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 @contextlib.contextmanager
 def one_writes(what: str) -> Iterator[bool]:
     """Let the first process of a distributed run do what is inside; the others wait for its end.
@@ -46,12 +56,10 @@ def one_writes(what: str) -> Iterator[bool]:
         ValueError, DiskFull: on the others, with the first one's words, if it raised an error; or
             if it never came.
     """
-    dist = sys.modules.get("torch.distributed")
-    if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    store = _store()
+    if store is None:
         yield True
         return
-    # The store through which the processes have found each other.
-    store = dist.distributed_c10d._get_default_store()
     _times[what] += 1
     key = f"koff/{what}/{_times[what]}"
     if is_first():
@@ -90,10 +98,9 @@ def said_by_first(what: str, text: str = "") -> str:
         what: was done by ``one_writes`` just before, under the same name.
         text: what to say; that of the first process counts.
     """
-    dist = sys.modules.get("torch.distributed")
-    if not (dist and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    store, key = _store(), f"koff/{what}/{_times[what]}/said"
+    if store is None:
         return text
-    store, key = dist.distributed_c10d._get_default_store(), f"koff/{what}/{_times[what]}/said"
     if is_first():
         store.set(key, text)
         return text

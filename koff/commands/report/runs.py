@@ -100,7 +100,7 @@ def read_finished(directory: str | Path, split: str) -> Finished:
         values, root = stored_recipe(saved.directory)
         recipe = parse(values, Path(root))
     log = saved.beside(LOG_FILE).json() if LOG_FILE in names else {}
-    rows = list(_rows(saved))
+    rows = list(_rows(saved, "results", SCORES))
     # Of a card that somebody edited, rows may lack what tells them apart.
     named = [row for row in rows if row.get("domain") and row.get("variant")]
     shown = [row for row in named if row.get("split") == split]
@@ -114,36 +114,31 @@ def read_finished(directory: str | Path, split: str) -> Finished:
         dense=_measured(cells(shown, "base")),
         tokens=_tokens(shown),
         splits=list(dict.fromkeys(str(row.get("split")) for row in named)),
-        tasks=list(_tasks(saved)),
+        tasks=[row for row in _rows(saved, "tasks", TASKS) if _number(row["value"]) is not None],
         attention=dict(_attention(saved)),
         neurons=_neurons(saved) if NEURONS in names else None,
         sizes=_sizes(saved),
     )
 
 
-def _rows(saved: SavedFolder) -> Iterator[dict[str, Any]]:
-    """Yield what was measured: first what the card shows, then what files hold, which may be
-    newer."""
-    yield from saved.manifest.metadata.get("results") or []
-    for path in sorted(saved.directory.glob(SCORES)):
+def _rows(saved: SavedFolder, kind: str, pattern: str) -> Iterator[dict[str, Any]]:
+    """Yield what was measured: first what the card shows, then what files hold, which may be newer.
+
+    Args:
+        saved: the run.
+        kind: "results" or "tasks", as koff.json calls them.
+        pattern: of the names of the files.
+    """
+    yield from saved.manifest.metadata.get(kind) or []
+    for path in sorted(saved.directory.glob(pattern)):
         found = saved.beside(path.name).json(list)
-        check_shapes({"results": found}, path.name, "measure again")
+        check_shapes({kind: found}, path.name, "measure again")
         yield from found
 
 
 def _measured(found: Cells) -> Cells:
     """Leave out what is no perplexity: a model that diverged has null, NaN or infinity."""
     return {cell: v for cell, v in found.items() if (_number(v) or 0.0) >= 1.0}
-
-
-def _tasks(saved: SavedFolder) -> Iterator[dict[str, Any]]:
-    """Yield what was measured on tasks, as ``_rows`` does for text."""
-    found = list(saved.manifest.metadata.get("tasks") or [])
-    for path in sorted(saved.directory.glob(TASKS)):
-        rows = saved.beside(path.name).json(list)
-        check_shapes({"tasks": rows}, path.name, "measure again")
-        found += rows
-    yield from (row for row in found if _number(row["value"]) is not None)
 
 
 def _tokens(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
