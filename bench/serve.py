@@ -116,8 +116,8 @@ def measure_vllm(folder: Path, args: argparse.Namespace, vocab: int) -> dict[str
         "--no-enable-log-requests",
     ]
     command += ["--max-num-seqs", str(args.clients), "--max-model-len", str(args.room)]
-    # Unasked, vLLM on the CPU reserves a share of all memory for its cache, and does not start where
-    # others use it. These requests fit into 1 GiB.
+    # Unasked, vLLM on the CPU reserves a share of all memory for its cache, and does not start
+    # where others use it. These requests fit into 1 GiB.
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
     log = (folder / "server.log").open("w")
     server = subprocess.Popen(
