@@ -37,7 +37,7 @@ from ..storage.save_load import save
 from ..storage.space import SMALL_FILES, DiskFull, bytes_of, check_room, room_kept
 from ..training.arguments import KoffTrainingArguments
 from ..training.checkpoint import last_complete
-from ..training.settings import OWN_FIELDS
+from ..training.settings import OWN_FIELDS, checkpointing_name
 from ..training.trainer import KoffTrainer
 from .progress import TrainProgress
 from .recipe import LOG_FILE, RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
@@ -410,8 +410,6 @@ def training_arguments(
     train = recipe.train
     own = {name: getattr(train, name) for name in OWN_FIELDS}
     own["general_every"] = train.general_every if recipe.general else 0
-    # Named only where it is wanted: newer transformers warn about the name.
-    checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
     return KoffTrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -430,7 +428,7 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
-        **checkpointing,
+        **{checkpointing_name(KoffTrainingArguments): train.activation_checkpointing},
         **own,
     )
 

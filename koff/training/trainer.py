@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data.losses import token_losses
+from ..data.losses import Head, token_losses
 from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
@@ -368,8 +368,19 @@ class KoffTrainer(CheckpointingTrainer):
         Nothing is read back from the device.
         """
         ids, labels, sources = inputs["input_ids"], inputs["labels"], inputs["source"]
-        logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        losses, divergences = token_losses(logits, labels, self._teacher(model, ids))
+        weight = self.distillation_weight if model.training else 0.0
+        teacher = self._teacher(model, ids) if weight else None
+
+        def measure(states: Tensor, head: Head | None) -> tuple[Tensor, ...]:
+            found = token_losses(states, head, labels, teacher, weight)
+            if not return_outputs:
+                return found
+            return *found, states if head is None else head.logits(states)
+
+        # Within the forward: there DDP and FSDP see what is used, and autocast holds.
+        total, losses, *logits = model(
+            input_ids=ids, memory=inputs["memory"], use_cache=False, instead_of_logits=measure
+        )
         counted = (labels[:, 1:] != IGNORED).sum(1)  # [B]
         per_row = losses.sum(1)  # [B]
         parts = 1  # of which the step's loss is made
@@ -381,25 +392,22 @@ class KoffTrainer(CheckpointingTrainer):
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             tokens = num_items_in_batch / ranks
             parts = self.args.gradient_accumulation_steps
-        loss = per_row.sum() / tokens
+        loss = total / tokens
         if model.training:
             # A blocking copy to the device would wait for all that is queued there.
             index = torch.tensor(sources).to(per_row.device, non_blocking=True)
-            values = torch.stack([per_row.detach(), counted.to(per_row.dtype)], 1)  # [B, 2]
+            values = torch.stack([per_row, counted.to(per_row.dtype)], 1)  # [B, 2]
             self._source_sums.index_add_(0, index, values)
-            if divergences is not None:
-                weight = self.distillation_weight
-                loss = (1 - weight) * loss + weight * divergences.sum() / tokens
             loss = loss + self.constraint() / parts
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": logits[0]}) if return_outputs else loss
 
-    def _teacher(self, model, ids: Tensor) -> Tensor | None:
-        """Return logits [B, T, V] of the same frozen model with gates open and no memory, where a
-        training step distils from it."""
-        if not model.training or self.distillation_weight == 0:
-            return None
-        with torch.no_grad():
-            return model(input_ids=ids, memory=BASE, use_cache=False).logits
+    @torch.no_grad()
+    def _teacher(self, model, ids: Tensor) -> Tensor:
+        """Return the last hidden states [B, T, d] of the same frozen model with gates open and no
+        memory (its logits, where only the model can make them)."""
+        return model(
+            input_ids=ids, memory=BASE, use_cache=False, instead_of_logits=lambda states, _: states
+        )
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""

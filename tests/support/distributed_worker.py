@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from support import activation_checkpointing
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.fsdp import fully_shard
@@ -43,7 +44,8 @@ RUNS = {
     "accumulated": dict(gradient_accumulation_steps=2, batching="single"),
     # Rows count differently, and so do micro-batches and ranks.
     "labelled": dict(gradient_accumulation_steps=2, domains=ANSWERS),
-    "checkpointed": dict(gradient_checkpointing=True, fix_mask_at=0.75, max_grad_norm=0.1),
+    "checkpointed": activation_checkpointing.arguments()
+    | dict(fix_mask_at=0.75, max_grad_norm=0.1),
 }
 
 
@@ -220,8 +222,7 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
         return
     if mode == "ddp":
         with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
-            kwargs = {"use_reentrant": True}
-            make(folder, mode, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+            make(folder, mode, **activation_checkpointing.arguments(use_reentrant=True))
     else:
         with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
             koff.detach(run.model)
