@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -218,6 +219,11 @@ class KoffTrainer(CheckpointingTrainer):
                 "not sharded, and must be there on every rank), got True; leave it out"
             )
         plugin.ignored_modules = "koff"  # by its name: the accelerator comes before the model
+        if plugin.mixed_precision_policy is not None:
+            # The forward returns losses, which stay in fp32 however low its products are.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None
+            )
 
     # ---- the run starts, or goes on from a checkpoint ----
 

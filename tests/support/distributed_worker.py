@@ -217,6 +217,15 @@ def own_loop(folder: Path, mode: str) -> dict[str, torch.Tensor]:
     return learned
 
 
+def check_that_losses_stay_fp32(folder: Path, mode: str) -> None:
+    run = make(folder, mode, bf16=True, max_steps=1)
+    run.train()
+    batch = next(iter(run.get_train_dataloader()))
+    with torch.no_grad():
+        loss = run.compute_loss(run.model_wrapped.eval(), batch)
+    assert loss.dtype == torch.float32
+
+
 def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
     if ranks() == 1:
         return
@@ -267,6 +276,7 @@ def train_all(folder: Path, mode: str) -> None:
             tensors |= {f"moved.{key}": t.contiguous() for key, t in learned(again).items()}
             check_saves(koff.compact(run.model).eval(), place)
             check_refusals(run, folder / "none", mode)
+            check_that_losses_stay_fp32(folder / f"{mode}{ranks()}-bf16", mode)
         tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
         logs[name] = run.state.log_history
