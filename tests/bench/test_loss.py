@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench.loss import difference, peak_bytes, sides
+from bench.peers import loss_of_all_logits
 from koff.data import losses
 
 FULL = 8 * 1024 * 128_256  # logits of a step, as the issue of memory is usually told
@@ -16,6 +17,7 @@ def in_proportion(monkeypatch):
     share = ROWS * TOKENS * VOCABULARY / FULL
     monkeypatch.setattr(losses, "AT_ONCE", round(losses.AT_ONCE * share))
     monkeypatch.setattr(losses, "PIECE_CPU", VOCABULARY)
+    monkeypatch.setattr(loss_of_all_logits, "PIECE", VOCABULARY)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
