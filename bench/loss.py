@@ -113,7 +113,8 @@ def main() -> int:
     )
     record = {
         "what": __doc__.split("\n\n")[0],
-        "command": f"python -m bench.loss {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m bench.loss --rows {args.rows} --tokens {args.tokens} --vocabulary "
+        f"{args.vocabulary} --width {args.width} --dtype {args.dtype} --rounds {args.rounds}",
         "environment": timing.environment(args.threads),
         "rows": args.rows,
         "tokens": args.tokens,

@@ -319,11 +319,10 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
     values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
     for name in ("general", "train"):  # "train:" with nothing below it is null to YAML
         values[name] = values.get(name) or {}
-    train = values["train"]
-    if isinstance(train, Mapping) and "gradient_checkpointing" in train:
-        # As transformers called it when older runs stored their recipes.
-        renamed = {"gradient_checkpointing": "activation_checkpointing"}
-        values["train"] = {renamed.get(key, key): value for key, value in train.items()}
+    train, old, new = values["train"], "gradient_checkpointing", "activation_checkpointing"
+    if isinstance(train, Mapping) and old in train and new not in train:
+        # As transformers called it, and older runs have stored it.
+        values["train"] = {(new if key == old else key): train[key] for key in train}
     recipe = build(Recipe, values, "")
     recipe.root = root
     memories = recipe.koff.memories

@@ -100,8 +100,16 @@ def token_losses(
         The sum, which has the gradient, and l, [B, T - 1], which has none. Nats in fp32; of fp64,
         fp64.
 
+    Raises:
+        ValueError: a head that is trained, which would get no gradient.
+
     Source: Hinton et al. 2015 (arXiv 1503.02531), temperature 1.
     """
+    if head is not None and head.weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "token_losses: the head must be frozen, got one that requires a gradient; pass the "
+            "model's logits, and None for the head"
+        )
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # [N]
     states = states.flatten(0, 1)
     teacher = None if teacher is None else teacher.flatten(0, 1)
@@ -120,9 +128,10 @@ def token_losses(
     return total, losses.view(labels.shape)[:, :-1]
 
 
+@torch.no_grad()
 def logits_in_pieces(states: Tensor, head: Head | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, their logits [rows, V]) of hidden states [N, d], without a gradient; without a
-    head the states are logits. A piece is good until the next one, which takes its place."""
+    """Yield (rows, their logits [rows, V]) of hidden states [N, d]; without a head the states are
+    logits. A piece is good until the next one, which takes its place."""
     if head is not None:
         head = head.to(compute_dtype(states, head.weight))
     for rows, products in _products(states, head):

@@ -126,6 +126,16 @@ def test_labels_on_the_states_own_device_leave_nothing_out_but_the_result():
     assert torch.allclose(gradient.view(2, 4, -1), wanted[2], rtol=FP32, atol=6 * FP32)
 
 
+def test_a_head_that_is_trained_is_refused_and_measured_all_the_same():
+    states = torch.randn(2, 4, WIDTH)
+    head = Head(torch.randn(VOCAB, WIDTH, requires_grad=True))
+    with pytest.raises(ValueError, match="^token_losses: the head must be frozen, got one that"):
+        token_losses(states, head, IDS)
+    with torch.no_grad():
+        assert token_losses(states, head, IDS)[0] > 0
+    next(logits_in_pieces(states.flatten(0, 1), head))
+
+
 def test_no_position_counts():
     states = torch.randn(2, 4, WIDTH)
     total, losses, gradient = with_gradient(
