@@ -123,6 +123,54 @@ def train(
         Console().print(f"saved to {folder}; next: {next_step}", markup=False)
 
 
+@_command
+def plan(
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What each device has, as 24GB or 24GiB.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="How many train together.")] = 1,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="What a device does, 10^12 operations a second; default: measured here."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.steps=10."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything to this file.")
+    ] = None,
+) -> None:
+    """Count what a recipe will take, without loading its model: memory, steps, time and disk.
+
+    With --memory it says what to change where that is too little.
+    """
+    from .commands.recipe import load_recipe
+
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"koff plan: --tflops must be positive, got {tflops}; correct it")
+    checked = load_recipe(recipe, set_ or [])
+
+    from .commands import plan as planning
+    from .commands.tables import check_writable, facts_table, write_json
+    from .commands.train import check_model
+
+    size = None if memory is None else planning.bytes_from(memory)
+    if json is not None:
+        check_writable(json)
+    rate = None if tflops is None else tflops * 1e12
+    found = planning.plan(checked, check_model(checked), memory=size, devices=devices, rate=rate)
+    if json is not None:
+        write_json(json, found.to_dict())
+    console = Console()
+    console.print(facts_table(found.facts(), title=f"plan of {checked.model}"))
+    for line in found.advice():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _keep(
     directory: Path, rows: list[dict[str, Any]], kind: str, card: bool, json: Path | None
 ) -> None:

@@ -78,7 +78,7 @@ class TrainSettings(Settings):
         weight_decay: of the LoRA matrices.
         max_grad_norm: of gates, LoRA and KV, each by itself.
         bf16: mixed precision; a base that is loaded in bfloat16 needs none.
-        gradient_checkpointing: keep the layers' inputs alone, and compute the rest again.
+        activation_checkpointing: keep the layers' inputs alone, and compute the rest again.
         save_every: steps from one checkpoint to the next; 0: none is written.
         keep_checkpoints: so many of the newest stay.
         logging_every: steps from one logged line to the next.
@@ -92,7 +92,7 @@ class TrainSettings(Settings):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     save_every: int = 0
     keep_checkpoints: int = 2
     logging_every: int = 10
@@ -319,6 +319,10 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
     values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
     for name in ("general", "train"):  # "train:" with nothing below it is null to YAML
         values[name] = values.get(name) or {}
+    train, old, new = values["train"], "gradient_checkpointing", "activation_checkpointing"
+    if isinstance(train, Mapping) and old in train and new not in train:
+        # As transformers called it, and older runs have stored it.
+        values["train"] = {(new if key == old else key): train[key] for key in train}
     recipe = build(Recipe, values, "")
     recipe.root = root
     memories = recipe.koff.memories

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,8 +38,9 @@ from ..storage.save_load import save
 from ..storage.space import SMALL_FILES, DiskFull, bytes_of, check_room, room_kept
 from ..training.arguments import KoffTrainingArguments
 from ..training.checkpoint import last_complete
-from ..training.settings import OWN_FIELDS
+from ..training.settings import OWN_FIELDS, checkpointing_name
 from ..training.trainer import KoffTrainer
+from . import plan
 from .progress import TrainProgress
 from .recipe import LOG_FILE, RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .report.write import write_report
@@ -97,6 +99,9 @@ def run(
     model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
     trainer = make_trainer(model, prepared, arguments, label)
+    if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
+        expected = plan.plan(recipe, check_model(recipe), devices=arguments.world_size).headline()
+        Console().print(f"{label}: {expected}", markup=False, highlight=False, soft_wrap=True)
     with contextlib.ExitStack() as held, asked_by("koff train"):
         # From here on files are written: by one process of a distributed run alone.
         with one_writes(f"koff train {output}") as writes:
@@ -410,8 +415,6 @@ def training_arguments(
     train = recipe.train
     own = {name: getattr(train, name) for name in OWN_FIELDS}
     own["general_every"] = train.general_every if recipe.general else 0
-    # Named only where it is wanted: newer transformers warn about the name.
-    checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
     return KoffTrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -430,7 +433,7 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
-        **checkpointing,
+        **{checkpointing_name(KoffTrainingArguments): train.activation_checkpointing},
         **own,
     )
 

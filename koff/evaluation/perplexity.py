@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from ..data.blocks import PackedBlocks, pack
 from ..data.losses import token_losses
 from ..data.records import IGNORED
 from ..errors import asked_by, asker
+from ..model.head import measured
 
 # math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
 _MOST_NATS = 700
@@ -168,8 +170,14 @@ def _mean_nats(
         rows = slice(first, first + batch_size)
         labels = data.labels(rows)
         tokens += int((labels != IGNORED).sum())
-        logits = model(input_ids=data.blocks[rows].to(device), use_cache=False, **argument).logits
-        total += token_losses(logits, labels.to(device))[0].double().sum()
+        _, nats = measured(
+            model,
+            functools.partial(token_losses, labels=labels),
+            input_ids=data.blocks[rows].to(device),
+            use_cache=False,
+            **argument,
+        )
+        total += nats.double().sum()
     return total.item() / tokens, tokens
 
 

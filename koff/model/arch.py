@@ -53,6 +53,8 @@ class Architecture:
         recurrent: name of the module that some layers have in the place of attention: it keeps a
             state instead of keys and values. None: every layer has attention.
         recurrent_linears: as ``attention_linears``, of such layers.
+        logits_divisor, logits_cap: names of the config's entries by which logits are divided, and
+            under which a tanh keeps their size; None: nothing of the kind.
     """
 
     model_type: str
@@ -67,6 +69,8 @@ class Architecture:
     rotary: str = "rotary_emb"
     recurrent: str | None = None
     recurrent_linears: tuple[str, ...] = ()
+    logits_divisor: str | None = None
+    logits_cap: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -89,7 +93,9 @@ ARCHITECTURES = {
         ),
         Architecture("mistral", "MistralForCausalLM", "MistralConfig"),
         Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
-        Architecture("granite", "GraniteForCausalLM", "GraniteConfig"),
+        Architecture(
+            "granite", "GraniteForCausalLM", "GraniteConfig", logits_divisor="logits_scaling"
+        ),
         Architecture("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config"),
         Architecture(
             "phi3",  # Phi-4 and Phi-4-mini, too

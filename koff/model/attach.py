@@ -27,6 +27,7 @@ from .arch import Site
 from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
 from .forward_context import ForwardContext, MemoryArgument, Running
+from .head import contiguous
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
 from .neuron_order import (
@@ -294,16 +295,6 @@ def new_memory(
                 width_out, width_in = module.weight.shape
                 shapes[site] = (width_in, width_out)
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
-
-
-def contiguous(head: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of the head: lay its input out in one piece.
-
-    Of a prompt, ``generate`` gives it the last token of each row, which lie apart. By a weight that
-    has no gradient torch then multiplies row by row, and where it computes bf16 on a processor it
-    first copies the whole table once for each of them: 64 rows took half a minute.
-    """
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
 
 
 def install(model: PreTrainedModel, state: KoffState) -> None:

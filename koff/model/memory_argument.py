@@ -27,6 +27,7 @@ from .forward_context import (
     goes_on,
     resolve_ids,
 )
+from .head import Measure, at_head
 from .state import KoffState
 
 
@@ -172,19 +173,30 @@ class KoffModelMixin:
     @staticmethod
     def forward_with_signature(cls: type) -> Callable:
         """Return ``cls.forward`` with a ``memory`` argument that generate and Trainer can see: both
-        look at the signature, and drop or refuse what is not in it."""
+        look at the signature, and drop or refuse what is not in it. What only koff asks for is not
+        in it: ``instead_of_logits``, a function that is called with the last hidden states and the
+        head (see ``head.Measure``), and whose result is the forward's."""
         base = cls.forward
 
         @functools.wraps(base)
-        def forward(self, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+        def forward(
+            self,
+            *args,
+            memory: MemoryArgument = ACTIVE,
+            instead_of_logits: Measure | None = None,
+            **kwargs,
+        ):
             if memory is not ACTIVE:
                 kwargs["memory"] = memory
+            call = base
+            if instead_of_logits is not None:
+                call = functools.partial(at_head, base, instead_of_logits)
             if torch.compiler.is_compiling():  # what runs later is not this
-                return base(self, *args, **kwargs)
+                return call(self, *args, **kwargs)
             running = self.koff.running
             running.begin()
             try:
-                return base(self, *args, **kwargs)
+                return call(self, *args, **kwargs)
             finally:
                 running.end()
 

@@ -161,6 +161,12 @@ class Settings:
 OWN_FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
+def checkpointing_name(args: TrainingArguments | type[TrainingArguments]) -> str:
+    """Return what the installed transformers calls activation checkpointing in its arguments."""
+    new = "activation_checkpointing"  # 5.17 has the other one, and from 5.23 on that one warns
+    return new if hasattr(args, new) else "gradient_checkpointing"
+
+
 def _check_transformers_settings(args: TrainingArguments) -> None:
     """Refuse what transformers offers and koff could not honour, or would have to ignore."""
     if args.learning_rate != _UNSET_LEARNING_RATE:
@@ -186,11 +192,12 @@ def _check_transformers_settings(args: TrainingArguments) -> None:
             "row used has no gradient, nor has a gate once the mask is fixed), got False; leave it "
             "out"
         )
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    if args.gradient_checkpointing and reentrant and args.world_size > 1:
+    name = checkpointing_name(args)
+    reentrant = (getattr(args, f"{name}_kwargs") or {}).get("use_reentrant", False)
+    if getattr(args, name) and reentrant and args.world_size > 1:
         raise ValueError(
-            "KoffTrainer: use_reentrant of gradient_checkpointing_kwargs must be False on several "
-            "processes (DDP does not see what a reentrant layer uses), got True; leave it out"
+            f"KoffTrainer: use_reentrant of {name}_kwargs must be False on several processes (DDP "
+            "does not see what a reentrant layer uses), got True; leave it out"
         )
     minimum = (args.lr_scheduler_kwargs or {}).get("min_lr")
     if minimum is not None:

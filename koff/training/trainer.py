@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data.losses import token_losses
+from ..data.losses import Head, token_losses
 from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
@@ -43,7 +44,7 @@ from .optim import average_gradients, clip_groups, hold_constant_groups, paramet
 from .resume_checks import check_resume
 from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
-from .settings import Settings
+from .settings import Settings, checkpointing_name
 
 logger = logging.getLogger("koff")
 
@@ -218,6 +219,11 @@ class KoffTrainer(CheckpointingTrainer):
                 "not sharded, and must be there on every rank), got True; leave it out"
             )
         plugin.ignored_modules = "koff"  # by its name: the accelerator comes before the model
+        if plugin.mixed_precision_policy is not None:
+            # The forward returns losses, which stay in fp32 however low its products are.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None
+            )
 
     # ---- the run starts, or goes on from a checkpoint ----
 
@@ -290,6 +296,13 @@ class KoffTrainer(CheckpointingTrainer):
         first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
         picks = itertools.islice(self._sampler(), first, last, ranks)
         batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
+        name = checkpointing_name(self.args)
+        if getattr(self.args, name):
+            # transformers switches it on only when it trains, and this would keep all that a step
+            # does not. Layers recompute in training mode alone, and a reentrant checkpoint knows
+            # ``backward`` alone.
+            model = self.accelerator.unwrap_model(self.model).train()
+            getattr(model, f"{name}_enable")({"use_reentrant": False})
         # As accelerate will wrap the model's forward, once it prepares it.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             saliency = neuron_saliency(self.model, batches, self.accelerator.reduce)
@@ -368,8 +381,19 @@ class KoffTrainer(CheckpointingTrainer):
         Nothing is read back from the device.
         """
         ids, labels, sources = inputs["input_ids"], inputs["labels"], inputs["source"]
-        logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        losses, divergences = token_losses(logits, labels, self._teacher(model, ids))
+        weight = self.distillation_weight if model.training else 0.0
+        teacher = self._teacher(model, ids) if weight else None
+
+        def measure(states: Tensor, head: Head | None) -> tuple[Tensor, ...]:
+            found = token_losses(states, head, labels, teacher, weight)
+            if not return_outputs:
+                return found
+            return *found, states if head is None else head.logits(states)
+
+        # Within the forward: there DDP and FSDP see what is used, and autocast holds.
+        total, losses, *logits = model(
+            input_ids=ids, memory=inputs["memory"], use_cache=False, instead_of_logits=measure
+        )
         counted = (labels[:, 1:] != IGNORED).sum(1)  # [B]
         per_row = losses.sum(1)  # [B]
         parts = 1  # of which the step's loss is made
@@ -381,25 +405,22 @@ class KoffTrainer(CheckpointingTrainer):
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             tokens = num_items_in_batch / ranks
             parts = self.args.gradient_accumulation_steps
-        loss = per_row.sum() / tokens
+        loss = total / tokens
         if model.training:
             # A blocking copy to the device would wait for all that is queued there.
             index = torch.tensor(sources).to(per_row.device, non_blocking=True)
-            values = torch.stack([per_row.detach(), counted.to(per_row.dtype)], 1)  # [B, 2]
+            values = torch.stack([per_row, counted.to(per_row.dtype)], 1)  # [B, 2]
             self._source_sums.index_add_(0, index, values)
-            if divergences is not None:
-                weight = self.distillation_weight
-                loss = (1 - weight) * loss + weight * divergences.sum() / tokens
             loss = loss + self.constraint() / parts
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": logits[0]}) if return_outputs else loss
 
-    def _teacher(self, model, ids: Tensor) -> Tensor | None:
-        """Return logits [B, T, V] of the same frozen model with gates open and no memory, where a
-        training step distils from it."""
-        if not model.training or self.distillation_weight == 0:
-            return None
-        with torch.no_grad():
-            return model(input_ids=ids, memory=BASE, use_cache=False).logits
+    @torch.no_grad()
+    def _teacher(self, model, ids: Tensor) -> Tensor:
+        """Return the last hidden states [B, T, d] of the same frozen model with gates open and no
+        memory (its logits, where only the model can make them)."""
+        return model(
+            input_ids=ids, memory=BASE, use_cache=False, instead_of_logits=lambda states, _: states
+        )
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import bare
+from support import activation_checkpointing, bare
 from support.character_tokenizer import make_tokenizer
 from support.models import NAMES, attached, tiny, tokens
 from support.trainings import LORA, trainer
@@ -118,7 +118,9 @@ def test_it_trains_is_pruned_on_the_way_and_learns(architecture, tmp_path):
     config = koff.KoffConfig(NAMES, target_sparsity=0.3, lora=LORA, kv=koff.KVConfig(3))
     model = koff.attach(base, config)
     before = {name: p.detach().clone() for name, p in model.koff.named_parameters()}
-    run = trainer(tmp_path, model, max_steps=4, fix_mask_at=0.5, gradient_checkpointing=True)
+    run = trainer(
+        tmp_path, model, max_steps=4, fix_mask_at=0.5, **activation_checkpointing.arguments()
+    )
     run.train()
     assert model.koff.gates.fixed and model.koff.gates.kept_first
     for name, p in model.koff.named_parameters():

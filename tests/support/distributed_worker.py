@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from support import activation_checkpointing
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.fsdp import fully_shard
@@ -43,7 +44,8 @@ RUNS = {
     "accumulated": dict(gradient_accumulation_steps=2, batching="single"),
     # Rows count differently, and so do micro-batches and ranks.
     "labelled": dict(gradient_accumulation_steps=2, domains=ANSWERS),
-    "checkpointed": dict(gradient_checkpointing=True, fix_mask_at=0.75, max_grad_norm=0.1),
+    "checkpointed": activation_checkpointing.arguments()
+    | dict(fix_mask_at=0.75, max_grad_norm=0.1),
 }
 
 
@@ -56,6 +58,8 @@ def let_fsdp_shard_on_cpu() -> None:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = init
 
@@ -215,13 +219,21 @@ def own_loop(folder: Path, mode: str) -> dict[str, torch.Tensor]:
     return learned
 
 
+def check_that_losses_stay_fp32(folder: Path, mode: str) -> None:
+    run = make(folder, mode, bf16=True, max_steps=1)
+    run.train()
+    batch = next(iter(run.get_train_dataloader()))
+    with torch.no_grad():
+        loss = run.compute_loss(run.model_wrapped.eval(), batch)
+    assert loss.dtype == torch.float32
+
+
 def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
     if ranks() == 1:
         return
     if mode == "ddp":
         with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
-            kwargs = {"use_reentrant": True}
-            make(folder, mode, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+            make(folder, mode, **activation_checkpointing.arguments(use_reentrant=True))
     else:
         with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
             koff.detach(run.model)
@@ -266,6 +278,7 @@ def train_all(folder: Path, mode: str) -> None:
             tensors |= {f"moved.{key}": t.contiguous() for key, t in learned(again).items()}
             check_saves(koff.compact(run.model).eval(), place)
             check_refusals(run, folder / "none", mode)
+            check_that_losses_stay_fp32(folder / f"{mode}{ranks()}-bf16", mode)
         tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
         logs[name] = run.state.log_history

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from support import activation_checkpointing
 from support.models import NAMES, VOCAB, tiny, tokens
 from support.trainings import DOMAINS, GENERAL, arguments, fresh, learned, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,7 +279,7 @@ def test_the_config_keeps_the_bases_use_cache(tmp_path, base):
     """transformers' Trainer switches it off, and it was saved so."""
     model = fresh()
     model.config.use_cache = base
-    run = trainer(tmp_path, model=model, max_steps=1, gradient_checkpointing=True)
+    run = trainer(tmp_path, model=model, max_steps=1, **activation_checkpointing.arguments())
     run.train()
     assert model.config.use_cache is base
     koff.save(koff.compact(model, inplace=True), tmp_path / "out")
