@@ -154,6 +154,9 @@ def eval_(
     card: Annotated[
         bool, typer.Option("--card", help="Write the rows into the model card too.")
     ] = False,
+    swaps: Annotated[
+        bool, typer.Option("--swaps", help="LoRA of one memory with the KV of another, instead.")
+    ] = False,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, instead of text.")
     ] = None,
@@ -173,9 +176,10 @@ def eval_(
 ) -> None:
     """Measure perplexity and bits per byte with every memory and none, on every domain.
 
-    With --tasks: the tasks of lm-eval instead.
+    With --tasks: the tasks of lm-eval instead. With --swaps: the domains alone, under the LoRA of
+    one memory and the KV of another, or none.
     """
-    from .commands.tables import check_writable, eval_table, tasks_table
+    from .commands.tables import check_writable, eval_table, swaps_table, tasks_table
 
     of_tasks = {
         "--memory": memory,
@@ -189,10 +193,14 @@ def eval_(
         if value is not None:
             must = "come with" if tasks is None else "not come with"
             raise ValueError(f"koff eval: {name} must {must} --tasks, got {value!r}; correct it")
+    others = {"--base": base, "--card": card, "--tasks": tasks is not None}
+    if swaps and any(others.values()):
+        got = ", ".join(name for name, given in others.items() if given)
+        raise ValueError(f"koff eval: --swaps must stand alone, got {got} too; run them apart")
     if json is not None:
         check_writable(json)
 
-    from .commands.saved import evaluate_run
+    from .commands.saved import evaluate_run, evaluate_run_swaps
     from .storage.saved_folder import open_saved
 
     if card:
@@ -216,14 +224,19 @@ def eval_(
         _keep(directory, [row.to_dict() for row in rows], "tasks", card, json)
         Console().print(tasks_table([row.to_dict() for row in rows]))
         return
-    rows = evaluate_run(
-        directory,
-        split=split,
-        base=base,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        device=device,
-    )
+    options = {
+        "split": split,
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    if swaps:
+        found = evaluate_run_swaps(directory, **options)
+        _keep(directory, [row.to_dict() for row in found], "swaps", False, json)
+        title = f"perplexity, {split}, halves swapped (lower is better)"
+        Console().print(swaps_table(found, title=title))
+        return
+    rows = evaluate_run(directory, base=base, **options)
     _keep(directory, [row.to_dict() for row in rows], "results", card, json)
     console = Console()
     console.print(eval_table(rows, title=f"perplexity, {split} (lower is better)"))
