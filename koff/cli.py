@@ -360,6 +360,86 @@ def report(
 
 
 @_command
+def reproduce(
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the runs, their logs and the answers.")],
+    sparsity: Annotated[str, typer.Option(metavar="S,...", help="Targets.")] = "0.2,0.4",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,...", help="Seeds of the main runs; the first, of all.")
+    ] = "0,1,2",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="main, or of: parts, general, masks, languages, swaps, neurons; default: all.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For every run.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME KEY=VALUE ...'", help="koff once more, with these settings."),
+    ] = None,
+    later: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Domain whose memory comes later: FOLDER/NAME.train.jsonl and so on.",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of each domain, only its first documents, of so many tokens."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks per forward, measuring.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, each with cores / jobs.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="End what then still runs; answer with what is whole.")
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Run nothing; answer with what is whole.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands.")] = False,
+    name: Annotated[str, typer.Option(help="Of the files with the answers.")] = "reproduction",
+) -> None:
+    """Test every claim of the paper on a model: train and measure all that it takes, and answer.
+
+    Gates, + LoRA, + KV and both, over sparsities and seeds; once without general steps, with masks
+    fixed before the training, with fewer languages; memories and their halves swapped; memories on
+    the dense model; which neurons go. The same command goes on where it was stopped.
+    """
+    from .commands.reproduce.answer import answer, numbers
+    from .commands.reproduce.plan import Plan
+
+    questions = None if only is None else [name for name in only.split(",") if name != "main"]
+    variants = [text.split() for text in variant or []]
+    added = [text.partition("=") for text in later or []]
+    plan = Plan(
+        recipe=recipe,
+        output=output.resolve(),
+        sparsities=numbers("--sparsity", sparsity, float),
+        seeds=numbers("--seeds", seeds, int),
+        questions=None if questions is None else tuple(dict.fromkeys(questions)),
+        overrides=tuple(set_ or []),
+        split=split,
+        device=device,
+        name=name,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        variants={words[0]: tuple(words[1:]) for words in variants if words},
+        later={text: Path(folder) for text, _, folder in added},
+    )
+    options = {"jobs": jobs, "minutes": minutes, "collect_only": collect, "dry_run": dry_run}
+    if not answer(plan, Console(), **options):
+        raise typer.Exit(1)
+
+
+@_command
 def export(
     directory: Annotated[Path, typer.Argument(help=_SAVED)],
     merged: Annotated[
