@@ -263,10 +263,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
     Args:
         values: what the recipe file holds.
-        overrides: texts such as "train.steps=10" or "koff.kv=null".
+        overrides: texts such as "train.steps=10" or "koff.kv=null"; "data.fr=null" and
+            "general.math=null" leave a domain or a general part out.
 
     Raises:
-        ValueError: a text without "=", malformed YAML, or a path through something without keys.
+        KeyError: a part to be left out that is not there. ValueError: a text without "=", malformed
+            YAML, or a path through something without keys.
     """
     from .strict_yaml import read_yaml
 
@@ -289,7 +291,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                     f"got {inner!r}; correct the key"
                 )
             place = inner
-        place[keys[-1]] = read_yaml(value, f"recipe: the value of {key_path}")
+        value = read_yaml(value, f"recipe: the value of {key_path}")
+        if value is None and len(keys) == 2 and keys[0] in ("data", "general"):
+            if keys[1] not in place:
+                raise KeyError(
+                    f"recipe: what {text!r} leaves out must be one of {sorted(place)}, got "
+                    f"{keys[1]!r}; correct the name"
+                )
+            del place[keys[1]]
+        else:
+            place[keys[-1]] = value
     return result
 
 

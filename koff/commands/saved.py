@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
     from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
+    from ..evaluation.swaps import SwapRow
 
 
 def check_saved(directory: str | Path) -> Path:
@@ -174,6 +175,44 @@ def evaluate_run(
     if base:  # without a name of its own: it is gone before the other model needs its memory
         rows += evaluate(load_base(recipe).to(device), tokenizer, packed, **options)
     return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
+
+
+def evaluate_run_swaps(
+    directory: str | Path,
+    *,
+    split: str = "test",
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> list[SwapRow]:
+    """Measure a saved model on the domains of its memories, the memories' halves swapped.
+
+    Args:
+        directory, split, max_tokens, batch_size, device: as ``evaluate_run`` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``evaluate_run``; memories that cannot be swapped.
+    """
+    directory, device = check_saved(directory), pick_device(device)
+    recipe = read_run(directory)
+    size = recipe.train.block_size
+    sources = recipe.sources(split)
+    if not sources:
+        raise ValueError(
+            f"koff eval: some domain must have a {split} split for --swaps, got none; add it or "
+            "choose another --split"
+        )
+    documents = {name: load_documents(source) for name, source in sources.items()}
+
+    from ..evaluation.swaps import evaluate_swaps
+    from ..storage.save_load import load
+
+    tokenizer = open_saved(directory).load_tokenizer()
+    packed = _packed(documents, tokenizer, size, split, max_tokens)
+    model = load(directory, device=device)
+    return evaluate_swaps(
+        model, tokenizer, packed, block_size=size, batch_size=batch_size, split=split
+    )
 
 
 def _packed(

@@ -20,6 +20,8 @@ _UNSET_LEARNING_RATE = 5e-5
 # than either alone, and a wrong memory hurts less (docs/experiments.md, 1 and 3).
 DISTILLATION_WEIGHT = 0.7
 
+MASKS = ("learned", "random", "magnitude", "saliency")
+
 
 @dataclass
 class Settings:
@@ -40,8 +42,10 @@ class Settings:
         no_memory_rows: share of the rows that go without a memory, in 0..1, until the mask is
             fixed: the backbone then stays a model of its own, for ``memory=None`` and for memories
             that come later.
-        fix_mask_at: share of the steps after which the mask is binarised and only the memories are
-            tuned; None leaves binarising to the caller.
+        mask: "learned" together with the memories; or fixed before the first step, which trains the
+            memories alone: "random", by "magnitude" (``koff.pruning.scores``) or by "saliency".
+        fix_mask_at: share of the steps after which a mask that is learned is binarised and only the
+            memories are tuned; None leaves binarising to the caller.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
         block_size: tokens per training row.
         distillation_weight: w in 0..1; the loss is (1 - w) cross-entropy + w KL to the same frozen
@@ -67,6 +71,7 @@ class Settings:
     general_every: int = 4
     batching: Literal["mixed", "single"] = "mixed"
     no_memory_rows: float = 0.3
+    mask: Literal["learned", "random", "magnitude", "saliency"] = "learned"
     # With the rates above, half of the run for tuning won back more than 30 % of it at half of them
     # (docs/experiments.md, 2).
     fix_mask_at: float | None = 0.5
@@ -143,6 +148,16 @@ class Settings:
             raise ValueError(
                 "KoffTrainingArguments: batching must be 'mixed' or 'single', got "
                 f"{self.batching!r}; choose one"
+            )
+        if self.mask not in MASKS:
+            raise ValueError(
+                f"KoffTrainingArguments: mask must be one of {', '.join(MASKS)}, got "
+                f"{self.mask!r}; choose one"
+            )
+        if self.mask == "saliency" and self.saliency_batches == 0:
+            raise ValueError(
+                "KoffTrainingArguments: saliency_batches must be at least 1 for mask='saliency', "
+                "got 0; 16 is usual"
             )
         for name, least in (
             ("saliency_batches", 0),

@@ -33,6 +33,7 @@ from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import binarize, sparsity
+from ..pruning.scores import neuron_magnitude, random_scores
 from ..storage.lock import locked
 from ..storage.processes import one_writes
 from ..storage.save_load import save
@@ -109,8 +110,9 @@ class KoffTrainer(CheckpointingTrainer):
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
         # As the run begins; one that resumes may find its mask fixed.
-        self._open_gates = state.gates is not None and not state.gates.fixed
-        if not self._open_gates and not len(state.memories):
+        open_gates = state.gates is not None and not state.gates.fixed
+        self._learns_mask = open_gates and self.settings.mask == "learned"
+        if not open_gates and not len(state.memories):
             raise ValueError(
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
@@ -177,7 +179,7 @@ class KoffTrainer(CheckpointingTrainer):
         self._group_names: list[str] = []  # of the optimizer's groups
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
-        alike = self._open_gates and not self.settings.saliency_batches
+        alike = self._learns_mask and not self.settings.saliency_batches
         few = self._gate_steps() < FEW_GATE_STEPS
         if alike and few and self.is_world_process_zero():
             logger.warning(
@@ -289,10 +291,26 @@ class KoffTrainer(CheckpointingTrainer):
                 fill_from_tokens(self.model, source.name, source.blocks.opening(need))
 
     def _start_gates(self) -> None:
-        """Start the gates by how much each neuron matters on the run's first batches."""
-        gates, ranks = self.koff.gates, self.accelerator.num_processes
-        if gates is None or gates.fixed or not self.settings.saliency_batches:
+        """Start the gates by how much each neuron matters on the run's first batches; or, where the
+        mask is not learned, fix it."""
+        gates, settings = self.koff.gates, self.settings
+        if gates is None or gates.fixed:
             return
+        if settings.mask == "learned":
+            if settings.saliency_batches:
+                gates.start_(self._saliency())
+            return
+        if settings.mask == "saliency":
+            scores = self._saliency()
+        elif settings.mask == "magnitude":
+            scores = neuron_magnitude(self.model)
+        else:
+            scores = random_scores(self.koff.dense_widths, self.koff.config.seed)
+        binarize(self.model, scores=scores, multiple_of=settings.width_multiple_of)
+
+    def _saliency(self) -> list[Tensor]:
+        """Return the saliency of every neuron on the run's first batches, of all ranks."""
+        ranks = self.accelerator.num_processes
         first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
         picks = itertools.islice(self._sampler(), first, last, ranks)
         batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
@@ -307,7 +325,7 @@ class KoffTrainer(CheckpointingTrainer):
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             saliency = neuron_saliency(self.model, batches, self.accelerator.reduce)
         self._check_finite(float(sum(s.sum() for s in saliency)))
-        gates.start_(saliency)
+        return saliency
 
     def _sampler(self) -> MixtureSampler:
         return MixtureSampler(
@@ -316,7 +334,7 @@ class KoffTrainer(CheckpointingTrainer):
             self.args.max_steps,
             self.args.gradient_accumulation_steps,
             self.accelerator.num_processes,
-            gate_steps=self._gate_steps() if self._open_gates else 0,
+            gate_steps=self._gate_steps() if self._learns_mask else 0,
         )
 
     def get_train_dataloader(self) -> DataLoader:

@@ -196,6 +196,16 @@ def test_overrides_read_yaml_and_leave_the_input_alone():
     assert values == {"train": {"steps": 5}}
 
 
+def test_overrides_leave_domains_and_general_parts_out():
+    values = {"data": {"en": {}, "fr": {}}, "general": {"math": {}}}
+    assert apply_overrides(values, ["data.fr=null", "general.math=null"]) == {
+        "data": {"en": {}}, "general": {}
+    }  # fmt: skip
+    assert list(values["data"]) == ["en", "fr"]
+    with pytest.raises(KeyError, match=r"leaves out must be one of \['en', 'fr'\], got 'es'"):
+        apply_overrides(values, ["data.es=null"])
+
+
 def test_paths_start_from_koff_data_or_the_recipe(tmp_path, monkeypatch):
     monkeypatch.delenv("KOFF_DATA", raising=False)
     path = tmp_path / "r.yaml"
