@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import asked_by
+from .errors import Stopped, asked_by
 from .version import __version__
 
 app = typer.Typer(
@@ -58,6 +58,13 @@ def _command(function: Callable[..., Any], **settings: Any) -> Callable[..., Any
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except Stopped as stopped:
+            from .storage.processes import is_first
+
+            if is_first():
+                Console(stderr=True).print(stopped, markup=False, highlight=False, soft_wrap=True)
+            # As a shell says that a signal ended a command: 130 after Ctrl-C, 143 after SIGTERM.
+            raise typer.Exit(128 + stopped.by) from None
         except _USER_ERRORS as error:
             if os.environ.get("KOFF_TRACEBACK"):
                 raise

@@ -11,6 +11,7 @@ A function deep inside, which serves several callers, cannot know who asked, and
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -34,3 +35,16 @@ def asked_by(name: str) -> Iterator[None]:
 def asker() -> str:
     """Return who asked, for the beginning of an error."""
     return _ASKER.get()
+
+
+class Stopped(Exception):
+    """The run has ended early, as a signal asked it to, with a checkpoint.
+
+    Args:
+        text: what happened and how to go on.
+        by: the signal.
+    """
+
+    def __init__(self, text: str, by: signal.Signals):
+        super().__init__(text)
+        self.by = by

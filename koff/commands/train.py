@@ -26,14 +26,14 @@ from transformers.utils import is_torch_xla_available
 
 from ..data.blocks import PackedBlocks, pack
 from ..data.sources import load_documents
-from ..errors import asked_by
+from ..errors import Stopped, asked_by
 from ..model import arch
 from ..model.attach import attach
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
 from ..storage.layout import MARKER, current
 from ..storage.lock import LOCK, check_unlocked, locked
-from ..storage.processes import one_writes
+from ..storage.processes import one_writes, said_by_first
 from ..storage.save_load import save
 from ..storage.space import SMALL_FILES, DiskFull, bytes_of, check_room, room_kept
 from ..training.arguments import KoffTrainingArguments
@@ -49,6 +49,9 @@ from .tables import write_json
 logger = logging.getLogger("koff")
 
 CHECKPOINTS = "checkpoints"
+# Seconds for which a network file system may hide a file that another machine has just written: NFS
+# keeps what it knows of a folder for up to 60.
+UNSEEN_FOR = 90.0
 
 
 @dataclass
@@ -71,7 +74,12 @@ class Prepared:
 
 
 def run(
-    recipe: Recipe, output: str | Path, *, device: str | None = None, label: str = "training"
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    device: str | None = None,
+    label: str = "training",
+    stops_on_signals: bool = True,
 ) -> Path:
     """Train what a recipe describes and save the pruned model with its memories.
 
@@ -83,6 +91,7 @@ def run(
         output: folder for the model; new, empty, or that of the same run, interrupted.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
         label: what stands before the progress bar.
+        stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C.
 
     Returns:
         The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json,
@@ -92,12 +101,13 @@ def run(
         FileNotFoundError, KeyError, ValueError: a recipe that cannot run, or a folder that another
             run is using; nothing was written. OSError: the disk has no room for what is to come,
             or in the end for the model. Then what was learned lies in a checkpoint: the same
-            command, given again, saves it.
+            command, given again, saves it. Stopped: by a signal, with a checkpoint.
     """
     output = Path(output)
     prepared = prepare(recipe, check_output(output, recipe))
     model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
+    arguments.enable_jit_checkpoint = stops_on_signals
     trainer = make_trainer(model, prepared, arguments, label)
     if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
         expected = plan.plan(recipe, check_model(recipe), devices=arguments.world_size).headline()
@@ -117,9 +127,17 @@ def run(
                 check_room("the run", room_for(trainer, recipe), output)
                 facts = {"root": str(recipe.root), "recipe": recipe.to_dict()}
                 write_json(output / RECIPE_FILE, facts)
+        checkpoint = _agreed_checkpoint(output, prepared.checkpoint)
         started = time.perf_counter()
-        _train(trainer, output, prepared.checkpoint)
-        log = {"seconds": time.perf_counter() - started, "resumed_from": prepared.checkpoint}
+        _train(trainer, output, checkpoint)
+        if trainer.stopped_by is not None:
+            done, wanted = trainer.state.global_step, recipe.train.steps
+            raise Stopped(
+                f"stopped by {trainer.stopped_by.name} after step {done} of {wanted}, with a "
+                f"checkpoint in {output}; the same command, given again, goes on from there",
+                trainer.stopped_by,
+            )
+        log = {"seconds": time.perf_counter() - started, "resumed_from": checkpoint}
         model, facts = finish(trainer.model, recipe)
         metadata = {
             "base": recipe.model,
@@ -136,6 +154,27 @@ def run(
         if writes:
             _write_page(output)
     return output
+
+
+def _agreed_checkpoint(output: Path, checkpoint: str | None) -> str | None:
+    """Return the checkpoint that the first process found, as this process names it.
+
+    Raises:
+        ValueError: this process does not see what the first one wrote: its disk is another one.
+    """
+    own = "" if checkpoint is None else Path(checkpoint).relative_to(output).as_posix()
+    chosen = said_by_first(f"koff train {output}", own)
+    wanted = output / (chosen or RECIPE_FILE)
+    deadline = time.monotonic() + UNSEEN_FOR
+    while not wanted.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"koff train: output {output} must be one folder that every process sees, got no "
+                f"{wanted.name} here, which the first process has; choose a folder on a shared "
+                "file system"
+            )
+        time.sleep(0.5)
+    return str(wanted) if chosen else None
 
 
 def _write_page(output: Path) -> None:
@@ -157,7 +196,7 @@ def _train(trainer: KoffTrainer, output: Path, checkpoint: str | None) -> None:
         if trainer.state.global_step:
             trainer.save_checkpoint()  # in the room that was kept
         raise
-    if trainer.args.save_strategy == "no":
+    if trainer.args.save_strategy == "no" and trainer.stopped_by is None:
         trainer.save_checkpoint()
 
 

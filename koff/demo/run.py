@@ -93,10 +93,10 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
         folder = prepare_base(cache or default_cache())
         recipe = demo_recipe(folder, seed=seed)
         alone = demo_recipe(folder, seed=seed, gates_only=True)
-        gates = run(alone, place / "gates", device="cpu", label="gates only")
-        koff_folder = run(
-            recipe, output or place / "koff", device="cpu", label="gates and memories"
-        )
+        # Stopped, it would not go on: it begins anew each time.
+        how = dict(device="cpu", stops_on_signals=False)
+        gates = run(alone, place / "gates", label="gates only", **how)
+        koff_folder = run(recipe, output or place / "koff", label="gates and memories", **how)
         console.print("loading what was saved, and measuring")
         better = _compare(console, recipe, gates, koff_folder)
     console.print(f"took {time.perf_counter() - started:.0f} s")

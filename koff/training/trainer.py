@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from .resume_checks import check_resume
 from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 from .settings import Settings, checkpointing_name
+from .stopping import SIGNALS, StopSignals
 
 logger = logging.getLogger("koff")
 
@@ -106,6 +108,9 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainingArguments"
             )
         args = copy.copy(args)  # changed below; the caller's own stay as they are
+        # Koff's own way to stop (``stopping``) is asked for by transformers' name, and takes the
+        # place of its callback.
+        self._stops_on_signals, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         self.settings = Settings.of(args)
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
@@ -160,6 +165,11 @@ class KoffTrainer(CheckpointingTrainer):
             data_collator=collate,
             callbacks=[_GateSteps(state), *(callbacks or [])],
         )
+        self.args.enable_jit_checkpoint = self._stops_on_signals
+        self._signals = StopSignals()
+        # The signal by which the last ``train`` stopped early, with a checkpoint; None if it did
+        # not.
+        self.stopped_by: signal.Signals | None = None
         # transformers switches it off for the training, and in every config that is saved after it.
         # Nothing here needs that: our forwards say what they want.
         model.config.use_cache = use_cache
@@ -232,6 +242,9 @@ class KoffTrainer(CheckpointingTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As transformers', after filling caches from text or checking the checkpoint.
 
+        With ``enable_jit_checkpoint`` SIGTERM and Ctrl-C end the run behind the step in which they
+        come, with a checkpoint, on all processes if one hears it; ``stopped_by`` then says which.
+
         Args:
             resume_from_checkpoint: a checkpoint, or True for the last complete one of
                 ``args.output_dir``. It is checked wholly before anything of it is used.
@@ -243,19 +256,24 @@ class KoffTrainer(CheckpointingTrainer):
                 finite.
             OSError: the disk has no room for a checkpoint.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
-        else:
-            self._fill_caches()
-            self._start_gates()
-        self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
-        model = self.accelerator.unwrap_model(self.model)
-        with self._folder_held():
-            vars(model).update(self._bound)
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            finally:
-                self._bound = _take_bound(model)
+        self.stopped_by = None
+        with self._signals.listening() if self._stops_on_signals else contextlib.nullcontext():
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+            else:
+                self._fill_caches()
+                self._start_gates()
+            self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
+            model = self.accelerator.unwrap_model(self.model)
+            with self._folder_held():
+                vars(model).update(self._bound)
+                try:
+                    result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                finally:
+                    self._bound = _take_bound(model)
+        if self.stopped_by is None:
+            self._signals.pass_on()
+        return result
 
     @contextlib.contextmanager
     def _folder_held(self) -> Iterator[None]:
@@ -263,7 +281,7 @@ class KoffTrainer(CheckpointingTrainer):
         room for one."""
         folder = Path(self.args.output_dir)
         with contextlib.ExitStack() as held:
-            if self.args.save_strategy != "no":
+            if self.args.save_strategy != "no" or self._stops_on_signals:
                 with asked_by("KoffTrainer"), one_writes(f"the run in {folder}"):
                     if self.args.should_save:
                         held.enter_context(locked(folder))
@@ -381,10 +399,23 @@ class KoffTrainer(CheckpointingTrainer):
             # step on such a loss makes all memories NaN, in the model and then in the checkpoints.
             # Not for each micro-batch, since a sum is finite only if all of its parts are; and of
             # all ranks, since all of them step by one gradient.
-            total = float(self._mean_over_ranks(self._step_loss))
+            # With it goes what signals each rank has heard, so that all of them stop at one step.
+            heard = torch.tensor(self._signals.heard(), dtype=loss.dtype)
+            heard = heard.to(loss.device, non_blocking=True)
+            told = torch.cat([self._step_loss.detach().view(1), heard])
+            total, *heard = self._mean_over_ranks(told).tolist()
             self._step_loss = 0.0
             self._check_finite(total)
+            if any(heard):
+                self._stop(next(s for s, share in zip(SIGNALS, heard, strict=True) if share))
         return loss
+
+    def _stop(self, by: signal.Signals) -> None:
+        """End the run behind the step it is in, with a checkpoint, and a log of what came since the
+        last one."""
+        self.stopped_by = by
+        self.control.should_training_stop = True
+        self.control.should_save = self.control.should_log = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of the tokens that count, mixed with the divergence from

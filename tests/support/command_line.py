@@ -89,3 +89,11 @@ def fail(*arguments: object) -> str:
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "Traceback" not in result.output
     return result.stderr
+
+
+def weights_of(output: Path) -> dict[str, bytes]:
+    """The files of tensors that a finished run has saved; those of its checkpoints are left out."""
+    paths = {path.relative_to(output).as_posix(): path for path in output.rglob("*.safetensors")}
+    found = {n: p.read_bytes() for n, p in paths.items() if not n.startswith("checkpoints/")}
+    assert "model.safetensors" in found
+    return found

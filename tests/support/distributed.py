@@ -8,19 +8,23 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 
-def torchrun(ranks: int) -> list[str]:
-    """The beginning of a command that starts ``ranks`` processes on this machine."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", f"--nproc_per_node={ranks}"),
-    ]
+def torchrun(ranks: int, *options: str) -> list[str]:
+    """The beginning of a command that starts ``ranks`` processes on this machine; on one machine
+    alone, unless the options say how it finds the others."""
+    where = () if any("--nnodes" in option for option in options) else ("--standalone",)
+    start = (sys.executable, "-m", "torch.distributed.run")
+    return [*start, *where, f"--nproc_per_node={ranks}", *options]
+
+
+def environment() -> dict[str, str]:
+    """The variables of a process that finds koff and the tests, and takes one thread."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 def run(command: list[str], cwd: Path | None = None) -> str:
     """Run a command that must work, with one thread a process, and return what it wrote."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    pipe = subprocess.PIPE
+    env, pipe = environment(), subprocess.PIPE
     done = subprocess.run(
         command, env=env, cwd=cwd, stdout=pipe, stderr=subprocess.STDOUT, timeout=240
     )
