@@ -264,7 +264,7 @@ def run(
         return _plain(x, weights, activation)
     memories = next((part.a.shape[0] for part in lora or () if part is not None), 0)
     rows = known_rows(memory_ids, memories) if memories else None
-    wide = as_rows(x, rows is not None).to(compute_dtype(x, weights[0]))
+    wide = as_rows(x, memories > 0 and rows is None).to(compute_dtype(x, weights[0]))
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():
             y = _traced(wide, *weights, gates, rows, activation, *flat)
@@ -273,4 +273,4 @@ def run(
         else:
             parts = _triples(flat)
             y = _forward(wide, weights, gates, parts, rows, activation, add_delta_by_memory)[0]
-    return y.view(x.shape)
+    return y if y.shape == x.shape else y.view(x.shape)

@@ -83,7 +83,7 @@ def run(
         op = traced_linear
     else:
         op = _apply if torch.is_grad_enabled() else _forward
-    wide = as_rows(x, rows is not None).to(compute_dtype(x, weight))
+    wide = as_rows(x, rows is None).to(compute_dtype(x, weight))
     with torch.autocast(x.device.type, enabled=False):
         y = op(wide, weight, bias, lora, rows)
     return y.view(*x.shape[:-1], weight.shape[0])

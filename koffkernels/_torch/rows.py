@@ -31,10 +31,9 @@ def known_rows(memory_ids: Tensor | RowGroups | None, memories: int) -> RowGroup
     return group_rows(memory_ids, memories)
 
 
-def as_rows(x: Tensor, mixed: bool) -> Tensor:
-    """Return x [B, T, K] or [M, K] as rows [B, T, K] that have one memory each: one long row if it
-    is the same for all."""
-    if not mixed:
+def as_rows(x: Tensor, one_memory: bool) -> Tensor:
+    """Return x [B, T, K] or [M, K] as rows [B, T, K]: one long row if all have one memory."""
+    if one_memory:
         return x.reshape(1, -1, x.shape[-1])
     return x if x.dim() == 3 else x[:, None, :]
 
@@ -53,13 +52,12 @@ def row_matrices(
     a, b, scaling = a.to(dtype), b.to(dtype), scaling[:, None, None]
     if rows is None:
         return a, b, scaling
-    none = (rows.ids < 0)[:, None, None]
     if rows.counts is not None and len(rows.order) == len(rows.ids):
         return tuple(part.index_select(0, rows.ids) for part in (a, b, scaling))
     # masked_fill rather than a factor 0: an inf or NaN of another memory must not reach rows that
     # do not use it.
-    index = rows.ids.clamp(min=0)
-    return tuple(part.index_select(0, index).masked_fill(none, 0.0) for part in (a, b, scaling))
+    index, none = rows.ids.clamp(min=0), (rows.ids < 0)[:, None, None]
+    return tuple(part.index_select(0, index).masked_fill_(none, 0.0) for part in (a, b, scaling))
 
 
 def add_delta(y: Tensor, x: Tensor, lora: Update, rows: RowGroups | None) -> Tensor:
