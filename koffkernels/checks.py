@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds, RowGroups
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -102,9 +102,20 @@ def check_frozen(where: str, name: str, weight: Tensor, x: Tensor, shape: tuple[
         refuse(where, name, rule, "requires_grad=True", f"call {name}.{step}")
 
 
-def check_ids(where: str, memory_ids: Tensor | None, n: int, rows: int, x: Tensor) -> None:
-    """Check memory ids: int64 [rows]; required when there is more than one memory."""
+def check_ids(
+    where: str, memory_ids: Tensor | RowGroups | None, n: int, rows: int, x: Tensor
+) -> None:
+    """Check memory ids: int64 [rows], or rows that were grouped by such; required when there is
+    more than one memory."""
     name = "memory_ids"
+    if isinstance(memory_ids, RowGroups):
+        counts = memory_ids.counts
+        if len(memory_ids.ids) != rows or (counts is not None and len(counts) != n):
+            rule = f"group {rows} rows by {n} memories"
+            got = f"{len(memory_ids.ids)} rows" + f" and {len(counts)}" * (counts is not None)
+            refuse(where, name, rule, got, "call group_rows with the ids of this batch")
+        check_device(where, f"{name}.ids", memory_ids.ids, x, "the first argument")
+        return
     if memory_ids is None:
         if n != 1:
             rule = "be given when there is more than one memory"
@@ -143,7 +154,7 @@ def check_linear(
     weight: Tensor,
     bias: Tensor | None,
     lora: LoRA | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
 ) -> None:
     """Check the arguments of ``lora_linear``."""
     check_tensor(where, "x", x, (2, 3))
@@ -165,7 +176,7 @@ def check_gated_mlp(
     weights: tuple[Tensor, Tensor, Tensor],
     gates: Tensor | None,
     lora: GatedMLPLoRA | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
 ) -> None:
     """Check the arguments of ``gated_mlp``."""
     check_tensor(where, "x", x, (2, 3))
@@ -202,7 +213,7 @@ def check_prefix_attention(
     k: Tensor,
     v: Tensor,
     prefix: Prefix | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
     bounds: RowBounds | None,
 ) -> None:
     """Check the arguments of ``prefix_attention``; q, k and v are floating [., ., ., .] already."""

@@ -98,7 +98,7 @@ class _LinearMixin:
             lora = link.bank.lora(link.site, context.memories, context.stacks, dtype)
         if lora is None:
             return super().forward(x)
-        return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
+        return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -147,7 +147,7 @@ class _MLPMixin:
                 *weights,
                 gates=gates,
                 lora=lora,
-                memory_ids=context.ids,
+                memory_ids=context.rows,
                 activation=link.activation,
             )
         else:

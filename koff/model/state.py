@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from koffkernels import group_rows
+
 from ..errors import asker
 from . import arch
 from .config import MAX_SPARSITY, KoffConfig
@@ -162,7 +164,8 @@ class KoffState(nn.Module):
             return ForwardContext(said=BASE)
         memories, local = self.choose(memory, rows, device)
         self._check_filled(memory, memories, local)
-        context = ForwardContext(memories, local, stacks=self.memories.stacks(memories))
+        rows = None if local is None else group_rows(local, len(memories))
+        context = ForwardContext(memories, rows, stacks=self.memories.stacks(memories))
         if not torch.compiler.is_compiling():  # caches are not followed there
             context.said = self.said(memory)
         if self.gates is not None and self.gates.kept_first:
