@@ -392,10 +392,12 @@ def check_supported(model: object, with_kv: bool) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
+        step = "load it with AutoModelForCausalLM, and wrap it (torch.compile, DDP) afterwards"
+        if _is_pefts(model):
+            step = f"take the adapter off first ({_TAKE_OFF})"
         raise TypeError(
             f"{asker()}: the model must be a transformers PreTrainedModel, "
-            f"got {type(model).__name__}; load it with AutoModelForCausalLM (unwrap PEFT and DDP "
-            "first)"
+            f"got {type(model).__name__}; {step}"
         )
     config = model.config
     if config.get_text_config() is not config:
@@ -424,8 +426,22 @@ def check_supported(model: object, with_kv: bool) -> None:
         )
     for index, layer in enumerate(layers(model)):
         _check_layer(index, layer, model)
+    # Around the head or the embeddings it would compute, frozen, but could not be saved.
+    adapted = [path for path, module in model.named_modules() if _is_pefts(module)]
+    if adapted:
+        raise TypeError(
+            f"{asker()}: the model must have no adapters, got one of PEFT's on {adapted[0]}; take "
+            f"it off first ({_TAKE_OFF}), or load the model again"
+        )
     if with_kv:
         check_prefix(model)
+
+
+_TAKE_OFF = "merge_and_unload() or unload()"
+
+
+def _is_pefts(module: object) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
@@ -443,8 +459,8 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
             step = "load the model without quantisation and without replaced layers"
-            if type(linear).__module__.startswith("peft."):
-                step = "take the adapter off first (merge_and_unload() or unload())"
+            if _is_pefts(linear):
+                step = f"take the adapter off first ({_TAKE_OFF})"
             raise TypeError(
                 f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
                 f"{type(linear).__module__}.{type(linear).__name__}; {step}"

@@ -78,6 +78,13 @@ class Boundary:
                     f"KV part, got {chosen}; undo set_attn_implementation: any other would leave "
                     "the learned cache out"
                 )
+            if kwargs.get("output_attentions"):
+                warnings.warn(
+                    "forward: attention over a learned cache has no probabilities to give, so "
+                    "output_attentions gives none; koff.prefix_attention_mass sums them up",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self._say_rows_are_whole(kwargs, inputs)
             self._position_ids(kwargs, inputs.shape[1])
             # generate has looked before its first token.
