@@ -24,7 +24,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_torch_xla_available
 
 from ..data.blocks import PackedBlocks, pack
-from ..data.sources import load_documents
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import attach
@@ -250,7 +249,13 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
     def packed(general: bool) -> dict[str, PackedBlocks]:
         kind, size = "general" if general else "data", recipe.train.block_size
         return {
-            name: pack(load_documents(source), tokenizer, size, name=f"{kind}.{name}.train")
+            name: pack(
+                source,
+                tokenizer,
+                size,
+                name=f"{kind}.{name}.train",
+                num_proc=recipe.train.dataset_num_proc,
+            )
             for name, source in recipe.sources("train", general=general).items()
         }
 

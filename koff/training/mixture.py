@@ -89,7 +89,7 @@ def build_mixture(
         no_memory=settings.no_memory_rows,
     )
     for source in mixture.sources:
-        check_vocabulary(model, source.blocks.blocks, f"the text of {source.name!r}")
+        check_vocabulary(model, source.blocks, f"the text of {source.name!r}")
     return mixture
 
 
