@@ -26,6 +26,7 @@ def own_cache(tmp_path_factory):
         patch.setenv("KOFF_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
+
 # Triton's interpreter needs a process of its own: test_interpreter.py starts it.
 # What is in vllm runs in vLLM's environment: make test-vllm.
 collect_ignore = ["vllm"]

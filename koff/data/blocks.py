@@ -346,6 +346,7 @@ class Cutter:
         self.lengths: dict[int, int] = {}  # block that is filled up -> its own tokens
         self.marked_until = 0  # where the last document ends of which only a part counts
         self.num_cut = 0  # blocks, with those that were left out
+        self.kept = np.empty(0, np.int64)  # which blocks of the last ``take`` were not
         self.num_documents = self.num_tokens = self.num_labelled = self.num_bytes = 0
         self.num_long = self.num_idle = 0  # marked documents beyond a block; without a label
 
@@ -397,9 +398,9 @@ class Cutter:
         self.marked_until = max(0, self.marked_until - whole)
         self.num_cut += count
         # The first token of a block is never predicted, and a prompt may be longer than a block.
-        teaches = labelled[:, 1:].any(1)
-        if not teaches.all():
-            blocks, labelled, lengths = blocks[teaches], labelled[teaches], lengths[teaches]
+        self.kept = np.flatnonzero(labelled[:, 1:].any(1))
+        if len(self.kept) < count:
+            blocks, labelled, lengths = blocks[self.kept], labelled[self.kept], lengths[self.kept]
         return Cut(blocks, labelled, lengths)
 
     def finish(self) -> Cut:

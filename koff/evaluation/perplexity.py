@@ -80,7 +80,7 @@ def evaluate(
         tokenizer: the model's tokenizer; None if the documents are token ids.
         datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
             ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
-            ``datasets.Dataset`` of these, or ``PackedBlocks``.
+            ``datasets.Dataset`` of these, a ``DataSource``, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block; with the longest prefix at most what the model has positions
             for.

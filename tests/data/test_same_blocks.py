@@ -6,76 +6,33 @@ resumed, or repeated by a later version, must see the same rows.
 
 import hashlib
 import json
-import random
 
 import pytest
 import torch
-from support.character_tokenizer import make_tokenizer
+from support.documents import KINDS, chatting_tokenizer, write
 
 from koff.data.blocks import pack
-from koff.data.sources import Completion, DataSource, load_documents
+from koff.data.sources import load_documents
+from koff.data.stream import StreamedBlocks
 from koff.training.schedule import Mixture, MixtureSampler, Source
 
 SIZE = 16
-TEMPLATE = (
-    "{% for m in messages %}{{ 'é' if m.role == 'assistant' else 'X' }}{{ m.content }}"
-    "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}é{% endif %}"
-)
-
-
-def words(rng, most=40):
-    return "".join(rng.choices("abcdefgh é", k=rng.randrange(1, most)))
-
-
-def ids(rng, most=40):
-    return [rng.randrange(3, 12) for _ in range(rng.randrange(1, most))]
-
-
-def chat(rng):
-    roles = ["user", "assistant"] * rng.randrange(1, 3)
-    return {"messages": [{"role": role, "content": words(rng, 8)} for role in roles]}
-
-
-def labelled(rng):
-    tokens = ids(rng)
-    return {"input_ids": tokens, "labels": [t if rng.random() < 0.5 else -100 for t in tokens]}
-
-
-def mixed(rng):
-    kinds = (
-        lambda rng: {"text": words(rng)},
-        chat,
-        labelled,
-        lambda rng: {"prompt": words(rng, 9), "completion": words(rng, 9)},
-        lambda rng: {"input_ids": ids(rng)},
-        lambda rng: {"text": " "},
-    )
-    return rng.choice(kinds)(rng)
-
-
-# Kind of the records, field, and what koff 0.1 made of them.
-KINDS = {
-    "text": (lambda rng: {"text": words(rng)}, "text", "6de01200cb6cebbc"),
-    "template": (lambda rng: {"q": words(rng), "n": rng.random()}, "{q} {n}", "0caa1cc850c7b753"),
-    "completion": (
-        lambda rng: {"q": words(rng, 9), "a": words(rng, 9)},
-        Completion("q", "a"),
-        "f715b11e5e3cc6a5",
-    ),
-    "chat": (chat, "text", "c468442cabf85515"),
-    "ids": (lambda rng: {"input_ids": ids(rng)}, "text", "5b0c1bebd1342d64"),
-    "labelled": (labelled, "text", "522caac36c8bf4ba"),
-    "mixed": (mixed, "text", "2c478b8f242dbee8"),
+COUNT = 1100  # more than two calls of the tokenizer
+DIGESTS = {
+    "text": "6de01200cb6cebbc",
+    "template": "0caa1cc850c7b753",
+    "completion": "f715b11e5e3cc6a5",
+    "chat": "c468442cabf85515",
+    "ids": "5b0c1bebd1342d64",
+    "labelled": "522caac36c8bf4ba",
+    "mixed": "2c478b8f242dbee8",
 }
 ORDER = "897259287408a16d"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = make_tokenizer(bos_token="<s>", eos_token="</s>")
-    made.chat_template = TEMPLATE
-    return made
+    return chatting_tokenizer()
 
 
 def digest(packed):
@@ -88,21 +45,22 @@ def digest(packed):
     return hashed.hexdigest()[:16]
 
 
-def source(kind, folder, count=1100):  # more than two calls of the tokenizer
-    make, field, _ = KINDS[kind]
-    rng = random.Random(kind)
-    path = folder / f"{kind}.jsonl"
-    path.write_text("".join(json.dumps(make(rng)) + "\n" for _ in range(count)), "utf-8")
-    return DataSource(path=path, field=field)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_koff_0_1(kind, tokenizer, tmp_path):
-    assert digest(pack(load_documents(source(kind, tmp_path)), tokenizer, SIZE)) == KINDS[kind][2]
+    source = write(kind, tmp_path, COUNT)
+    in_memory, mapped = (pack(d, tokenizer, SIZE) for d in (load_documents(source), source))
+    assert digest(in_memory) == digest(mapped) == DIGESTS[kind]
+    # A stream gives the same rows, and after the last one the first again.
+    stream = StreamedBlocks(write(kind, tmp_path, COUNT, streaming=True), tokenizer, SIZE)
+    for number in range(len(mapped) + 3):
+        ids, labels, _ = stream.row(number)
+        again = number % len(mapped)
+        assert torch.equal(ids, mapped.blocks[again]) and torch.equal(labels, mapped.labels(again))
+    assert torch.equal(stream.opening(50), mapped.opening(50))
 
 
 def test_the_order_of_a_mixture_is_that_of_koff_0_1(tokenizer, tmp_path):
-    rows = {k: pack(load_documents(source(k, tmp_path, 60)), tokenizer, SIZE) for k in KINDS}
+    rows = {k: pack(write(k, tmp_path, 60), tokenizer, SIZE) for k in KINDS}
     domains = [Source(k, rows[k], i) for i, k in enumerate(("text", "chat", "labelled"))]
     general = [Source(k, rows[k]) for k in ("mixed", "ids")]
     orders = []
