@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_torch_xla_available
 
 from ..data.blocks import PackedBlocks, pack
-from ..data.sources import load_documents
+from ..data.sources import DataSource
 from ..errors import Stopped, asked_by
 from ..model import arch
 from ..model.attach import attach
@@ -60,15 +60,15 @@ class Prepared:
 
     Args:
         tokenizer: of the recipe's model.
-        train: {domain: its blocks}.
-        general: {part: its blocks} of the general mixture; may be empty.
+        train: {domain: its blocks, or its source if that is streamed}.
+        general: the same of the parts of the general mixture; may be empty.
         weights: {part: its share in the draws}, relative to the others.
         checkpoint: folder to resume from, or None.
     """
 
     tokenizer: Any
-    train: dict[str, PackedBlocks]
-    general: dict[str, PackedBlocks]
+    train: dict[str, PackedBlocks | DataSource]
+    general: dict[str, PackedBlocks | DataSource]
     weights: dict[str, float]
     checkpoint: str | None
 
@@ -291,10 +291,18 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
         )
     tokenizer = load_tokenizer(recipe)
 
-    def packed(general: bool) -> dict[str, PackedBlocks]:
+    def packed(general: bool) -> dict[str, PackedBlocks | DataSource]:
         kind, size = "general" if general else "data", recipe.train.block_size
         return {
-            name: pack(load_documents(source), tokenizer, size, name=f"{kind}.{name}.train")
+            name: source
+            if source.streaming
+            else pack(
+                source,
+                tokenizer,
+                size,
+                name=f"{kind}.{name}.train",
+                num_proc=recipe.train.dataset_num_proc,
+            )
             for name, source in recipe.sources("train", general=general).items()
         }
 

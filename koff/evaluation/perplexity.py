@@ -82,7 +82,7 @@ def evaluate(
         tokenizer: the model's tokenizer; None if the documents are token ids.
         datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
             ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
-            ``datasets.Dataset`` of these, or ``PackedBlocks``.
+            ``datasets.Dataset`` of these, a ``DataSource``, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block; with the longest prefix at most what the model has positions
             for.
@@ -115,7 +115,7 @@ def evaluate(
     for domain, documents in datasets.items():  # all of them, before the first forward
         what = f"dataset {domain!r}"
         packed[domain] = pack(documents, tokenizer, block_size, name=what)
-        check_vocabulary(model, packed[domain].blocks, what)
+        check_vocabulary(model, packed[domain], what)
     rows = []
     with evaluating(model), torch.inference_mode():
         for domain, data in packed.items():
@@ -210,19 +210,19 @@ def check_sizes(model: Any, block_size: int, batch_size: int, prefix: int = 0) -
         )
 
 
-def check_vocabulary(model: Any, blocks: torch.Tensor, what: str) -> None:
+def check_vocabulary(model: Any, data: PackedBlocks, what: str) -> None:
     """Refuse token ids that the model has no embedding of: on a GPU they would end the process.
 
     Args:
         model: a causal LM.
-        blocks: token ids [N, T], on the CPU.
+        data: the blocks.
         what: what these tokens are, for the error.
 
     Raises:
         ValueError: an id beyond the vocabulary.
     """
     size = model.get_input_embeddings().num_embeddings
-    low, high = (int(x) for x in blocks.aminmax())
+    low, high = data.id_range
     if low < 0 or high >= size:
         raise ValueError(
             f"{asker()}: {what} must have token ids in 0..{size - 1}, got {low}..{high}; use the "

@@ -48,6 +48,7 @@ from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
 from .settings import Settings, checkpointing_name
 from .stopping import SIGNALS, StopSignals
+from .streams import resume_streams, write_streams
 
 logger = logging.getLogger("koff")
 
@@ -74,8 +75,8 @@ class KoffTrainer(CheckpointingTrainer):
             steps come on top.
         train_datasets: domain -> documents as ``koff.data.blocks.pack`` takes them (texts, records
             with "text", "messages", "prompt" and "completion", or "input_ids" and "labels", a
-            ``datasets.Dataset``, or ``PackedBlocks``). Each memory needs the domain of its name;
-            with no memories the rows use none.
+            ``datasets.Dataset``, a ``DataSource``, or ``PackedBlocks``). Each memory needs the
+            domain of its name; with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
         general_weights: probability of each part; None: by number of tokens.
         eval_datasets: domain -> documents for ``evaluate``, or None.
@@ -187,6 +188,8 @@ class KoffTrainer(CheckpointingTrainer):
         self._source_sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._step_loss: Tensor | float = 0.0  # of the optimizer step's micro-batches so far
         self._group_names: list[str] = []  # of the optimizer's groups
+        # Of each streamed source: the last row of this process that was trained on.
+        self._bookmarks: dict[str, str] = {}
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
         alike = self._learns_mask and not self.settings.saliency_batches
@@ -260,7 +263,11 @@ class KoffTrainer(CheckpointingTrainer):
         with self._signals.listening() if self._stops_on_signals else contextlib.nullcontext():
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+                self._bookmarks = resume_streams(
+                    resume_from_checkpoint, self.mixture.sources, self._rows_per_step()
+                )
             else:
+                self._bookmarks = {}
                 self._fill_caches()
                 self._start_gates()
             self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
@@ -345,6 +352,23 @@ class KoffTrainer(CheckpointingTrainer):
         self._check_finite(float(sum(s.sum() for s in saliency)))
         return saliency
 
+    def _rows_per_step(self) -> int:
+        """Return the rows of an optimiser step, on all ranks."""
+        ranks = self.accelerator.num_processes
+        return self._train_batch_size * self.args.gradient_accumulation_steps * ranks
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As for every checkpoint, with the places in the streams."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # Of the first process, whose rows come first: no other is behind it.
+            write_streams(
+                output_dir or self.args.output_dir,
+                self.mixture.sources,
+                self._bookmarks,
+                self._rows_per_step(),
+            )
+
     def _sampler(self) -> MixtureSampler:
         return MixtureSampler(
             self.mixture,
@@ -377,6 +401,9 @@ class KoffTrainer(CheckpointingTrainer):
         Raises:
             ValueError: the loss of the optimiser step is not finite; its gradient was not used.
         """
+        for source, bookmark in zip(inputs["source"], inputs.pop("bookmark"), strict=True):
+            if bookmark is not None:
+                self._bookmarks[self.mixture.sources[source].name] = bookmark
         gates = self.koff.gates
         if gates is not None and not gates.fixed and self.settings.fix_mask_at is not None:
             if self.state.global_step >= self._gate_steps():
@@ -726,7 +753,13 @@ class _GateSteps(TrainerCallback):
 def _steps_of_epochs(args: TrainingArguments, mixture: Mixture) -> int:
     """Return the steps in which domain rows are seen ``num_train_epochs`` times, all domains
     together."""
-    rows = sum(len(source.blocks) for source in mixture.domains)
+    streamed = [source.name for source in mixture.domains if source.rows is None]
+    if streamed:
+        raise ValueError(
+            f"KoffTrainer: max_steps must be given where a domain is streamed, got none and "
+            f"{streamed}; nobody knows how many rows an epoch has"
+        )
+    rows = sum(source.rows for source in mixture.domains)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = math.ceil(args.num_train_epochs * rows / per_step)
     every = mixture.general_every

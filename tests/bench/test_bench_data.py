@@ -1,0 +1,19 @@
+"""The benchmark of data, on a little text; and that memory does not grow with it."""
+
+import pytest
+
+from bench.data import WAYS, measure
+
+
+@pytest.mark.slow
+def test_memory_is_constant_where_blocks_are_cached(tmp_path):
+    small, large = (measure(tmp_path, size, 1, 1, None) for size in (1, 9))
+    assert [row["way"] for row in small] == list(WAYS)
+    grown = {
+        one["way"]: other["anonymous"] - one["anonymous"]
+        for one, other in zip(small, large, strict=True)
+    }
+    # 8 MB of text in memory are, as texts and as 9 bytes for each of their tokens, at least twice
+    # as much. What waits to be written is a few chunks of documents, whatever the size.
+    assert grown["in memory"] > 16
+    assert grown["first run"] < 16 and grown["later run"] < 4
