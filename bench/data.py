@@ -4,7 +4,7 @@ Three ways, in turns, each in a process of its own: everything in memory, as kof
 first run over a source, which tokenises it into the cache; and a later run, which finds it there.
 Then 5000 blocks are looked at in random order, as a training does.
 
-    python -m bench.data [--megabytes 20 200] [--rounds 2] [--num-proc 1] [--tokenizer DIR]
+    python -m bench.data [--megabytes 20 200] [--rounds 2] [--num-proc 1] [--tokenizer DIR] [--ways ...]
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--num-proc", type=int, default=1)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -151,7 +152,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="koff-bench-data-") as folder:
         for megabytes in given.megabytes:
-            sizes = (given.rounds, given.num_proc, given.tokenizer)
+            sizes = (given.rounds, given.num_proc, given.tokenizer, given.ways)
             for row in measure(Path(folder), megabytes, *sizes):
                 print(
                     f"| {row['megabytes']} MB | {row['way']} | {row['seconds']:.1f} "
