@@ -4,7 +4,8 @@ Three ways, in turns, each in a process of its own: everything in memory, as kof
 first run over a source, which tokenises it into the cache; and a later run, which finds it there.
 Then 5000 blocks are looked at in random order, as a training does.
 
-    python -m bench.data [--megabytes 20 200] [--rounds 2] [--num-proc 1] [--tokenizer DIR] [--ways ...]
+    python -m bench.data [--megabytes 20 200] [--rounds 2] [--num-proc 1] [--tokenizer DIR]
+        [--ways ...]
 """
 
 from __future__ import annotations

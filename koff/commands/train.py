@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import logging
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def run(
         output: folder for the model; new, empty, or that of the same run, interrupted.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
         label: what stands before the progress bar.
-        stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C.
+        stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C; in another
+            thread than the main one nothing does, since signals are not heard there.
 
     Returns:
         The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json,
@@ -107,7 +109,9 @@ def run(
     prepared = prepare(recipe, check_output(output, recipe))
     model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
-    arguments.enable_jit_checkpoint = stops_on_signals
+    # Python hears signals in its main thread alone.
+    in_main = threading.current_thread() is threading.main_thread()
+    arguments.enable_jit_checkpoint = stops_on_signals and in_main
     trainer = make_trainer(model, prepared, arguments, label)
     if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
         expected = plan.plan(recipe, check_model(recipe), devices=arguments.world_size).headline()
