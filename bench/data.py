@@ -5,11 +5,13 @@ first run over a source, which tokenises it into the cache; and a later run, whi
 Then 5000 blocks are looked at in random order, as a training does.
 
     python -m bench.data [--megabytes 20 200] [--rounds 2] [--num-proc 1] [--tokenizer DIR]
+        [--ways ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 WAYS = ("in memory", "first run", "later run")
@@ -30,11 +33,11 @@ def write_texts(path: Path, megabytes: int) -> None:
     rng = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     words = ["".join(rng.choices(letters[:12], k=rng.randint(2, 9))) for _ in range(20_000)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]  # Zipf's law
+    shares = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))  # Zipf's law
     written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < megabytes * 10**6:
-            text = " ".join(rng.choices(words, weights, k=350))
+            text = " ".join(rng.choices(words, cum_weights=shares, k=350))
             written += file.write(json.dumps({"text": text}) + "\n")
 
 
@@ -101,7 +104,12 @@ def child(way: str, path: Path, tokenizer: Path, num_proc: int) -> None:
 
 
 def measure(
-    folder: Path, megabytes: int, rounds: int, num_proc: int, tokenizer: Path | None
+    folder: Path,
+    megabytes: int,
+    rounds: int = 1,
+    num_proc: int = 1,
+    tokenizer: Path | None = None,
+    ways: Sequence[str] = WAYS,
 ) -> list[dict]:
     """Return a row per way for one size of text, medians over rounds."""
     path = folder / f"{megabytes}.jsonl"
@@ -110,10 +118,10 @@ def measure(
         tokenizer = folder / "tokenizer"
         if not tokenizer.exists():
             make_tokenizer(tokenizer, path)
-    found: dict[str, list[dict]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict]] = {way: [] for way in ways}
     for number in range(rounds):
         env = os.environ | {"KOFF_CACHE": str(folder / f"cache-{megabytes}-{number}")}
-        for way in WAYS:
+        for way in ways:
             arguments = [way, str(path), str(tokenizer), str(num_proc)]
             command = [sys.executable, "-m", "bench.data", "--child", *arguments]
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -135,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--num-proc", type=int, default=1)
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -144,7 +153,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="koff-bench-data-") as folder:
         for megabytes in given.megabytes:
-            sizes = (given.rounds, given.num_proc, given.tokenizer)
+            sizes = (given.rounds, given.num_proc, given.tokenizer, given.ways)
             for row in measure(Path(folder), megabytes, *sizes):
                 print(
                     f"| {row['megabytes']} MB | {row['way']} | {row['seconds']:.1f} "
