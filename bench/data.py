@@ -19,10 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from .memory import resident, watched
 
 WAYS = ("in memory", "first run", "later run")
 SIZE = 1024  # tokens of a block
@@ -56,13 +57,6 @@ def make_tokenizer(folder: Path, path: Path) -> None:
     made.save_pretrained(folder)
 
 
-def _status() -> dict[str, float]:
-    """Memory of this process in MB: what it has resident, and what of it belongs to no file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    return {name: int(found[name].split()[0]) / 1e3 for name in ("VmRSS", "RssAnon")}
-
-
 def child(way: str, path: Path, tokenizer: Path, num_proc: int) -> None:
     """Measure one way, and print what it took."""
     import torch
@@ -73,30 +67,21 @@ def child(way: str, path: Path, tokenizer: Path, num_proc: int) -> None:
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     loaded(["warm"])
-    before, peaks, done = _status(), _status(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            for name, now in _status().items():
-                peaks[name] = max(peaks[name], now)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    if way == "in memory":
-        packed = pack(load_documents(path), loaded, SIZE)
-    else:
-        packed = pack(DataSource(path=path), loaded, SIZE, num_proc=num_proc)
-    seconds = time.perf_counter() - started
-    generator = torch.Generator().manual_seed(0)
-    for row in torch.randint(len(packed), (5000,), generator=generator).tolist():
-        packed.labels(row)
-    done.set()
-    watcher.join()
+    before = resident()
+    with watched() as peaks:
+        started = time.perf_counter()
+        if way == "in memory":
+            packed = pack(load_documents(path), loaded, SIZE)
+        else:
+            packed = pack(DataSource(path=path), loaded, SIZE, num_proc=num_proc)
+        seconds = time.perf_counter() - started
+        generator = torch.Generator().manual_seed(0)
+        for row in torch.randint(len(packed), (5000,), generator=generator).tolist():
+            packed.labels(row)
     facts = {
         "seconds": seconds,
-        "anonymous": peaks["RssAnon"] - before["RssAnon"],
-        "resident": peaks["VmRSS"] - before["VmRSS"],
+        "anonymous": (peaks["RssAnon"] - before["RssAnon"]) / 1e6,
+        "resident": (peaks["VmRSS"] - before["VmRSS"]) / 1e6,
         "sum": int(packed.blocks[:: max(1, len(packed) // 100)].sum()),
         "tokens": packed.num_tokens,
     }

@@ -19,24 +19,11 @@ from torch import Tensor
 from koff.data.losses import Head, token_losses
 
 from . import timing
+from .memory import peak_bytes
 from .peers.loss_of_all_logits import loss_of_all_logits
 
 WEIGHT = 0.7  # of the divergence: koff's default
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most that a call holds at once of memory that it has allocated on the CPU."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 def sides(

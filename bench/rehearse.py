@@ -20,12 +20,12 @@ import contextlib
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import timing
+from .memory import watched
 from .models import LLAMA_3B, LLAMA_8B, Shape, llama_config
 
 # Of each, whether input and output share one table.
@@ -39,16 +39,6 @@ STAGES = ("write", "load", "attach", "train", "compact", "save", "info", "genera
 TRAINING = ("load", "attach", "train", "compact", "save")
 RESULT = "rehearsal.json"
 SHARD = 10**9  # bytes of one file of weights: no more is held while they are written
-_SAMPLED = 0.02  # seconds between two looks at the memory
-
-
-def anonymous() -> int:
-    """Bytes of this process's resident memory that no file stands behind."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("bench rehearse: /proc/self/status must say RssAnon, as Linux does")
 
 
 def on_disk(folder: Path) -> int:
@@ -70,23 +60,10 @@ class Meter:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what the block does."""
-        peak, ended = anonymous(), threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not ended.wait(_SAMPLED):
-                peak = max(peak, anonymous())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
         start = time.perf_counter()
-        try:
+        with watched() as peaks:
             yield
-        finally:
-            seconds = time.perf_counter() - start
-            ended.set()
-            thread.join()
-        peak = max(peak, anonymous())
+        seconds, peak = time.perf_counter() - start, peaks["RssAnon"]
         row = {"stage": name, "seconds": seconds, "peak": peak, "disk": on_disk(self.folder)}
         self.tell(row)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench.loss import difference, peak_bytes, sides
+from bench.loss import difference, sides
+from bench.memory import peak_bytes
 from bench.peers import loss_of_all_logits
 from koff.data import losses
 

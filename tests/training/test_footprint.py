@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support import activation_checkpointing
-from support.allocations import peak_of
 from support.models import HYBRID, tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import koff
+from bench.memory import peak_bytes
 from koff.training import footprint
 from koff.training.arguments import KoffTrainingArguments
 from koff.training.footprint import StepShape, count_step, sizes_of, without_values
@@ -78,7 +78,7 @@ def test_a_step_takes_what_was_counted_within_a_tenth(name, tmp_path):
     assert sizes.weights == sum(
         p.nbytes for n, p in model.named_parameters() if not n.startswith("koff.")
     )
-    measured = peak_of(make_trainer(model, config, shape, tmp_path).train)
+    measured = peak_bytes(make_trainer(model, config, shape, tmp_path).train)
     moments = 8 * sizes.trained
     assert moments + counted.peak == pytest.approx(measured, rel=0.1)
 
@@ -138,5 +138,5 @@ def test_mask_and_compaction_take_one_matrix_more_at_a_time():
         koff.compact(model, inplace=True)
 
     there = sizes.weights + 4 * sizes.trained
-    assert peak_of(attach_and_compact) == pytest.approx(there + sizes.matrix, rel=0.01)
+    assert peak_bytes(attach_and_compact) == pytest.approx(there + sizes.matrix, rel=0.01)
     assert sizes.removed / sizes.mlp == 0.25
