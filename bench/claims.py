@@ -13,17 +13,10 @@ from statistics import fmean
 
 from koff.commands.report.content import Interval, Intervals
 from koff.commands.report.png import check_matplotlib, draw
-from koff.evaluation.measures import confidence, spread
+from koff.commands.reproduce.page import interval
 
 ROOT = Path(__file__).parents[1]
 Seed = dict[tuple[str, float, str, str | None], float]  # (kind, sparsity, domain, memory)
-
-
-def interval(name: str, values: list[float]) -> Interval:
-    """The mean over seeds and its 95 % interval, which a single seed does not have."""
-    found = spread(values)
-    low, high = confidence(found) if found.count > 1 else (found.mean, found.mean)
-    return Interval(name, found.mean, low, high)
 
 
 class Answers:

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -223,7 +223,8 @@ def _digest(tokenizer: Any) -> str | None:
     else:
         model = json.loads(backend.to_str())
         # What the last call left behind.
-        model.pop("padding", None), model.pop("truncation", None)
+        for setting in ("padding", "truncation"):
+            model.pop(setting, None)
     said = [
         type(tokenizer).__name__,
         model,
@@ -353,11 +354,7 @@ class Cutter:
     def add(self, document: Encoded) -> None:
         """Append the tokens of a document."""
         ids, labelled = document.ids, document.labelled
-        if labelled is None:
-            self.ids.extend(ids)
-            self.labelled.extend(b"\1" * len(ids))
-            self.num_labelled += len(ids)
-        else:
+        if labelled is not None:
             # Nothing stands before the first token but another document.
             labelled = bytes(1) + labelled[1:]
             if not any(labelled):
@@ -365,14 +362,28 @@ class Cutter:
                 return
             if len(self.ids) % self.block_size + len(ids) > self.block_size:
                 self._fill_up()
-            self.ids.extend(ids)
-            self.labelled.extend(labelled)
-            self.num_labelled += sum(labelled)
             self.num_long += len(ids) > self.block_size
-            self.marked_until = len(self.ids)
+        self._append(ids, labelled)
+        self.num_labelled += len(ids) if labelled is None else sum(labelled)
         self.num_documents += 1
         self.num_tokens += len(ids)
         self.num_bytes += document.num_bytes
+
+    def add_rest(self, document: Encoded, skip: int) -> None:
+        """Append a document without its first tokens, which lie in blocks that were cut before.
+
+        Args:
+            document: with all of its tokens.
+            skip: how many of them were cut off.
+        """
+        labelled = document.labelled
+        self._append(document.ids[skip:], None if labelled is None else labelled[skip:])
+
+    def _append(self, ids: Sequence[int], labelled: bytes | None) -> None:
+        self.ids.extend(ids)
+        self.labelled.extend(b"\1" * len(ids) if labelled is None else labelled)
+        if labelled is not None:
+            self.marked_until = len(self.ids)
 
     def _fill_up(self) -> None:
         """Fill the last block up, if it is partial."""

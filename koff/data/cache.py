@@ -36,12 +36,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 logger = logging.getLogger("koff")
 
 
+def default_cache() -> Path:
+    """Return $KOFF_CACHE if set, else the folder ``koff`` in the user's cache directory."""
+    if os.environ.get("KOFF_CACHE"):
+        return Path(os.environ["KOFF_CACHE"])
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "koff"
+
+
 def root() -> Path:
     """Return the folder that entries lie in."""
-    cache = os.environ.get("KOFF_CACHE")
-    if not cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "koff"
-    return Path(cache).expanduser() / "blocks"
+    return default_cache().expanduser() / "blocks"
 
 
 def entry(

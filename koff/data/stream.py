@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Cut, Cutter
-from .records import IGNORED, check_tokenizer
+from .records import IGNORED, check_ids, check_tokenizer
 from .sources import DataSource, Place, check_source, read_places
 from .tokens import encode_chunk
 
@@ -145,7 +145,9 @@ class StreamedBlocks:
         while True:  # once through the documents each time
             whole, first = (place, skip) == (Place(), 0), row
             for begin, before, ids, labels, _ in self._cut(place, skip):
-                self._check_vocabulary(ids)
+                if self.vocabulary is not None:
+                    low, high = int(ids.min()), int(ids.max())
+                    check_ids("pack", f"the text of {self.name!r}", low, high, self.vocabulary)
                 bookmark = Bookmark(row, begin, before)
                 yield bookmark, torch.from_numpy(ids), torch.from_numpy(labels)
                 row += 1
@@ -190,12 +192,7 @@ class StreamedBlocks:
             for document in encode_chunk(numbered, self.tokenizer, self.name):
                 before = cutter.num_documents
                 if skip:  # the rest of a document whose beginning lies in rows before
-                    cutter.ids.extend(document.ids[skip:])
-                    if document.labelled is None:
-                        cutter.labelled.extend(b"\1" * (len(document.ids) - skip))
-                    else:
-                        cutter.labelled.extend(document.labelled[skip:])
-                        cutter.marked_until = len(cutter.ids)
+                    cutter.add_rest(document, skip)
                     starts.append((-skip, begins[document.index]))
                     skip = 0
                 else:
@@ -205,10 +202,3 @@ class StreamedBlocks:
                         starts.append((at, begins[document.index]))
                 yield from rows(cutter.take())
         yield from rows(cutter.finish())
-
-    def _check_vocabulary(self, ids: np.ndarray) -> None:
-        if self.vocabulary is not None and not 0 <= ids.min() <= ids.max() < self.vocabulary:
-            raise ValueError(
-                f"pack: the text of {self.name!r} must have token ids in 0..{self.vocabulary - 1}, "
-                f"got {ids.min()}..{ids.max()}; use the model's own tokenizer"
-            )

@@ -14,7 +14,7 @@ import torch
 
 from ..data.blocks import PackedBlocks, pack
 from ..data.losses import token_losses
-from ..data.records import IGNORED
+from ..data.records import IGNORED, check_ids
 from ..errors import asked_by, asker
 from ..model.head import measured
 
@@ -222,12 +222,7 @@ def check_vocabulary(model: Any, data: PackedBlocks, what: str) -> None:
         ValueError: an id beyond the vocabulary.
     """
     size = model.get_input_embeddings().num_embeddings
-    low, high = data.id_range
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"{asker()}: {what} must have token ids in 0..{size - 1}, got {low}..{high}; use the "
-            "model's own tokenizer"
-        )
+    check_ids(asker(), what, *data.id_range, size)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,7 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from koffkernels.dispatch import compute_dtype
 
@@ -53,7 +48,7 @@ from ..model.config import KoffConfig
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import count_weights
-from .settings import checkpointing_name
+from .settings import enable_checkpointing
 
 # Whole numbers and truth values are real tensors up to this length: code asks ids, lengths and
 # masks for their values, and goes one way or another.
@@ -226,7 +221,7 @@ class Sizes:
         weights: of the base.
         layer: of one decoder layer of the base, the largest.
         matrix: of the largest matrix of an MLP.
-        linears: parameters of the layers' linear layers; ``mlp`` of it the MLPs'.
+        mlp: parameters of the MLPs' linear layers.
     """
 
     parameters: int
@@ -239,7 +234,6 @@ class Sizes:
     weights: int
     layer: int
     matrix: int
-    linears: int
     mlp: int
 
     @property
@@ -294,7 +288,6 @@ def sizes_of(config: PreTrainedConfig, koff: KoffConfig, dtype: torch.dtype) -> 
         base = list(model.parameters())
         layer = max(_bytes(layer.parameters()) for layer in arch.layers(model))
         matrix = max(_bytes([w]) for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
-        linears = sum(linear.weight.numel() for _, linear in arch.sites(model))
         attach(model, _as_normal(koff))
         state = model.koff
         memories = list(state.memories)
@@ -312,7 +305,6 @@ def sizes_of(config: PreTrainedConfig, koff: KoffConfig, dtype: torch.dtype) -> 
             weights=_bytes(base),
             layer=layer,
             matrix=matrix,
-            linears=linears,
             mlp=counts["mlp"],
         )
 
@@ -387,8 +379,7 @@ def _run(
         prefill = ledger.peak - before
         model.train()
         if shape.checkpointing:
-            name = checkpointing_name(TrainingArguments)
-            getattr(model, f"{name}_enable")({"use_reentrant": False})
+            enable_checkpointing(model)
         learned = [p for p in model.koff.parameters() if p.requires_grad]
         if shape.accumulates:
             for p in learned:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 # transformers' default learning rate: any other value was set by somebody who expects it to count.
 _UNSET_LEARNING_RATE = 5e-5
@@ -180,6 +180,14 @@ def checkpointing_name(args: TrainingArguments | type[TrainingArguments]) -> str
     """Return what the installed transformers calls activation checkpointing in its arguments."""
     new = "activation_checkpointing"  # 5.17 has the other one, and from 5.23 on that one warns
     return new if hasattr(args, new) else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: PreTrainedModel, reentrant: bool = False) -> None:
+    """Switch activation checkpointing on, in place, as transformers does when it trains."""
+    from transformers import TrainingArguments  # at run time: a recipe is read without it
+
+    name = checkpointing_name(TrainingArguments)
+    getattr(model, f"{name}_enable")({"use_reentrant": reentrant})
 
 
 def _check_transformers_settings(args: TrainingArguments) -> None:

@@ -46,7 +46,7 @@ from .optim import average_gradients, clip_groups, hold_constant_groups, paramet
 from .resume_checks import check_resume
 from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
-from .settings import Settings, checkpointing_name
+from .settings import Settings, checkpointing_name, enable_checkpointing
 from .stopping import SIGNALS, StopSignals
 from .streams import resume_streams, write_streams
 
@@ -339,13 +339,11 @@ class KoffTrainer(CheckpointingTrainer):
         first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
         picks = itertools.islice(self._sampler(), first, last, ranks)
         batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
-        name = checkpointing_name(self.args)
-        if getattr(self.args, name):
+        if getattr(self.args, checkpointing_name(self.args)):
             # transformers switches it on only when it trains, and this would keep all that a step
             # does not. Layers recompute in training mode alone, and a reentrant checkpoint knows
             # ``backward`` alone.
-            model = self.accelerator.unwrap_model(self.model).train()
-            getattr(model, f"{name}_enable")({"use_reentrant": False})
+            enable_checkpointing(self.accelerator.unwrap_model(self.model).train())
         # As accelerate will wrap the model's forward, once it prepares it.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             saliency = neuron_saliency(self.model, batches, self.accelerator.reduce)

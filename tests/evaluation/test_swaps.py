@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import redraw
 from support.trainings import DOMAINS, fresh
 
 import koff
@@ -11,13 +12,7 @@ from koff.evaluation.swaps import evaluate_swaps
 def model_of(**config):
     """Two memories that differ in everything."""
     config = {"memories": ("en", "es"), "kv": koff.KVConfig(5, "normal", 0.3), **config}
-    model = fresh(**config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for memory in model.koff.memories:
-            for parameter in memory.parameters():
-                parameter.normal_(std=0.3)
-    return model
+    return redraw(fresh(**config))
 
 
 def test_swapped_halves_give_what_a_memory_made_of_both_gives():

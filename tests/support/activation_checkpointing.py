@@ -1,15 +1,11 @@
 """Activation checkpointing under the name that the installed transformers has for it."""
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
-from koff.training.settings import checkpointing_name
+from koff.training.settings import checkpointing_name, enable_checkpointing
 
 NAME = checkpointing_name(TrainingArguments)
-
-
-def enable(model: PreTrainedModel, reentrant: bool = False) -> None:
-    """Switch it on, in place."""
-    getattr(model, f"{NAME}_enable")({"use_reentrant": reentrant})
+enable = enable_checkpointing  # in place
 
 
 def arguments(on: bool = True, **kwargs) -> dict:

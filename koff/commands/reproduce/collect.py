@@ -246,6 +246,13 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
     }
 
 
+def facts_of(runs: list[dict], kind: str, sparsity: float) -> list[dict]:
+    """Return the facts of the runs of a kind and sparsity, none of a memory that was added."""
+    wanted = (kind, sparsity, None)
+    keys = ("kind", "target_sparsity", "added")
+    return [run for run in runs if tuple(run[key] for key in keys) == wanted]
+
+
 def public(command: list[str], plan: Plan) -> list[str]:
     """A command without the folders of this machine: output and recipe by their names.
 
@@ -303,13 +310,11 @@ def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
 
         def won(kind: str, sparsity: float = sparsity) -> dict:
             """What memories do, in koff or in a variant."""
-            wanted = (kind, sparsity, None)
-            keys = ("kind", "target_sparsity", "added")
             gains = table.per_seed(sparsity, offloading_gain, kind)
             return {
                 "share_won_back": won_back(table, sparsity, kind),
                 "offloading_gain_nats": over_languages(gains),
-                "budget": budget([run for run in runs if tuple(run[k] for k in keys) == wanted]),
+                "budget": budget(facts_of(runs, kind, sparsity)),
             }
 
         found.append(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ...evaluation.measures import Spread, confidence, spread
 from ..report.content import Interval, Intervals, Page, Part, Section, Table, Text
 from .claims import NATS, SHARE, Claim, claims
 from .collect import Table as Cells
+from .collect import facts_of
 from .plan import DENSE, GATES, KOFF, Run
 
 OWN = "·"  # stands in the columns of single memories where the memory is the row's own
@@ -50,16 +51,26 @@ def _claims(found: list[Claim]) -> Iterator[Part]:
     yield Table(["claim", "pruned", "measured", "here", "verdict", "more"], lines, note=note)
     what = "mean, with its 95 % interval over seeds"
     for unit in (SHARE, NATS):
-        rows = [_interval(claim) for claim in found if claim.unit == unit and claim.values]
+        rows = [
+            interval(f"{claim.sparsity:g}: {claim.measure}", claim.values)
+            for claim in found
+            if claim.unit == unit and claim.values
+        ]
         if rows:
             title = f"The claims, {'as shares' if unit == SHARE else f'in {unit}'}"
             yield Intervals(title, what, rows, percent=unit == SHARE, mark=0.0)
 
 
-def _interval(claim: Claim) -> Interval:
-    values = spread(claim.values)
-    low, high = confidence(values) if values.count > 1 else (values.mean, values.mean)
-    return Interval(f"{claim.sparsity:g}: {claim.measure}", values.mean, low, high)
+def interval(name: str, values: Iterable[float]) -> Interval:
+    """Return a mean over seeds and its 95 % interval, which a single seed does not have.
+
+    Args:
+        name: of the row.
+        values: of each seed.
+    """
+    found = spread(values)
+    low, high = confidence(found) if found.count > 1 else (found.mean, found.mean)
+    return Interval(name, found.mean, low, high)
 
 
 def _sparsity(record: dict, part: dict, table: Cells) -> Section:
@@ -187,7 +198,7 @@ def _removed(record: dict, sparsity: float) -> str:
     """What koff and gates alone really removed: they must be comparable."""
     parts = []
     for kind in (KOFF, GATES):
-        runs = _runs(record, kind, sparsity)
+        runs = facts_of(record["runs"], kind, sparsity)
         neurons, weights, inner = (
             _range([run["sparsity"][of] for run in runs])
             for of in ("mlp", "model", "non_embedding")
@@ -239,18 +250,12 @@ def _gain(found: dict) -> str:
 def _seconds(record: dict, sparsity: float) -> str:
     parts = []
     for kind, at in ((KOFF, sparsity), (GATES, sparsity), (DENSE, 0.0)):
-        runs = _runs(record, kind, at)
+        runs = facts_of(record["runs"], kind, at)
         longest = max(run["training_seconds"] for run in runs)
         resumed = sum(run["resumed"] for run in runs)
         note = f" ({resumed} resumed: the last piece alone)" if resumed else ""
         parts.append(f"{'gates only' if kind == GATES else kind} {longest:.0f} s{note}")
     return f"training, longest of the seeds: {', '.join(parts)}"
-
-
-def _runs(record: dict, kind: str, sparsity: float) -> list[dict]:
-    wanted = (kind, sparsity, None)
-    keys = ("kind", "target_sparsity", "added")
-    return [run for run in record["runs"] if tuple(run[key] for key in keys) == wanted]
 
 
 def _each(found: dict, show) -> str:
