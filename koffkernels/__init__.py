@@ -8,9 +8,10 @@ from .group_rows import group_rows
 from .hard_concrete import hard_concrete, open_probability
 from .lora_linear import lora_linear
 from .modules import GatedMLP, LoRALinear, PrefixAttention
+from .opaque import opaque_gated_mlp, opaque_lora_linear
 from .prefix_attention import prefix_attention
 from .routes import force_route
-from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds, RowGroups
+from .types import GatedMLPLoRA, LoRA, OpaqueLinear, Prefix, RowBounds, RowGroups
 from .warmup import LayerShape, warmup
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LayerShape",
     "LoRA",
     "LoRALinear",
+    "OpaqueLinear",
     "Prefix",
     "PrefixAttention",
     "RowBounds",
@@ -31,6 +33,8 @@ __all__ = [
     "hard_concrete",
     "layers",
     "lora_linear",
+    "opaque_gated_mlp",
+    "opaque_lora_linear",
     "open_probability",
     "prefix_attention",
     "recompute_hidden",

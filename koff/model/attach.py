@@ -9,6 +9,7 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
+from koffkernels import (
+    GatedMLPLoRA,
+    OpaqueLinear,
+    gated_mlp,
+    lora_linear,
+    opaque_gated_mlp,
+    opaque_lora_linear,
+)
 from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
 from ..errors import asked_by, asker
-from . import arch, attention
+from . import arch, attention, few_bits
 from .arch import Site
 from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
@@ -101,16 +109,49 @@ class _LinearMixin:
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
-    for its call."""
-    return type(linear) is _PLAIN_LINEAR and not (
+class _FewBitsMixin:
+    """A frozen linear layer in few bits plus the LoRA of each row's memory. Its own code, which
+    dequantises, computes the layer."""
+
+    _koff: Link
+
+    def forward(self, x: Tensor) -> Tensor:
+        link = self._koff
+        context, lora = link.running.context, None
+        if context is not None and context.memories:
+            lora = link.bank.lora(link.site, context.memories, context.stacks, compute_dtype(x, x))
+        if lora is None and not torch.is_grad_enabled():
+            return super().forward(x)
+        rows = None if lora is None else context.rows
+        return opaque_lora_linear(x, self._koff_opaque(), lora=lora, memory_ids=rows)
+
+    def _koff_opaque(self) -> OpaqueLinear:
+        return OpaqueLinear(super().forward, functools.partial(few_bits.dense_weight, self))
+
+
+_OWN_LINEARS = (_LinearMixin, _FewBitsMixin)
+
+
+def _is_untouched(linear: nn.Module) -> bool:
+    """Whether nobody waits for a linear layer's call, or has put another forward in its place."""
+    return not (
         linear._forward_pre_hooks
         or linear._forward_hooks
         or linear._backward_pre_hooks
         or linear._backward_hooks
         or "forward" in linear.__dict__
     )
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
+    for its call."""
+    return type(linear) is _PLAIN_LINEAR and _is_untouched(linear)
+
+
+def _is_opaque(linear: nn.Module) -> bool:
+    """Whether a linear layer is in few bits, as attach left it, and nobody waits for its call."""
+    return isinstance(linear, _FewBitsMixin) and _is_untouched(linear)
 
 
 class _MLPMixin:
@@ -126,17 +167,10 @@ class _MLPMixin:
         link = self._koff
         context, index = link.running.context or ForwardContext(), link.layer
         kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
-        *first, down = arch.mlp_linears(self).values()
-        if _is_plain(down) and all(map(_is_plain, first)):
-            weights, lora = arch.mlp_weights(self), None
-            if context.memories:
-                dtype = compute_dtype(x, weights[0])
-                lora = GatedMLPLoRA(
-                    *(
-                        link.bank.lora(Site(index, name), context.memories, context.stacks, dtype)
-                        for name in arch.MLP_LINEARS
-                    )
-                )
+        linears = list(arch.mlp_linears(self).values())
+        if all(map(_is_plain, linears)):
+            weights = arch.mlp_weights(self)
+            lora = self._lora(context, compute_dtype(x, weights[0]))
             if kept is not None:
                 if kept.width(index) is None:
                     gates = kept.factor(index)
@@ -150,15 +184,37 @@ class _MLPMixin:
                 memory_ids=context.rows,
                 activation=link.activation,
             )
+        elif all(map(_is_opaque, linears)):
+            y = opaque_gated_mlp(
+                x,
+                tuple([linear._koff_opaque() for linear in linears]),
+                # Weights in few bits cannot be put in another order: the mask is a factor.
+                gates=gates if kept is None else kept.factor(index),
+                lora=self._lora(context, compute_dtype(x, x)),
+                memory_ids=context.rows,
+                activation=link.activation,
+            )
         else:
             if kept is not None:
                 restore_layer(self, kept, index)  # hooks see the neurons by their own numbers
                 gates = kept.factor(index)
+            *first, down = linears
             outputs = [linear(x) for linear in first]
             gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
             h = ACTIVATIONS[link.activation](gate) * up
             y = down(h if gates is None else (h * gates).to(h.dtype))
         return y
+
+    def _lora(self, context: ForwardContext, dtype: torch.dtype) -> GatedMLPLoRA | None:
+        link = self._koff
+        if not context.memories:
+            return None
+        return GatedMLPLoRA(
+            *(
+                link.bank.lora(Site(link.layer, name), context.memories, context.stacks, dtype)
+                for name in arch.MLP_LINEARS
+            )
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         """Put the neurons back into their order before an adapter is put around a linear layer: it
@@ -235,7 +291,7 @@ class PatchCheck:
         for place in self.places:
             found = place.parent._modules[place.name]
             if found is not place.seen:
-                if not any(isinstance(module, _LinearMixin) for module in found.modules()):
+                if not any(isinstance(module, _OWN_LINEARS) for module in found.modules()):
                     raise TypeError(
                         f"forward: {place.name} must be the linear layer that koff was attached to,"
                         f" or lie around it, got a {type(found).__module__}.{type(found).__name__};"
@@ -323,7 +379,7 @@ def new_memory(
         lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
-                width_out, width_in = module.weight.shape
+                width_out, width_in = few_bits.size(module)
                 shapes[site] = (width_in, width_out)
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
@@ -346,7 +402,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         link = Link(state.memories, state.running, index)
         swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
+            take_linear(linear, replace(link, site=Site(index, name)))
             parent, _, own = arch.linear_path(name, model).rpartition(".")
             places.append(Place(layer.get_submodule(parent), own, linear))
         module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
@@ -373,6 +429,20 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     use_koff_attention(model)
 
 
+def take_linear(linear: nn.Module, link: Link) -> None:
+    """Let a linear layer add the LoRA of each row's memory, in place.
+
+    Args:
+        linear: plain, or in a format that koff knows.
+        link: with its site.
+    """
+    if few_bits.is_plain(linear):
+        swap(linear, _LinearMixin, link)
+    else:
+        few_bits.hold_still(linear)
+        swap(linear, _FewBitsMixin, link)
+
+
 def require_own(linears: Iterable[nn.Module]) -> None:
     """Refuse linear layers that are no longer those koff was attached to.
 
@@ -380,7 +450,7 @@ def require_own(linears: Iterable[nn.Module]) -> None:
         TypeError: the first one that is not: an adapter's, for instance.
     """
     for linear in linears:
-        if type(linear) is not _PLAIN_LINEAR:
+        if type(linear) is not _PLAIN_LINEAR and not isinstance(linear, _FewBitsMixin):
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "
@@ -426,6 +496,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for layer in arch.layers(model):
             for _, linear in arch.linears(layer, model):
                 unswap(linear)
+                few_bits.let_go(linear)
             unswap(arch.mlp(layer, model))
             mixer = arch.mixer(layer, model)
             if arch.is_recurrent(layer, model):

@@ -1,10 +1,16 @@
-"""Remove the neurons whose gate is 0: narrow matrices, narrow LoRA, the same function."""
+"""Remove the neurons whose gate is 0: narrow matrices, narrow LoRA, the same function.
+
+Of a base in few bits the weights come from the checkpoint that it was quantised from.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +19,16 @@ from transformers import PreTrainedModel
 from ..errors import asked_by
 from ..model import arch
 from ..model.arch import Site
-from ..model.attach import require_own, set_base_class
+from ..model.attach import require_own, set_base_class, take_linear
+from ..model.few_bits import dense_weight, forget_quantizer, is_few_bits, is_plain
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
 from ..model.sharding import is_sharded, whole_model
 from ..model.state import the_attached
 from .binarize import binarize
+from .original import Original
+
+logger = logging.getLogger("koff")
 
 # (module, parameter name, narrowed parameter)
 Narrowed = tuple[nn.Module, str, nn.Parameter]
@@ -36,7 +46,8 @@ def _narrow_layer(
     now, width = positions(model, index, kept), arch.width(module)
     for name, linear in arch.mlp_linears(module).items():
         dim, rows = arch.NEURON_DIM[name], arch.along_neurons(name, now, width)
-        yield linear, "weight", _parameter(linear.weight.index_select(dim, rows), linear.weight)
+        if is_plain(linear):
+            yield linear, "weight", _parameter(linear.weight.index_select(dim, rows), linear.weight)
         rows = arch.along_neurons(name, kept, width)
         for memory in model.koff.memories:
             lora = memory.lora_at(Site(index, name))
@@ -50,16 +61,32 @@ def _narrow_layer(
 
 @torch.no_grad()
 @asked_by("compact")
-def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
+def compact(
+    model: PreTrainedModel,
+    *,
+    inplace: bool = False,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    dequantize: bool = False,
+) -> PreTrainedModel:
     """Remove exactly the neurons whose gate is 0; the result computes what the masked model does.
+
+    A base in few bits becomes a plain one on the way, with gates or without: the weights of its
+    linear layers are read from the checkpoint that it was quantised from, in the dtype they have
+    there, one at a time. The result is then nearer to that checkpoint than the masked model was.
 
     Args:
         model: an attached model with gates; ``binarize`` is called with its defaults if it has not
-            run.
+            run. Or one without gates, in few bits.
         inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
             a new model is returned, the given one keeps all its weights, and two models are never
             held (only the new, narrow one beside it). A model that FSDP shards is gathered on
             every process, all of which call this, and the new one is on the CPU in any case.
+        base: of a model in few bits: folder or hub id of the checkpoint, in safetensors; None:
+            where the model was loaded from.
+        revision: of a hub id; None: that which the model was loaded from.
+        dequantize: of a model in few bits: take its own weights, rounded as they are, instead of
+            those of the checkpoint.
 
     Returns:
         A model with narrow MLPs, the same memories and no gates. With equal widths in all layers it
@@ -67,45 +94,118 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         one width per layer.
 
     Raises:
-        TypeError, ValueError: koff is not attached, there are no gates, or an adapter lies around a
-            layer of an MLP.
+        TypeError, ValueError: koff is not attached, there are no gates, an adapter lies around a
+            layer, or there is no checkpoint of the model at ``base``; the model is as it was.
 
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
     model = the_attached(model)
-    state = model.koff
-    if state.gates is None:
+    state, few = model.koff, is_few_bits(model)
+    if state.gates is None and not few:
         raise ValueError(
             "compact: the model must have gates, got none; it is compact already, or was attached "
             "with target_sparsity=0"
         )
+    if not few and (base is not None or dequantize):
+        raise ValueError(
+            "compact: base and dequantize must be left out for a plain model, got one of them; it "
+            "has its own weights"
+        )
+    if few:
+        require_own(linear for _, linear in arch.sites(model))
     for module in arch.mlps(model):
         require_own(arch.mlp_linears(module).values())
-    if not state.gates.fixed:
-        binarize(model)
-    if is_sharded(model):
-        model, inplace = whole_model(model), True
-        state = model.koff
-    kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
-    # A copy leaves the model alone, and its calls too.
-    with state.running.changing("compact") if inplace else contextlib.nullcontext():
-        # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
-        # then narrow from the beginning, and the wide weights are never copied.
+    with contextlib.ExitStack() as held:
+        original = None
+        if few and not dequantize:
+            original = held.enter_context(Original(model, base, revision))
+        if state.gates is not None and not state.gates.fixed:
+            binarize(model)
+        if is_sharded(model):
+            model, inplace = whole_model(model), True
+            state = model.koff
+        kept = None
+        if state.gates is not None:
+            kept = [mask.nonzero()[:, 0] for mask in state.gates.masks]
+        # A copy leaves the model alone, and its calls too.
+        if inplace:
+            held.enter_context(state.running.changing("compact"))
+        # What a deep copy is to put in the place of an object, by the object's id: the copy is then
+        # narrow and plain from the beginning, and wide weights are never copied.
         memo: dict[int, object] = {}
-        for index, (module, rows) in enumerate(zip(arch.mlps(model), kept, strict=True)):
-            for owner, name, narrow in _narrow_layer(module, index, model, rows):
+        for index, module in enumerate(arch.mlps(model) if kept is not None else ()):
+            for owner, name, narrow in _narrow_layer(module, index, model, kept[index]):
                 if inplace:
                     setattr(owner, name, narrow)
                 else:
                     memo[id(getattr(owner, name))] = narrow
+        linears = dict(arch.sites(model)) if few else {}
         if not inplace:
+            memo |= {id(linear): nn.Identity() for linear in linears.values()}
             model = copy.deepcopy(model, memo)
-        for module, rows in zip(arch.mlps(model), kept, strict=True):
-            arch.set_width(module, len(rows))
-        model.koff.kept = [rows.cpu() for rows in kept]
-        model.koff.gates = None
-        _set_config(model, [len(rows) for rows in kept])
+        if few:
+            _make_plain(model, linears, original, kept)
+        if kept is not None:
+            for module, rows in zip(arch.mlps(model), kept, strict=True):
+                arch.set_width(module, len(rows))
+            model.koff.kept = [rows.cpu() for rows in kept]
+            model.koff.gates = None
+            _set_config(model, [len(rows) for rows in kept])
     return model
+
+
+def _make_plain(
+    model: PreTrainedModel,
+    linears: dict[Site, nn.Module],
+    original: Original | None,
+    kept: list[Tensor] | None,
+) -> None:
+    """Give a model plain linear layers in the place of those in few bits, in place.
+
+    Args:
+        model: whose linear layers are replaced, one by one.
+        linears: the layers in few bits; emptied, so that each goes as soon as nobody needs it.
+        original: where weights come from; None: the layers themselves.
+        kept: the kept neurons of each layer, or None for all.
+    """
+    device, before = model.device, model.dtype
+    dtype = before if original is None else original.dtype
+    read: Callable[[str], Tensor] | None = None if original is None else original.read
+    for index, layer in enumerate(arch.layers(model)):
+        for site in [site for site in linears if site.layer == index]:
+            old, path = linears.pop(site), arch.site_path(site, model)
+            weight = dense_weight(old, dtype) if read is None else read(f"{path}.weight")
+            rows = None if kept is None else kept[index].to(weight.device)
+            if rows is not None and site.linear in arch.NEURON_DIM:
+                width = arch.neurons_of(site.linear, weight)
+                rows = arch.along_neurons(site.linear, rows, width)
+                weight = weight.index_select(arch.NEURON_DIM[site.linear], rows)
+            bias = old.bias
+            if bias is not None and read is not None:
+                bias = read(f"{path}.bias")
+            with torch.device("meta"):
+                new = nn.Linear(*weight.shape[::-1], bias=bias is not None).train(old.training)
+            for name, tensor in (("weight", weight), ("bias", bias)):
+                if tensor is not None:
+                    tensor = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                    setattr(new, name, tensor)
+            model.set_submodule(path, new)
+            take_linear(new, replace(layer._koff, site=site))
+            # As in a plain model; those in few bits could not be trained.
+            model.koff.trainable += [f"{path}.{name}" for name, _ in new.named_parameters()]
+    if read is not None and dtype != before:
+        # Embeddings, norms and the head, too, were loaded in another dtype than theirs.
+        mine = {id(p) for _, linear in arch.sites(model) for p in linear.parameters()}
+        for name, p in model.named_parameters():
+            if not name.startswith("koff.") and id(p) not in mine and p.dtype == before:
+                p.data = read(name).to(device, dtype)
+    model.config.dtype = dtype
+    forget_quantizer(model)
+    logger.warning(
+        "koff: the base was in few bits and is plain now, in %s: its weights are %s",
+        str(dtype).removeprefix("torch."),
+        "its own, dequantised" if original is None else f"those of {original.source}",
+    )
 
 
 def _set_config(model: PreTrainedModel, widths: list[int]) -> None:

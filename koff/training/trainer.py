@@ -30,6 +30,7 @@ from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
+from ..model.few_bits import is_few_bits
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
@@ -156,16 +157,23 @@ class KoffTrainer(CheckpointingTrainer):
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
         use_cache = model.config.use_cache
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            # ``evaluate`` reads eval_datasets; transformers only wants to see that there is one.
-            eval_dataset=rows if eval_datasets else None,
-            processing_class=processing_class,
-            data_collator=collate,
-            callbacks=[_GateSteps(state), *(callbacks or [])],
-        )
+        with _trainable_in_few_bits(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                # ``evaluate`` reads eval_datasets; transformers only wants to see that there is
+                # one.
+                eval_dataset=rows if eval_datasets else None,
+                processing_class=processing_class,
+                data_collator=collate,
+                callbacks=[_GateSteps(state), *(callbacks or [])],
+            )
+        if self.is_fsdp_enabled and is_few_bits(model):
+            raise ValueError(
+                "KoffTrainer: the base must be plain under FSDP, got one in few bits; use DDP, "
+                "which needs the base whole on each GPU, or load it in 16 bits"
+            )
         self.args.enable_jit_checkpoint = self._stops_on_signals
         self._signals = StopSignals()
         # The signal by which the last ``train`` stopped early, with a checkpoint; None if it did
@@ -784,3 +792,20 @@ def _take_bound(model: nn.Module) -> dict[str, Any]:
     if original is not None and getattr(original, "__func__", None) is not type(model).forward:
         model.forward = original
     return taken
+
+
+@contextlib.contextmanager
+def _trainable_in_few_bits(model: PreTrainedModel) -> Iterator[None]:
+    """Let transformers' Trainer take a quantised model inside the ``with`` block: it would only one
+    with an adapter of PEFT's, and does not know that memories are to it what adapters are."""
+    if not is_few_bits(model):
+        yield
+        return
+    before = vars(model).get("_hf_peft_config_loaded")
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+        if before is not None:
+            model._hf_peft_config_loaded = before
