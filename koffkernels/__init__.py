@@ -6,12 +6,11 @@ from .dispatch import backends, force_backend, preload_defaults, recompute_hidde
 from .gated_mlp import gated_mlp
 from .group_rows import group_rows
 from .hard_concrete import hard_concrete, open_probability
-from .lora_linear import lora_linear
+from .lora_linear import add_lora, lora_linear
 from .modules import GatedMLP, LoRALinear, PrefixAttention
-from .opaque import opaque_gated_mlp, opaque_lora_linear
 from .prefix_attention import prefix_attention
 from .routes import force_route
-from .types import GatedMLPLoRA, LoRA, OpaqueLinear, Prefix, RowBounds, RowGroups
+from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds, RowGroups
 from .warmup import LayerShape, warmup
 
 __all__ = [
@@ -20,11 +19,11 @@ __all__ = [
     "LayerShape",
     "LoRA",
     "LoRALinear",
-    "OpaqueLinear",
     "Prefix",
     "PrefixAttention",
     "RowBounds",
     "RowGroups",
+    "add_lora",
     "backends",
     "force_backend",
     "force_route",
@@ -33,8 +32,6 @@ __all__ = [
     "hard_concrete",
     "layers",
     "lora_linear",
-    "opaque_gated_mlp",
-    "opaque_lora_linear",
     "open_probability",
     "prefix_attention",
     "recompute_hidden",

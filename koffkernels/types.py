@@ -7,10 +7,8 @@ length, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -35,21 +33,6 @@ class GatedMLPLoRA(NamedTuple):
     gate: LoRA | None = None
     up: LoRA | None = None
     down: LoRA | None = None
-
-
-class OpaqueLinear(NamedTuple):
-    """A frozen linear layer whose weight is no plain matrix: one in few bits, which its own code
-    dequantises.
-
-    Args:
-        forward: x [..., K] -> x W^T + bias [..., N] in x's dtype; what is kept of it for backward
-            is thrown away.
-        weight: dtype -> W [N, K] as a plain tensor. Called in backward, and nobody keeps what it
-            returns.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    weight: Callable[[torch.dtype], Tensor]
 
 
 class Prefix(NamedTuple):

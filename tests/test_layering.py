@@ -43,7 +43,6 @@ DIRECTION = {
         (
             "koffkernels.gated_mlp",
             "koffkernels.lora_linear",
-            "koffkernels.opaque",
             "koffkernels.prefix_attention",
             "koffkernels.hard_concrete",
         ),

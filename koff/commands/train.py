@@ -33,7 +33,6 @@ from ..errors import Stopped, asked_by
 from ..evaluation.perplexity import evaluate
 from ..model import arch
 from ..model.attach import attach
-from ..model.few_bits import is_few_bits
 from ..model.state import count_weights
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
@@ -234,11 +233,12 @@ def room_for(trainer: KoffTrainer, recipe: Recipe) -> int:
     """Return how many bytes a run needs for its checkpoints and, at its end, for the model."""
     model, state, train = trainer.model, trainer.koff, recipe.train
     base = bytes_of(p for name, p in model.named_parameters() if not name.startswith("koff."))
-    mlps = bytes_of(w for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
-    if is_few_bits(model):  # what is saved is not
-        counted, each = count_weights(model), model.dtype.itemsize
-        base, mlps = counted["total"] * each, counted["mlp"] * each
+    counted, each = count_weights(model), model.dtype.itemsize
+    if recipe.quantization is not None:  # what is saved is not
+        each = plan.saved_dtype(recipe, check_model(recipe)).itemsize
+        base = counted["total"] * each
     if state.gates is not None:
+        mlps = counted["mlp"] * each
         base -= int(state.gates.target * mlps)
     # A new checkpoint is there before the oldest goes, and there is room for one that is not asked
     # for.

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import asker
-from .few_bits import check_format, check_quantizer, is_few_bits
+from .few_bits import check_format, check_quantizer, dense_weight, kind
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -249,6 +250,13 @@ def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return modules["gate_proj"].weight, modules["up_proj"].weight, down
 
 
+def dense_mlp_weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as plain matrices of a dtype, dequantised where they are in few bits."""
+    *first, down = [dense_weight(linear, dtype) for linear in mlp_linears(module).values()]
+    gate, up = first if len(first) == 2 else first[0].chunk(2)
+    return gate, up, down
+
+
 def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
     """Return where neurons are found along the ``NEURON_DIM`` of a linear layer of an MLP.
 
@@ -263,17 +271,6 @@ def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
     import torch
 
     return torch.cat([neurons, neurons + width]) if linear == GATE_UP else neurons
-
-
-def neurons_of(linear: str, weight: Tensor) -> int:
-    """Return the number of neurons of an MLP by the weight of one of its linear layers.
-
-    Args:
-        linear: its name.
-        weight: [out, in].
-    """
-    rows = weight.shape[NEURON_DIM[linear]]
-    return rows // 2 if linear == GATE_UP else rows
 
 
 def _linear_names(layer: nn.Module, model: PreTrainedModel) -> tuple[str, ...]:
@@ -324,6 +321,11 @@ def count_layers(names: Iterable[str], model_type: str) -> int:
 
 
 # ---- facts about a model ----
+
+
+def is_few_bits(model: PreTrainedModel) -> bool:
+    """Return whether some linear layer of a model is in few bits."""
+    return any(kind(linear) is not None for _, linear in sites(model))
 
 
 def width(module: nn.Module) -> int:

@@ -9,7 +9,6 @@ fixed (``neuron_order``), which ``detach`` undoes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,14 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from koffkernels import (
-    GatedMLPLoRA,
-    OpaqueLinear,
-    gated_mlp,
-    lora_linear,
-    opaque_gated_mlp,
-    opaque_lora_linear,
-)
+from koffkernels import GatedMLPLoRA, add_lora, gated_mlp, lora_linear
 from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
@@ -109,32 +101,32 @@ class _LinearMixin:
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
-class _FewBitsMixin:
-    """A frozen linear layer in few bits plus the LoRA of each row's memory. Its own code, which
-    dequantises, computes the layer."""
+class FewBitsMixin:
+    """A frozen linear layer in few bits plus the LoRA of each row's memory. The layer itself is
+    computed by its own code."""
 
     _koff: Link
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
         context, lora = link.running.context, None
+        x = x.to(compute_dtype(x, x))  # autocast's, as of any linear layer
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = few_bits.Frozen.apply(x, self, super().forward)
+        else:
+            y = super().forward(x)
         if context is not None and context.memories:
-            lora = link.bank.lora(link.site, context.memories, context.stacks, compute_dtype(x, x))
-        if lora is None and not torch.is_grad_enabled():
-            return super().forward(x)
-        rows = None if lora is None else context.rows
-        return opaque_lora_linear(x, self._koff_opaque(), lora=lora, memory_ids=rows)
-
-    def _koff_opaque(self) -> OpaqueLinear:
-        return OpaqueLinear(super().forward, functools.partial(few_bits.dense_weight, self))
+            lora = link.bank.lora(link.site, context.memories, context.stacks, x.dtype)
+        return y if lora is None else add_lora(y, x, lora, context.rows)
 
 
-_OWN_LINEARS = (_LinearMixin, _FewBitsMixin)
+_OWN_LINEARS = (_LinearMixin, FewBitsMixin)
 
 
-def _is_untouched(linear: nn.Module) -> bool:
-    """Whether nobody waits for a linear layer's call, or has put another forward in its place."""
-    return not (
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
+    for its call."""
+    return type(linear) is _PLAIN_LINEAR and not (
         linear._forward_pre_hooks
         or linear._forward_hooks
         or linear._backward_pre_hooks
@@ -143,22 +135,11 @@ def _is_untouched(linear: nn.Module) -> bool:
     )
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
-    for its call."""
-    return type(linear) is _PLAIN_LINEAR and _is_untouched(linear)
-
-
-def _is_opaque(linear: nn.Module) -> bool:
-    """Whether a linear layer is in few bits, as attach left it, and nobody waits for its call."""
-    return isinstance(linear, _FewBitsMixin) and _is_untouched(linear)
-
-
 class _MLPMixin:
     """The gated MLP with gates and memories.
 
-    Its linear layers are not called: one operation takes their weights. Where somebody put an
-    adapter around one, or hooks on it, they are called as in transformers.
+    Its linear layers are not called: one operation takes their weights. Where they are in few bits,
+    or somebody put an adapter around one, or hooks on it, they are called as in transformers.
     """
 
     _koff: Link
@@ -167,10 +148,17 @@ class _MLPMixin:
         link = self._koff
         context, index = link.running.context or ForwardContext(), link.layer
         kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
-        linears = list(arch.mlp_linears(self).values())
-        if all(map(_is_plain, linears)):
-            weights = arch.mlp_weights(self)
-            lora = self._lora(context, compute_dtype(x, weights[0]))
+        *first, down = arch.mlp_linears(self).values()
+        if _is_plain(down) and all(map(_is_plain, first)):
+            weights, lora = arch.mlp_weights(self), None
+            if context.memories:
+                dtype = compute_dtype(x, weights[0])
+                lora = GatedMLPLoRA(
+                    *(
+                        link.bank.lora(Site(index, name), context.memories, context.stacks, dtype)
+                        for name in arch.MLP_LINEARS
+                    )
+                )
             if kept is not None:
                 if kept.width(index) is None:
                     gates = kept.factor(index)
@@ -184,37 +172,15 @@ class _MLPMixin:
                 memory_ids=context.rows,
                 activation=link.activation,
             )
-        elif all(map(_is_opaque, linears)):
-            y = opaque_gated_mlp(
-                x,
-                tuple([linear._koff_opaque() for linear in linears]),
-                # Weights in few bits cannot be put in another order: the mask is a factor.
-                gates=gates if kept is None else kept.factor(index),
-                lora=self._lora(context, compute_dtype(x, x)),
-                memory_ids=context.rows,
-                activation=link.activation,
-            )
         else:
             if kept is not None:
                 restore_layer(self, kept, index)  # hooks see the neurons by their own numbers
                 gates = kept.factor(index)
-            *first, down = linears
             outputs = [linear(x) for linear in first]
             gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
             h = ACTIVATIONS[link.activation](gate) * up
             y = down(h if gates is None else (h * gates).to(h.dtype))
         return y
-
-    def _lora(self, context: ForwardContext, dtype: torch.dtype) -> GatedMLPLoRA | None:
-        link = self._koff
-        if not context.memories:
-            return None
-        return GatedMLPLoRA(
-            *(
-                link.bank.lora(Site(link.layer, name), context.memories, context.stacks, dtype)
-                for name in arch.MLP_LINEARS
-            )
-        )
 
     def __setattr__(self, name: str, value: object) -> None:
         """Put the neurons back into their order before an adapter is put around a linear layer: it
@@ -379,8 +345,7 @@ def new_memory(
         lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
-                width_out, width_in = few_bits.size(module)
-                shapes[site] = (width_in, width_out)
+                shapes[site] = (module.in_features, module.out_features)
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
@@ -440,7 +405,7 @@ def take_linear(linear: nn.Module, link: Link) -> None:
         swap(linear, _LinearMixin, link)
     else:
         few_bits.hold_still(linear)
-        swap(linear, _FewBitsMixin, link)
+        swap(linear, FewBitsMixin, link)
 
 
 def require_own(linears: Iterable[nn.Module]) -> None:
@@ -450,7 +415,7 @@ def require_own(linears: Iterable[nn.Module]) -> None:
         TypeError: the first one that is not: an adapter's, for instance.
     """
     for linear in linears:
-        if type(linear) is not _PLAIN_LINEAR and not isinstance(linear, _FewBitsMixin):
+        if type(linear) is not _PLAIN_LINEAR and not isinstance(linear, FewBitsMixin):
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "

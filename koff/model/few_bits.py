@@ -1,5 +1,5 @@
 """Linear layers in few bits, as bitsandbytes and torchao make them: how one is known, what its
-weight is, and what koff does not take.
+weight is, its gradient, and what koff does not take.
 
 Neither package is imported here before a layer of its own is found.
 """
@@ -7,21 +7,21 @@ Neither package is imported here before a layer of its own is found.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import asker
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-# What a recipe calls them, and who makes them.
-FORMATS = ("nf4", "int8")
-# torchao leaves a layer an ``nn.Linear`` and puts a tensor of a class of its own into it. Of these
-# classes, the one that is proved; others hold int4 in layouts that only a GPU's kernel reads, or
-# fp8.
-_TORCHAO_TENSORS = ("Int8Tensor",)
 _KNOWN = (
     "bitsandbytes' Linear4bit (NF4, FP4) or Linear8bitLt, or torchao's Int8WeightOnlyConfig make it"
 )
@@ -36,37 +36,33 @@ def kind(linear: nn.Module) -> str | None:
             found = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}.get(cls.__name__)
             if found is not None:
                 return found
-    weight = type(linear.weight.data) if hasattr(linear, "weight") else None
-    if weight is not None and weight.__module__.startswith("torchao."):
-        return "torchao" if weight.__name__ in _TORCHAO_TENSORS else None
+    # torchao leaves a layer an ``nn.Linear`` and puts a tensor of a class of its own into it. Known
+    # is the one of int8 weights; others hold int4 in layouts that only a GPU's kernel reads, or
+    # fp8. A layer that rounds or scales what comes in, too, is more than its weight.
+    weight = getattr(linear, "weight", None)
+    if type(weight).__name__ == "Int8Tensor" and (
+        type(weight).__module__.startswith("torchao.")
+        and weight.act_quant_kwargs is None
+        and weight.act_pre_scale is None
+    ):
+        return "torchao"
     return None
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Return whether the weight of a linear layer is an ordinary matrix."""
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    return kind(linear) is None and type(linear.weight.data) in (torch.Tensor, DTensor)
-
-
-def size(linear: nn.Module) -> tuple[int, int]:
-    """Return (out, in) of a linear layer, however its weight is laid out in memory."""
-    return linear.out_features, linear.in_features
+def is_plain(module: nn.Module) -> bool:
+    """Return whether the weight of a linear layer or an embedding is an ordinary matrix, sharded
+    or not."""
+    weight = module.weight
+    return (
+        kind(module) is None
+        and weight.is_floating_point()
+        and (isinstance(weight, DTensor) or not is_traceable_wrapper_subclass(weight.data))
+    )
 
 
-def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the weight of a linear layer as a plain matrix, dequantised where it is in few bits.
-
-    Args:
-        linear: any that ``attach`` takes.
-        dtype: of the matrix; None: what it was before it was quantised, as far as the layer knows.
-
-    Returns:
-        [out, in]; the layer's own tensor if that is plain and of this dtype.
-    """
-    import torch
-
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] of a linear layer as a plain matrix in ``dtype``: dequantised
+    where it is in few bits, else the layer's own tensor if it has this dtype."""
     found, weight = kind(linear), linear.weight
     if found == "4bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -74,37 +70,68 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         # Dequantised into the dtype itself, as the layer's own forward does: by way of its own
         # dtype it would be rounded twice.
         state = copy.copy(weight.quant_state)
-        state.dtype = dtype or state.dtype
+        state.dtype = dtype
         return dequantize_4bit(weight.data, state)
     if found == "8bit":
         # bitsandbytes moves the scales from the parameter to the layer in its first forward.
         scales = weight.SCB if linear.state.SCB is None else linear.state.SCB
-        wide = weight.data.to(dtype or torch.float16)
-        return wide.mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+        return weight.data.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
     if found == "torchao":
-        return weight.data.dequantize(dtype or weight.dtype)
-    return weight if dtype is None else weight.to(dtype)
+        return weight.data.dequantize(dtype)
+    return weight.to(dtype)
+
+
+class Frozen(torch.autograd.Function):
+    """y = layer(x) of a frozen linear layer by its own code; dx = dy W, with W dequantised anew.
+
+    torchao's forward would keep W for that, in 16 or 32 bits: all that few bits are to save.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: nn.Module, own_forward: Callable[[Tensor], Tensor]):
+        ctx.linear = linear
+        return own_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy @ dense_weight(ctx.linear, dy.dtype), None, None
+
+
+def stored_bytes(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> int:
+    """Return the bytes that the weight of a linear layer takes once it is quantised.
+
+    Args:
+        linear: not quantised.
+        quantization: of a recipe, "nf4" or "int8".
+        dtype: of the model.
+    """
+    numbers = linear.out_features * linear.in_features
+    if quantization == "int8":
+        return numbers + linear.out_features * dtype.itemsize  # a scale for each row
+    # Half a byte for each, a scale for each 64, rounded to a byte, and for each 256 of these one
+    # in fp32.
+    scales = math.ceil(numbers / 64)
+    return math.ceil(numbers / 2) + scales + 4 * math.ceil(scales / 256)
 
 
 def check_format(linear: nn.Module, whose: str) -> None:
     """Refuse a layer that is neither plain nor in a format that koff knows.
 
     Args:
-        linear: of the model, not None.
+        linear: of the model.
         whose: the first words of the error, which name it.
 
     Raises:
         TypeError: so.
         ValueError: a format that koff knows, in a state that it cannot use.
     """
-    from torch import nn
-
-    found = kind(linear)
     if type(linear).__module__.startswith("peft."):
         raise TypeError(
             f"{whose} must be a plain torch.nn.Linear, got {type(linear).__module__}."
             f"{type(linear).__name__}; take the adapter off first (merge_and_unload() or unload())"
         )
+    found = kind(linear)
     if found is None and (type(linear) is not nn.Linear or not is_plain(linear)):
         got = type(linear.weight.data) if type(linear) is nn.Linear else type(linear)
         raise TypeError(
@@ -146,11 +173,26 @@ def let_go(linear: nn.Module) -> None:
         linear.support_avx512bf16_for_cpu = has_avx512bf16()
 
 
+def make_plain(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Make a linear layer in few bits an ``nn.Linear``, in place: others hold this very object.
+
+    Args:
+        linear: of its own class again.
+        weight, bias: what it is to have, frozen.
+    """
+    plain = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    plain.train(linear.training)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=False)
+    linear.__class__, linear.__dict__ = nn.Linear, plain.__dict__
+
+
 def check_quantizer(model: PreTrainedModel) -> None:
     """Refuse a model that transformers quantised in a way that koff does not know.
 
     Raises:
-        ValueError: the method.
+        ValueError: the method, or embeddings in few bits.
     """
     config = getattr(model.config, "quantization_config", None)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -176,13 +218,6 @@ def check_quantizer(model: PreTrainedModel) -> None:
                 f"{type(table.weight.data).__name__}; leave transformers' default, which keeps "
                 "them out"
             )
-
-
-def is_few_bits(model: PreTrainedModel) -> bool:
-    """Return whether some linear layer of a supported model is in few bits."""
-    from . import arch
-
-    return any(kind(linear) is not None for _, linear in arch.sites(model))
 
 
 def forget_quantizer(model: PreTrainedModel) -> None:

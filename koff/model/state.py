@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,6 @@ from ..errors import asker
 from . import arch
 from .config import MAX_SPARSITY, KoffConfig
 from .decode_graph import DecodeGraphs
-from .few_bits import size
 from .forward_context import (
     ACTIVE,
     BASE,
@@ -222,7 +220,7 @@ def count_weights(model: PreTrainedModel) -> dict[str, int]:
     """Return the numbers of base weights: total, mlp (what pruning all neurons would remove),
     embedding (in and out)."""
     # One in few bits holds two or more weights in an element, so that it is asked for its size.
-    linears = {id(linear.weight): math.prod(size(linear)) for _, linear in arch.sites(model)}
+    linears = {id(x.weight): x.out_features * x.in_features for _, x in arch.sites(model)}
     total = sum(
         linears.get(id(p), p.numel())
         for name, p in model.named_parameters()

@@ -16,7 +16,6 @@ from koffkernels.reference import ACTIVATIONS
 from ..errors import asked_by
 from ..model import arch
 from ..model.config import MAX_SPARSITY
-from ..model.few_bits import dense_weight
 from ..model.forward_context import BASE
 from ..model.neuron_order import move_kept_first, restore_order
 from ..model.state import KoffState, count_weights, require_attached
@@ -303,11 +302,10 @@ def massive_neurons(model: PreTrainedModel, token_ids: Tensor) -> list[tuple[int
     peaks: list[Tensor] = []
 
     def measure(module, args) -> None:
-        *first, down = arch.mlp_linears(module).values()
-        outputs = [F.linear(args[0], dense_weight(linear, args[0].dtype)) for linear in first]
-        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-        peak = (activation(gate) * up).abs().flatten(0, -2).amax(0).float()
-        peaks.append(peak * dense_weight(down, torch.float32).norm(dim=0))
+        gate, up, down = arch.dense_mlp_weights(module, args[0].dtype)
+        hidden = activation(F.linear(args[0], gate)) * F.linear(args[0], up)
+        peak = hidden.abs().flatten(0, -2).amax(0).float()
+        peaks.append(peak * down.float().norm(dim=0))
 
     hooks = [module.register_forward_pre_hook(measure) for module in arch.mlps(model)]
     try:

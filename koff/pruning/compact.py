@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +19,8 @@ from ..errors import asked_by
 from ..model import arch
 from ..model.arch import Site
 from ..model.attach import require_own, set_base_class, take_linear
-from ..model.few_bits import dense_weight, forget_quantizer, is_few_bits, is_plain
+from ..model.class_swap import unswap
+from ..model.few_bits import dense_weight, forget_quantizer, is_plain, make_plain
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
 from ..model.sharding import is_sharded, whole_model
@@ -100,7 +100,7 @@ def compact(
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
     model = the_attached(model)
-    state, few = model.koff, is_few_bits(model)
+    state, few = model.koff, arch.is_few_bits(model)
     if state.gates is None and not few:
         raise ValueError(
             "compact: the model must have gates, got none; it is compact already, or was attached "
@@ -111,14 +111,14 @@ def compact(
             "compact: base and dequantize must be left out for a plain model, got one of them; it "
             "has its own weights"
         )
-    if few:
-        require_own(linear for _, linear in arch.sites(model))
     for module in arch.mlps(model):
         require_own(arch.mlp_linears(module).values())
     with contextlib.ExitStack() as held:
         original = None
-        if few and not dequantize:
-            original = held.enter_context(Original(model, base, revision))
+        if few:
+            require_own(linear for _, linear in arch.sites(model))
+            if not dequantize:
+                original = held.enter_context(Original(model, base, revision))
         if state.gates is not None and not state.gates.fixed:
             binarize(model)
         if is_sharded(model):
@@ -130,8 +130,8 @@ def compact(
         # A copy leaves the model alone, and its calls too.
         if inplace:
             held.enter_context(state.running.changing("compact"))
-        # What a deep copy is to put in the place of an object, by the object's id: the copy is then
-        # narrow and plain from the beginning, and wide weights are never copied.
+        # What a deep copy is to put in the place of a parameter, by the parameter's id: the copy is
+        # then narrow from the beginning, and the wide weights are never copied.
         memo: dict[int, object] = {}
         for index, module in enumerate(arch.mlps(model) if kept is not None else ()):
             for owner, name, narrow in _narrow_layer(module, index, model, kept[index]):
@@ -139,12 +139,10 @@ def compact(
                     setattr(owner, name, narrow)
                 else:
                     memo[id(getattr(owner, name))] = narrow
-        linears = dict(arch.sites(model)) if few else {}
         if not inplace:
-            memo |= {id(linear): nn.Identity() for linear in linears.values()}
             model = copy.deepcopy(model, memo)
         if few:
-            _make_plain(model, linears, original, kept)
+            _make_plain(model, original, kept)
         if kept is not None:
             for module, rows in zip(arch.mlps(model), kept, strict=True):
                 arch.set_width(module, len(rows))
@@ -155,50 +153,41 @@ def compact(
 
 
 def _make_plain(
-    model: PreTrainedModel,
-    linears: dict[Site, nn.Module],
-    original: Original | None,
-    kept: list[Tensor] | None,
+    model: PreTrainedModel, original: Original | None, kept: list[Tensor] | None
 ) -> None:
-    """Give a model plain linear layers in the place of those in few bits, in place.
+    """Make the linear layers of a model in few bits plain, in place, one by one.
 
     Args:
-        model: whose linear layers are replaced, one by one.
-        linears: the layers in few bits; emptied, so that each goes as soon as nobody needs it.
+        model: attached.
         original: where weights come from; None: the layers themselves.
         kept: the kept neurons of each layer, or None for all.
     """
-    device, before = model.device, model.dtype
+    device, before, widths = model.device, model.dtype, arch.widths(model)
     dtype = before if original is None else original.dtype
-    read: Callable[[str], Tensor] | None = None if original is None else original.read
-    for index, layer in enumerate(arch.layers(model)):
-        for site in [site for site in linears if site.layer == index]:
-            old, path = linears.pop(site), arch.site_path(site, model)
-            weight = dense_weight(old, dtype) if read is None else read(f"{path}.weight")
-            rows = None if kept is None else kept[index].to(weight.device)
-            if rows is not None and site.linear in arch.NEURON_DIM:
-                width = arch.neurons_of(site.linear, weight)
-                rows = arch.along_neurons(site.linear, rows, width)
-                weight = weight.index_select(arch.NEURON_DIM[site.linear], rows)
-            bias = old.bias
-            if bias is not None and read is not None:
-                bias = read(f"{path}.bias")
-            with torch.device("meta"):
-                new = nn.Linear(*weight.shape[::-1], bias=bias is not None).train(old.training)
-            for name, tensor in (("weight", weight), ("bias", bias)):
-                if tensor is not None:
-                    tensor = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-                    setattr(new, name, tensor)
-            model.set_submodule(path, new)
-            take_linear(new, replace(layer._koff, site=site))
-            # As in a plain model; those in few bits could not be trained.
-            model.koff.trainable += [f"{path}.{name}" for name, _ in new.named_parameters()]
-    if read is not None and dtype != before:
+    for site, linear in arch.sites(model):
+        path, bias = arch.site_path(site, model), linear.bias
+        if original is None:
+            weight = dense_weight(linear, dtype)
+        else:
+            weight = original.read(f"{path}.weight")
+            bias = None if bias is None else original.read(f"{path}.bias")
+        if kept is not None and site.linear in arch.NEURON_DIM:
+            dim, neurons = arch.NEURON_DIM[site.linear], kept[site.layer].to(weight.device)
+            rows = arch.along_neurons(site.linear, neurons, widths[site.layer])
+            weight = weight.index_select(dim, rows)
+        link = linear._koff
+        unswap(linear)
+        make_plain(linear, *(t if t is None else t.to(device, dtype) for t in (weight, bias)))
+        take_linear(linear, link)
+        # As in a plain model, where ``detach`` gives them back the gradients they had; those in few
+        # bits had none.
+        model.koff.trainable += [f"{path}.{name}" for name, _ in linear.named_parameters()]
+    if original is not None and dtype != before:
         # Embeddings, norms and the head, too, were loaded in another dtype than theirs.
-        mine = {id(p) for _, linear in arch.sites(model) for p in linear.parameters()}
+        linears = {id(p) for _, linear in arch.sites(model) for p in linear.parameters()}
         for name, p in model.named_parameters():
-            if not name.startswith("koff.") and id(p) not in mine and p.dtype == before:
-                p.data = read(name).to(device, dtype)
+            if not name.startswith("koff.") and id(p) not in linears and p.dtype == before:
+                p.data = original.read(name).to(device, dtype)
     model.config.dtype = dtype
     forget_quantizer(model)
     logger.warning(

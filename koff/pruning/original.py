@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from ..errors import asker
 from ..model import arch
-from ..model.few_bits import dense_weight, size
+from ..model.few_bits import dense_weight
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # As safetensors names them.
@@ -122,11 +122,10 @@ class Original:
             name = f"{arch.site_path(site, model)}.weight"
             stored = self._stored(name)
             piece = self._opened(self._files[stored]).get_slice(stored)
-            if tuple(piece.get_shape()) != size(linear) or piece.get_dtype() not in _DTYPES:
+            size = linear.out_features, linear.in_features
+            if tuple(piece.get_shape()) != size or piece.get_dtype() not in _DTYPES:
                 got = f"{piece.get_dtype()} {tuple(piece.get_shape())}"
-                self._refuse(
-                    f"hold {name} as {size(linear)} in 16 or 32 bits", f"{got} in {self.source}"
-                )
+                self._refuse(f"hold {name} as {size} in 16 or 32 bits", f"{got} in {self.source}")
             dtypes[site] = _DTYPES[piece.get_dtype()]
         sites = dict(arch.sites(model))
         for site in (min(sites), max(sites)):

@@ -22,7 +22,6 @@ from ..model import arch
 from ..model.arch import Site
 from ..model.attach import new_memory
 from ..model.config import KVConfig, LoRAConfig
-from ..model.few_bits import size
 from ..model.memories import Memory
 from .files import FLOATING, DamagedFolder
 from .hybrid_cache import cache_settings, cache_shapes, fill_cache, write_cache
@@ -290,9 +289,8 @@ def check_lora(model: PreTrainedModel, config: LoRAConfig, header: Header) -> No
     wanted = {}
     for site, module in arch.sites(model):
         if site.linear in config.target_modules:
-            width_out, width_in = size(module)
-            wanted[_lora_key(model, site, "A")] = (config.r, width_in)
-            wanted[_lora_key(model, site, "B")] = (width_out, config.r)
+            wanted[_lora_key(model, site, "A")] = (config.r, module.in_features)
+            wanted[_lora_key(model, site, "B")] = (module.out_features, config.r)
     differ = sorted(wanted.keys() ^ header.keys())
     if differ:
         raise ValueError(

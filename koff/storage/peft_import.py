@@ -21,7 +21,6 @@ from ..errors import asker
 from ..model import arch
 from ..model.arch import Site
 from ..model.config import LoRAConfig
-from ..model.few_bits import size
 from ..model.memories import Memory
 from .adapters import check_finite, check_plain_lora
 from .files import DamagedFolder, File
@@ -150,7 +149,7 @@ def _cut(model: PreTrainedModel, matrices: Matrices) -> Matrices:
     linears, narrow = dict(arch.sites(model)), arch.widths(model)
     got, pruned, dense = {}, {}, {}  # site -> (in, out)
     for site, (a, b) in matrices.items():
-        out, into = size(linears[site])
+        out, into = linears[site].out_features, linears[site].in_features
         wide, now = state.dense_widths[site.layer], narrow[site.layer]
         matrix = _WITH_NEURONS.get(site.linear)
         got[site] = (a.shape[1], b.shape[0])

@@ -17,7 +17,6 @@ from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
 from ..model.attach import install
-from ..model.few_bits import is_few_bits
 from ..model.memory_argument import write_backbone
 from ..model.sharding import whole_model
 from ..model.state import KoffState, the_attached
@@ -98,7 +97,7 @@ def _check_model(model: PreTrainedModel) -> None:
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
-    if is_few_bits(model):
+    if arch.is_few_bits(model):
         raise ValueError(
             "koff.save: the base must be plain, got one in few bits; call koff.compact first, "
             "which takes the weights from the checkpoint that it was quantised from"

@@ -30,7 +30,6 @@ from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
-from ..model.few_bits import is_few_bits
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import KoffState, require_attached
@@ -157,7 +156,8 @@ class KoffTrainer(CheckpointingTrainer):
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
         use_cache = model.config.use_cache
-        with _trainable_in_few_bits(model):
+        self._few_bits = arch.is_few_bits(model)
+        with _like_one_with_adapters(model):
             super().__init__(
                 model=model,
                 args=args,
@@ -169,11 +169,6 @@ class KoffTrainer(CheckpointingTrainer):
                 data_collator=collate,
                 callbacks=[_GateSteps(state), *(callbacks or [])],
             )
-        if self.is_fsdp_enabled and is_few_bits(model):
-            raise ValueError(
-                "KoffTrainer: the base must be plain under FSDP, got one in few bits; use DDP, "
-                "which needs the base whole on each GPU, or load it in 16 bits"
-            )
         self.args.enable_jit_checkpoint = self._stops_on_signals
         self._signals = StopSignals()
         # The signal by which the last ``train`` stopped early, with a checkpoint; None if it did
@@ -182,12 +177,15 @@ class KoffTrainer(CheckpointingTrainer):
         # transformers switches it off for the training, and in every config that is saved after it.
         # Nothing here needs that: our forwards say what they want.
         model.config.use_cache = use_cache
+        ignored = []
         if state.gates is not None:
             # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
             # gradient s - t needs no reduction: it is the same on every rank.
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, ["koff.gates.multiplier"]
-            )
+            ignored.append("koff.gates.multiplier")
+        if self._few_bits:
+            # Of the same checkpoint on every rank, and not always of a kind that can be sent.
+            ignored += [f"{arch.site_path(site, model)}.weight" for site, _ in arch.sites(model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
         # transformers is to count the labels of a step's micro-batches, on all ranks, for
         # ``compute_loss``, and not to divide what that returns.
         self.model_accepts_loss_kwargs = True
@@ -230,6 +228,11 @@ class KoffTrainer(CheckpointingTrainer):
                 )
         if not self.is_fsdp_enabled:
             return
+        if self._few_bits:
+            raise ValueError(
+                "KoffTrainer: the base must be plain under FSDP, got one in few bits; use DDP, "
+                "which needs the base whole on each GPU, or load it in 16 bits"
+            )
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -795,17 +798,11 @@ def _take_bound(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _trainable_in_few_bits(model: PreTrainedModel) -> Iterator[None]:
-    """Let transformers' Trainer take a quantised model inside the ``with`` block: it would only one
-    with an adapter of PEFT's, and does not know that memories are to it what adapters are."""
-    if not is_few_bits(model):
-        yield
-        return
-    before = vars(model).get("_hf_peft_config_loaded")
-    model._hf_peft_config_loaded = True
+def _like_one_with_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model pass for one with an adapter of PEFT's inside the ``with`` block: without one
+    transformers' Trainer takes no quantised model, and memories are unknown to it."""
+    before, model._hf_peft_config_loaded = model._hf_peft_config_loaded, True
     try:
         yield
     finally:
-        del model._hf_peft_config_loaded
-        if before is not None:
-            model._hf_peft_config_loaded = before
+        model._hf_peft_config_loaded = before

@@ -13,7 +13,8 @@ import koff
 from koff.commands import train
 from koff.commands.recipe import load_recipe
 from koff.model import arch
-from koff.model.few_bits import is_few_bits, kind
+from koff.model.arch import is_few_bits
+from koff.model.few_bits import kind
 
 slow = pytest.mark.slow
 

@@ -1,8 +1,6 @@
 """A base in few bits: attach changes nothing, gradients are those of its dequantised weights, and
 what koff does not know is refused."""
 
-import math
-
 import pytest
 import torch
 from support import activation_checkpointing
@@ -12,7 +10,7 @@ from torch import nn
 
 import koff
 from koff.model import arch
-from koff.model.few_bits import dense_weight, kind, size
+from koff.model.few_bits import dense_weight, kind
 from koff.model.state import count_weights
 
 MEMORIES = ["en", None, "fr"]
@@ -72,7 +70,7 @@ def test_few_bits_gradients_are_those_of_dequantised_weights(name, architecture)
 def test_few_bits_nothing_dequantised_is_kept_for_backward(name):
     def kept(model, **options):
         """Shapes of floating matrices that are as large as the weight of a layer."""
-        sizes = {math.prod(size(linear)) for _, linear in arch.sites(model)}
+        sizes = {x.out_features * x.in_features for _, x in arch.sites(model)}
         found = set()
 
         def pack(tensor):
@@ -129,9 +127,11 @@ def test_few_bits_checkpointing_and_recomputing_give_the_same_gradients(name):
 @every_format
 def test_few_bits_a_mask_multiplies_and_moves_nothing(name):
     model = with_koff(quantised(name))
-    before = {site: dense_weight(linear) for site, linear in arch.sites(model)}
+    before = {site: dense_weight(linear, torch.float32) for site, linear in arch.sites(model)}
     koff.binarize(model, multiple_of=1, token_ids=tokens())
-    assert same({site: dense_weight(linear) for site, linear in arch.sites(model)}, before)
+    assert same(
+        {site: dense_weight(linear, torch.float32) for site, linear in arch.sites(model)}, before
+    )
     plain = with_koff(dequantised(quantised(name)))
     plain.koff.load_state_dict(model.koff.state_dict())
     koff.binarize(plain, multiple_of=1)

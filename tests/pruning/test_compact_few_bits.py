@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import koff
 from koff.model import arch
-from koff.model.few_bits import is_few_bits, is_plain
+from koff.model.arch import is_few_bits
+from koff.model.few_bits import is_plain
 
 MEMORIES = ["en", None, "fr"]
 every_format = pytest.mark.parametrize("name", FORMATS)
