@@ -293,7 +293,8 @@ def plan(
         raise ValueError(f"koff plan: --devices must be at least 1, got {devices}; raise it")
     train = recipe.train
     dtype = _dtype(recipe, config)
-    sizes = sizes_of(config, recipe.koff, dtype, recipe.quantization, saved_dtype(recipe, config))
+    saved = saved_dtype(recipe, config)  # now: transformers writes a model's dtype into its config
+    sizes = sizes_of(config, recipe.koff, dtype, recipe.quantization, saved)
     shape = StepShape(
         train.batch_size,
         train.block_size,
@@ -337,7 +338,7 @@ def plan(
         return found
     if setting.peaks.most <= memory:
         return replace(found, fits=True)
-    changes = _changes(recipe, config, dtype, setting, memory)
+    changes = _changes(recipe, config, dtype, saved, setting, memory)
     return replace(found, changes=changes, fits=bool(changes) and changes[-1].peak <= memory)
 
 
@@ -345,13 +346,13 @@ def _changes(
     recipe: Recipe,
     config: PreTrainedConfig,
     dtype: torch.dtype,
+    saved: torch.dtype,
     now: Setting,
     memory: int,
 ) -> tuple[Change, ...]:
     """Return what to change, the cheapest first, until it fits or nothing is left."""
     changes: list[Change] = []
     train, koff = recipe.train, recipe.koff
-    saved = saved_dtype(recipe, config)
 
     def fits() -> bool:
         return now.peaks.most <= memory
@@ -389,8 +390,8 @@ def _changes(
         )
     if not fits() and recipe.quantization is None and recipe.gguf_file is None:
         # Only where it is enough: nothing can be sharded with it.
+        few = with_shape(few_bits=True)
         for name, bits in (("int8", "8"), ("nf4", "4")):
-            few = with_shape(few_bits=True)
             few = replace(few, sizes=sizes_of(config, koff, dtype, name, saved))
             if few.peaks.most <= memory:
                 now = few

@@ -36,6 +36,7 @@ from ..model.attach import attach
 from ..model.state import count_weights
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
+from ..pruning.original import Original
 from ..storage.layout import MARKER, current
 from ..storage.lock import LOCK, check_unlocked, locked
 from ..storage.processes import one_writes, said_by_first
@@ -306,12 +307,7 @@ def finish(
         # What was learned has learned with the rounded weights, and is saved with the others: both
         # are measured, so that nobody has to believe that it is none the worse.
         before = _perplexities(model, recipe, measured or {})
-        model = compact(
-            model,
-            inplace=True,
-            base=recipe.model_path(),
-            revision=recipe.revision or getattr(model.config, "_commit_hash", None),
-        )
+        model = compact(model, inplace=True)
         after = _perplexities(model, recipe, measured or {})
         facts["quantization"] = {
             "format": recipe.quantization,
@@ -484,13 +480,14 @@ def load_quantised(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         device: where to put it.
 
     Raises:
-        ImportError: the package that does it is not installed.
+        ImportError: the package that does it is not installed. ValueError: ``compact`` could not
+            take the weights from where the model is.
     """
     package = {"nf4": "bitsandbytes", "int8": "torchao"}[recipe.quantization]
     if importlib.util.find_spec(package) is None:
         raise ImportError(
             f"recipe: quantization: {recipe.quantization} must have the package `{package}`, got "
-            'no such package; install it with pip install "koff[quantization]"'
+            'no such package; install it with pip install "koff[quantized]"'
         )
     config = _base_config(recipe)
     options: dict[str, Any] = {"dtype": recipe.dtype, "device_map": {"": device}}
@@ -510,7 +507,9 @@ def load_quantised(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         from torchao.quantization import Int8WeightOnlyConfig
 
         options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    return _load(recipe, AutoModelForCausalLM, config=config, **options)
+    model = _load(recipe, AutoModelForCausalLM, config=config, **options)
+    with asked_by("koff train"), Original(model):
+        return model
 
 
 def _base_config(recipe: Recipe) -> PreTrainedConfig:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from koffkernels import GatedMLPLoRA, add_lora, gated_mlp, lora_linear
@@ -101,6 +102,23 @@ class _LinearMixin:
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
+class _Frozen(torch.autograd.Function):
+    """y = layer(x) of a frozen linear layer by its own code; dx = dy W, with W dequantised anew.
+
+    torchao's forward would keep W for that, in 16 or 32 bits: all that few bits are to save.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: nn.Module, own_forward: Callable[[Tensor], Tensor]):
+        ctx.linear = linear
+        return own_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy @ few_bits.dense_weight(ctx.linear, dy.dtype), None, None
+
+
 class FewBitsMixin:
     """A frozen linear layer in few bits plus the LoRA of each row's memory. The layer itself is
     computed by its own code."""
@@ -112,7 +130,7 @@ class FewBitsMixin:
         context, lora = link.running.context, None
         x = x.to(compute_dtype(x, x))  # autocast's, as of any linear layer
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = few_bits.Frozen.apply(x, self, super().forward)
+            y = _Frozen.apply(x, self, super().forward)
         else:
             y = super().forward(x)
         if context is not None and context.memories:

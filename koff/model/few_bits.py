@@ -1,25 +1,21 @@
 """Linear layers in few bits, as bitsandbytes and torchao make them: how one is known, what its
-weight is, its gradient, and what koff does not take.
+weight is, and what koff does not take.
 
-Neither package is imported here before a layer of its own is found.
+Neither package is imported here before a layer of its own is found, and torch only where it is
+there already.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import asker
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 _KNOWN = (
@@ -52,6 +48,9 @@ def kind(linear: nn.Module) -> str | None:
 def is_plain(module: nn.Module) -> bool:
     """Return whether the weight of a linear layer or an embedding is an ordinary matrix, sharded
     or not."""
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     weight = module.weight
     return (
         kind(module) is None
@@ -79,23 +78,6 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if found == "torchao":
         return weight.data.dequantize(dtype)
     return weight.to(dtype)
-
-
-class Frozen(torch.autograd.Function):
-    """y = layer(x) of a frozen linear layer by its own code; dx = dy W, with W dequantised anew.
-
-    torchao's forward would keep W for that, in 16 or 32 bits: all that few bits are to save.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, linear: nn.Module, own_forward: Callable[[Tensor], Tensor]):
-        ctx.linear = linear
-        return own_forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        return dy @ dense_weight(ctx.linear, dy.dtype), None, None
 
 
 def stored_bytes(linear: nn.Linear, quantization: str, dtype: torch.dtype) -> int:
@@ -126,6 +108,8 @@ def check_format(linear: nn.Module, whose: str) -> None:
         TypeError: so.
         ValueError: a format that koff knows, in a state that it cannot use.
     """
+    from torch import nn
+
     if type(linear).__module__.startswith("peft."):
         raise TypeError(
             f"{whose} must be a plain torch.nn.Linear, got {type(linear).__module__}."
@@ -180,6 +164,8 @@ def make_plain(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         linear: of its own class again.
         weight, bias: what it is to have, frozen.
     """
+    from torch import nn
+
     plain = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
     plain.train(linear.training)
     plain.weight = nn.Parameter(weight, requires_grad=False)

@@ -18,12 +18,7 @@ from ..model.few_bits import dense_weight
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # As safetensors names them.
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Of weights that are about normal, NF4 loses a tenth (Frobenius norm of the difference over that of
 # the weight), FP4 an eighth, int8 less than a hundredth. Another model's differ by more than all.
 _MOST_LOST = 0.5
@@ -45,7 +40,12 @@ class Original:
         ValueError: no safetensors there, or tensors that are not those of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, source: str | Path | None, revision: str | None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: str | Path | None = None,
+        revision: str | None = None,
+    ):
         if source is None:
             source = model.config._name_or_path or model.name_or_path
             # The very files that it was made of, whatever has been uploaded since.
@@ -56,13 +56,14 @@ class Original:
         self._files: dict[str, Path] = {}
         self._open: dict[Path, object] = {}
         self._stack = ExitStack()
-        index = self._find(_INDEX, revision)
-        if index is None:
-            path = self._find(_ONE, revision)
-            if path is None:
-                self._refuse("be in safetensors", f"{self.source} without {_ONE} or {_INDEX}")
-            self._files = dict.fromkeys(self._keys(path), path)
+        # In transformers' order: without a network the cache knows what it has asked for.
+        path = self._find(_ONE, revision)
+        if path is not None:
+            self._files = dict.fromkeys(self._opened(path).keys(), path)
         else:
+            index = self._find(_INDEX, revision)
+            if index is None:
+                self._refuse("be in safetensors", f"{self.source} without {_ONE} or {_INDEX}")
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             paths = {shard: self._find(shard, revision) for shard in sorted(set(shards.values()))}
             missing = [shard for shard, path in paths.items() if path is None]
@@ -96,9 +97,6 @@ class Original:
         if path not in self._open:
             self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self._open[path]
-
-    def _keys(self, path: Path) -> list[str]:
-        return list(self._opened(path).keys())
 
     def _stored(self, name: str) -> str:
         """The name of a tensor in the files: its own, or, in a multimodal checkpoint, that with the
@@ -143,5 +141,6 @@ class Original:
     def _refuse(self, rule: str, got: str) -> None:
         raise ValueError(
             f"{asker()}: the original checkpoint of a model in few bits must {rule}, got {got}; "
-            "pass base= its folder or hub id, or dequantize=True to go on with the rounded weights"
+            "name one in safetensors (koff.compact has base= for that), or go on with the rounded "
+            "weights (koff.compact with dequantize=True)"
         )

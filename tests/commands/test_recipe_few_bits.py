@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.command_line import RECIPE, fail, fill_root, succeed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import koff
 from koff.commands import train
@@ -132,7 +132,19 @@ def test_recipe_few_bits_without_the_package(folder, tmp_path, name, package, mo
     )
     options = ("--output", tmp_path / "out", "--device", "cpu", "--set", f"quantization={name}")
     said = fail("train", folder / "recipe.yaml", *options)
-    assert f"must have the package `{package}`" in said and "koff[quantization]" in said
+    assert f"must have the package `{package}`" in said and "koff[quantized]" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipe_few_bits_of_a_checkpoint_that_compact_cannot_read(tmp_path):
+    """Found before the training, not behind it."""
+    folder = fill_root(tmp_path)
+    weights = folder / "model" / "model.safetensors"
+    torch.save(load_file(weights), folder / "model" / "pytorch_model.bin")
+    weights.unlink()
+    recipe = load_recipe(folder / "recipe.yaml", ("quantization=nf4",))
+    with pytest.raises(ValueError, match="train: the original checkpoint .* be in safetensors"):
+        train.run(recipe, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -150,13 +162,13 @@ def test_recipe_few_bits_are_measured_on_what_there_is(tmp_path):
 
 def test_recipe_few_bits_under_fsdp(folder, tmp_path, monkeypatch):
     recipe = load_recipe(folder / "recipe.yaml", ("quantization=nf4",))
-    make = koff.KoffTrainer.create_accelerator_and_postprocess
+    make = Trainer.create_accelerator_and_postprocess
 
     def sharding(self):
         make(self)
         self.is_fsdp_enabled = True
 
-    monkeypatch.setattr(koff.KoffTrainer, "create_accelerator_and_postprocess", sharding)
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharding)
     with pytest.raises(ValueError, match="KoffTrainer: the base must be plain under FSDP"):
         train.run(recipe, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

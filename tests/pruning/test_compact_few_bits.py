@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from support import bare
+from support.fake_hub import Hub
 from support.few_bits import FORMATS, checkpoint, quantised, with_koff
 from support.models import attached, multimodal, same, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -118,6 +120,34 @@ def test_compact_few_bits_sharded_files(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     model = with_koff(quantised("nf4", folder=tmp_path))
     assert same(koff.compact(model).state_dict(), dense_copy(model).state_dict())
+
+
+HUB = """
+import sys
+import huggingface_hub.constants
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import koff
+options = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"})
+model = AutoModelForCausalLM.from_pretrained("someone/base", **options)
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # all that is wanted is in the cache by now
+small = koff.compact(koff.attach(model, koff.KoffConfig(target_sparsity=0.3)), inplace=True)
+koff.save(small, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", ["50GB", "100KB"])
+def test_compact_few_bits_of_a_hub_id(shards, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base", max_shard_size=shards)
+    server = Hub()
+    server.files["someone/base"] = {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir()}
+    env = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(bare.ROOT)}
+    bare.run(bare.sys.executable, HUB, tmp_path / "out", cwd=tmp_path, **env)
+    server.close()
+    found, wanted = (dict(arch.sites(m)) for m in (koff.load(tmp_path / "out"), tiny("llama")))
+    for site, linear in found.items():
+        if site.linear.endswith("_proj") and site.linear[0] in "qkvo":
+            assert torch.equal(linear.weight, wanted[site].weight)
 
 
 # ---- what is refused, and leaves the model as it was ----
