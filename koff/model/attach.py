@@ -164,7 +164,9 @@ class _MLPMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, index = link.running.context or ForwardContext(), link.layer
+        context, index = link.running.context, link.layer
+        if context is None or context.is_plain:
+            return super().forward(x)
         kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
         *first, down = arch.mlp_linears(self).values()
         if _is_plain(down) and all(map(_is_plain, first)):

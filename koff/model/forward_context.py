@@ -80,6 +80,12 @@ class ForwardContext:
     masks: dict = field(default_factory=dict)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether this is a forward of the base model: no memory, and nothing masked."""
+        none = len(self.memories) == 0  # torch.compile cannot trace `not`
+        return none and self.gates is None and self.kept_first is None
+
+    @property
     def ids(self) -> Tensor | None:
         """int64 [B], each row's index into ``memories`` or -1; None if every row uses the first."""
         return None if self.rows is None else self.rows.ids

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import compute_dtype, recomputes
+from ..dispatch import compute_dtype, recomputes, without_autocast
 from ..reference import ACTIVATIONS
 from ..types import GatedMLPLoRA, LoRA, RowGroups
 from .rows import (
@@ -204,7 +204,7 @@ class _GatedMLP(torch.autograd.Function):
         rows, lora = ctx.rows, _triples(flat)
         needs_x, needs_gates = ctx.needs_input_grad[0:5:4]
         grads: list[Tensor | None] = [None] * 9
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             if g is None:
                 g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
                 for wide, part in ((g, lora[0]), (u, lora[1])):
@@ -265,7 +265,7 @@ def run(
     memories = next((part.a.shape[0] for part in lora or () if part is not None), 0)
     rows = known_rows(memory_ids, memories) if memories else None
     wide = as_rows(x, memories > 0 and rows is None).to(compute_dtype(x, weights[0]))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if torch.compiler.is_compiling():
             y = _traced(wide, *weights, gates, rows, activation, *flat)
         elif torch.is_grad_enabled():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import compute_dtype
+from ..dispatch import compute_dtype, without_autocast
 from ..types import LoRA, RowGroups
 from .rows import (
     add_delta,
@@ -43,7 +43,7 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x, s, weight, *lora), rows = ctx.saved_tensors, ctx.rows
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
             t = delta_backward(dy, lora, rows, dx)
             da = db = dscaling = None
@@ -84,6 +84,6 @@ def run(
     else:
         op = _apply if torch.is_grad_enabled() else _forward
     wide = as_rows(x, rows is None).to(compute_dtype(x, weight))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         y = op(wide, weight, bias, lora, rows)
     return y.view(*x.shape[:-1], weight.shape[0])

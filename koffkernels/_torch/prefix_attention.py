@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch import without_autocast
 from ..reference import visible_keys
 from ..types import Prefix, RowBounds, RowGroups
 from .rows import known_rows
@@ -318,7 +319,7 @@ def run(
         memory_ids = None
     groups = known_rows(memory_ids, prefix.k.shape[0])
     eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if not eager_cpu or q.dtype == torch.float64 or 0 in q.shape:
             ids = None if groups is None else groups.ids
             return _concatenated(q, *_seen(k, v, q.shape[2], bounds), prefix, ids, bounds, scale)

@@ -49,7 +49,7 @@ def row_matrices(
     """Return a [B, r, K], b [B, N, r] in the compute dtype and scaling [B, 1, 1] of each row, zero
     where the row has no memory."""
     a, b, scaling = lora
-    a, b, scaling = a.to(dtype), b.to(dtype), scaling[:, None, None]
+    a, b, scaling = a.to(dtype), b.to(dtype), scaling.view(-1, 1, 1)
     if rows is None:
         return a, b, scaling
     if rows.counts is not None and len(rows.order) == len(rows.ids):

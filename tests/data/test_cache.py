@@ -5,12 +5,12 @@ import json
 import logging
 import shutil
 import threading
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from support.character_tokenizer import make_tokenizer
+from support.mapped import mapped_from
 
 from koff.data import blocks as module
 from koff.data import cache
@@ -117,16 +117,6 @@ def test_several_files_are_one_source(tmp_path, tokenizer):
         load_documents(DataSource(path=place))
     with pytest.raises(FileNotFoundError, match="got nothing there"):
         load_documents(DataSource(path=place / "*.parquet"))
-
-
-def mapped_from(tensor):
-    """The file that a tensor's memory is mapped from, None if it is from none."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, *_, path = line.split(maxsplit=5)
-        first, end = (int(address, 16) for address in addresses.split("-"))
-        if first <= tensor.data_ptr() < end:
-            return path.strip() if path.startswith("/") else None
-    return None
 
 
 def test_blocks_are_made_once_and_mapped(lines, tokenizer, counted, folder):
