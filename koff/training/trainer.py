@@ -503,9 +503,19 @@ class KoffTrainer(CheckpointingTrainer):
     def _teacher(self, model, ids: Tensor) -> Tensor:
         """Return the last hidden states [B, T, d] of the same frozen model with gates open and no
         memory (its logits, where only the model can make them)."""
-        return model(
-            input_ids=ids, memory=BASE, use_cache=False, instead_of_logits=lambda states, _: states
-        )
+        # NEFTune adds noise behind embeddings that train: to what learns, and not to what it learns
+        # from.
+        embeddings = self.accelerator.unwrap_model(model).get_input_embeddings()
+        training, embeddings.training = embeddings.training, False
+        try:
+            return model(
+                input_ids=ids,
+                memory=BASE,
+                use_cache=False,
+                instead_of_logits=lambda states, _: states,
+            )
+        finally:
+            embeddings.training = training
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""

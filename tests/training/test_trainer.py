@@ -51,6 +51,21 @@ def test_constraint_reaches_the_target(tmp_path):
     assert all(p.abs().max() <= limit for p in run.model.koff.gates.log_alpha)
 
 
+def test_noise_on_embeddings_is_for_the_student_alone(tmp_path):
+    run, seen = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0), []
+    real = run._teacher
+
+    def twice(model, ids):
+        seen.append([real(model, ids), real(model, ids), model(ids, memory="en").logits])
+        seen[-1].append(model(ids, memory="en").logits)
+        return seen[-1][0]
+
+    run._teacher = twice
+    run.train()
+    first, second, student, again = seen[0]
+    assert torch.equal(first, second) and not torch.equal(student, again)
+
+
 def test_two_runs_are_bit_equal_and_another_seed_is_not(tmp_path):
     results = []
     for seed in (3, 3, 4):
