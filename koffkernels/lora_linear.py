@@ -1,11 +1,12 @@
-"""A frozen linear layer plus the low-rank update of each row's memory."""
+"""A frozen linear layer plus the low-rank update of each row's memory, and the update alone."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_linear
+from ._torch.rows import as_rows, known_rows, plus_delta
+from .checks import check_ids, check_linear, check_lora, check_shape, check_tensor
 from .types import LoRA, RowGroups
 
 
@@ -40,3 +41,36 @@ def lora_linear(
     check_linear("lora_linear", x, weight, bias, lora, memory_ids)
     run = dispatch.implementation("lora_linear", x.device, dispatch.compute_dtype(x, weight))
     return run(x, weight, bias, lora, memory_ids)
+
+
+def add_lora(
+    y: Tensor, x: Tensor, lora: LoRA, memory_ids: Tensor | RowGroups | None = None
+) -> Tensor:
+    """Return y + scaling_m (x A_m^T) B_m^T, where m is the memory of each row.
+
+    For a layer that computes y by code of its own, such as one in few bits. Plain torch on every
+    device.
+
+    Args:
+        y: [B, T, N] or [M, N], what the layer made of x, in x's dtype.
+        x: [B, T, K] or [M, K], fp32, bf16, fp16 or fp64.
+        lora, memory_ids: as ``lora_linear`` takes them.
+
+    Returns:
+        A new tensor like y. Gradients for y, x and the three tensors of lora.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Source: Hu et al. 2021 (LoRA); reference: ``koffkernels.reference.lora_delta``.
+    """
+    where = "add_lora"
+    check_tensor(where, "x", x, (2, 3))
+    check_tensor(where, "y", y, (2, 3))
+    check_shape(where, "y", y, (*x.shape[:-1], y.shape[-1]), "pass what the layer made of x")
+    n = check_lora(where, "lora", lora, x, x.shape[-1], y.shape[-1])
+    check_ids(where, memory_ids, n, x.shape[0], x)
+    rows = known_rows(memory_ids, n)
+    one_memory = rows is None
+    out = plus_delta(as_rows(y, one_memory), as_rows(x, one_memory), lora, rows)
+    return out.view(y.shape)

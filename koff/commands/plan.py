@@ -96,13 +96,18 @@ class Setting:
         there = self.weights + self.learned
         # DDP reduces gradients in buckets of its own.
         buckets = self.learned if self.devices > 1 and not self.sharded else 0
-        narrow = sizes.weights - sizes.removed * sizes.dtype
+        narrow = sizes.dense - sizes.removed * sizes.dtype
+        # Matrix by matrix: each is there twice for a moment, when the mask orders the neurons.
+        # Narrowed, the second one is smaller.
+        compact = there + self.optimiser + sizes.matrix
+        if self.shape.few_bits:
+            # Each takes the place of one in few bits. What comes out is measured.
+            measured = self.counted.peaks["teacher"] + self.counted.loss
+            compact = narrow + self.learned + self.optimiser + max(sizes.matrix, measured)
         return Peaks(
             attach=there + self.counted.prefill,
             step=there + self.optimiser + buckets + self.counted.peak,
-            # Matrix by matrix: each is there twice for a moment, when the mask orders the neurons.
-            # Narrowed, the second one is smaller.
-            compact=there + self.optimiser + sizes.matrix,
+            compact=compact,
             # A cache is put together from its frozen and its trained tokens.
             save=narrow + self.learned + self.optimiser + prefix,
         )
@@ -191,8 +196,12 @@ class Plan:
         if self.memory is None:
             return []
         have, peak = size_text(self.memory), size_text(self.setting.peaks.most)
-        if not self.changes:
+        if self.fits and not self.changes:
             return [f"It fits: at most {peak} of {have}."]
+        if not self.changes:
+            return [
+                f"It does not fit: it takes {peak}, and a device has {have}; take a smaller model."
+            ]
         lines = [f"It does not fit: it takes {peak}, and a device has {have}. Change, in turn:"]
         for change in self.changes:
             lines.append(f"  {change.change}: {size_text(change.peak)}; costs {change.costs}")
@@ -284,7 +293,8 @@ def plan(
         raise ValueError(f"koff plan: --devices must be at least 1, got {devices}; raise it")
     train = recipe.train
     dtype = _dtype(recipe, config)
-    sizes = sizes_of(config, recipe.koff, dtype)
+    saved = saved_dtype(recipe, config)  # now: transformers writes a model's dtype into its config
+    sizes = sizes_of(config, recipe.koff, dtype, recipe.quantization, saved)
     shape = StepShape(
         train.batch_size,
         train.block_size,
@@ -293,6 +303,7 @@ def plan(
         accumulates=train.gradient_accumulation > 1,
         mixed=train.batching == "mixed",
         autocast=train.bf16,
+        few_bits=recipe.quantization is not None,
     )
     counted = count_step(config, recipe.koff, dtype, shape)
     other = replace(shape, checkpointing=not shape.checkpointing)
@@ -320,21 +331,22 @@ def plan(
         rate=rate or _measured_rate(dtype),
         checkpoint=3 * learned + SMALL_FILES,
         checkpoints=min(made, train.keep_checkpoints + 1) + 1,
-        output=sizes.weights - sizes.removed * sizes.dtype + 4 * sizes.memories * sizes.memory,
+        output=sizes.dense - sizes.removed * sizes.dtype + 4 * sizes.memories * sizes.memory,
         memory=memory,
     )
     if memory is None:
         return found
     if setting.peaks.most <= memory:
         return replace(found, fits=True)
-    changes = _changes(recipe, config, dtype, setting, memory)
-    return replace(found, changes=changes, fits=changes[-1].peak <= memory)
+    changes = _changes(recipe, config, dtype, saved, setting, memory)
+    return replace(found, changes=changes, fits=bool(changes) and changes[-1].peak <= memory)
 
 
 def _changes(
     recipe: Recipe,
     config: PreTrainedConfig,
     dtype: torch.dtype,
+    saved: torch.dtype,
     now: Setting,
     memory: int,
 ) -> tuple[Change, ...]:
@@ -376,6 +388,15 @@ def _changes(
             f"train.batch_size={rows} train.gradient_accumulation={times}",
             "smaller matrix products; a step stays the same",
         )
+    if not fits() and recipe.quantization is None and recipe.gguf_file is None:
+        # Only where it is enough: nothing can be sharded with it.
+        few = with_shape(few_bits=True)
+        for name, bits in (("int8", "8"), ("nf4", "4")):
+            few = replace(few, sizes=sizes_of(config, koff, dtype, name, saved))
+            if few.peaks.most <= memory:
+                now = few
+                took(f"quantization={name}", f"a base rounded to {bits} bits while it trains")
+                break
     if not fits() and now.shape.tokens > _SHORTEST:
         halves = [now.shape.tokens >> n for n in range(1, 20)]
         tokens, now = largest(
@@ -391,14 +412,14 @@ def _changes(
             nonlocal koff
             alpha = recipe.koff.lora.alpha * rank / recipe.koff.lora.r  # the same scaling
             koff = replace(koff, lora=replace(koff.lora, r=rank, alpha=alpha))
-            sizes = sizes_of(config, koff, dtype)
+            sizes = sizes_of(config, koff, dtype, recipe.quantization, saved)
             return replace(now, sizes=sizes, counted=count_step(config, koff, dtype, now.shape))
 
         ranks = [koff.lora.r >> n for n in range(1, 20)]
         rank, now = largest([r for r in ranks if r >= _LOWEST_RANK] or [_LOWEST_RANK], with_rank)
         alpha = recipe.koff.lora.alpha * rank / recipe.koff.lora.r
         took(f"koff.lora.r={rank} koff.lora.alpha={alpha:g}", "memories that hold less")
-    if not fits():
+    if not fits() and not now.shape.few_bits:
         counts = [n for n in (2**i for i in range(1, 7)) if now.devices < n <= _MOST_DEVICES]
         counts = [now.devices, *counts] if now.devices > 1 else counts
         for devices in counts:
@@ -414,6 +435,12 @@ def _dtype(recipe: Recipe, config: PreTrainedConfig) -> torch.dtype:
         return getattr(torch, recipe.dtype)
     dtype = getattr(config, "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def saved_dtype(recipe: Recipe, config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that the base of a recipe is saved in; one that trains in few bits takes the
+    weights of its checkpoint."""
+    return _dtype(replace(recipe, dtype="auto") if recipe.quantization else recipe, config)
 
 
 def _measured_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:

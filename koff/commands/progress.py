@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from ..model.state import count_weights
+
 # Steps before the time is estimated. The first is left out: it compiles, allocates, warms up.
 _TIMED_AFTER = 3
 
@@ -104,8 +106,9 @@ def _plan(args, state, model) -> str:
         steps += f", from step {state.global_step} on,"
     tokens = state.max_steps * rows * args.block_size
     model = getattr(model, "module", model)  # of DDP
-    learned = sum(p.numel() for p in model.koff.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - learned
+    own = list(model.koff.parameters())
+    learned = sum(p.numel() for p in own if p.requires_grad)
+    frozen = count_weights(model)["total"] + sum(p.numel() for p in own if not p.requires_grad)
     processes = f" on {args.world_size} processes" if args.world_size > 1 else ""
     return (
         f"{steps} of {rows} x {args.block_size} tokens ({tokens:,} in all){processes}; "

@@ -146,6 +146,8 @@ class Recipe:
         seed: seed of the initialisation and of the data order.
         revision: revision of a hub model.
         dtype: dtype the model is loaded in; "auto" takes that of its checkpoint.
+        quantization: hold the base in few bits while it trains: "nf4" (4 bits, bitsandbytes),
+            "int8" (torchao) or None. What is saved has the weights of the checkpoint.
         gguf_file: name of a GGUF file in the model's folder or hub repository; its weights are
             dequantised.
         root: folder that relative paths start from; not part of the file.
@@ -159,6 +161,7 @@ class Recipe:
     seed: int = 0
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
     gguf_file: str | None = None
     root: Path = field(default=Path(), init=False, compare=False)
 
@@ -366,6 +369,12 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
         values["train"] = {(new if key == old else key): train[key] for key in train}
     recipe = build(Recipe, values, "")
     recipe.root = root
+    if recipe.quantization is not None and recipe.gguf_file is not None:
+        raise ValueError(
+            "recipe: quantization must be left out with gguf_file (the weights are read from "
+            f"safetensors again in the end), got {recipe.quantization!r} and {recipe.gguf_file!r}; "
+            "name a checkpoint in safetensors"
+        )
     memories = recipe.koff.memories
     if memories and set(memories) != set(data):
         raise ValueError(

@@ -229,7 +229,7 @@ def _packed(
 
     return {
         name: pack(
-            source if max_tokens is None else _first(source, tokenizer, max_tokens),
+            source if max_tokens is None else first_documents(source, tokenizer, max_tokens),
             tokenizer,
             size,
             name=f"the {split} split of {name!r}",
@@ -238,7 +238,7 @@ def _packed(
     }
 
 
-def _first(source: DataSource, tokenizer: Any, tokens: int) -> list[Document]:
+def first_documents(source: DataSource, tokenizer: Any, tokens: int) -> list[Document]:
     """Return the first documents, whole, that hold ``tokens`` tokens together."""
     chosen: list[Document] = []
     for document in read_documents(source):

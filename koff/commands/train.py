@@ -9,7 +9,7 @@ import logging
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    TorchAoConfig,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_torch_xla_available
@@ -28,10 +30,13 @@ from transformers.utils import is_torch_xla_available
 from ..data.blocks import PackedBlocks, pack
 from ..data.sources import DataSource
 from ..errors import Stopped, asked_by
+from ..evaluation.perplexity import evaluate
 from ..model import arch
 from ..model.attach import attach
+from ..model.state import count_weights
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
+from ..pruning.original import Original
 from ..storage.layout import MARKER, current
 from ..storage.lock import LOCK, check_unlocked, locked
 from ..storage.processes import one_writes, said_by_first
@@ -45,6 +50,7 @@ from . import plan
 from .progress import TrainProgress
 from .recipe import LOG_FILE, RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .report.write import write_report
+from .saved import first_documents
 from .tables import write_json
 
 logger = logging.getLogger("koff")
@@ -53,6 +59,9 @@ CHECKPOINTS = "checkpoints"
 # Seconds for which a network file system may hide a file that another machine has just written: NFS
 # keeps what it knows of a folder for up to 60.
 UNSEEN_FOR = 90.0
+# Of each domain, where a base in few bits is compared with what is saved: nats scatter by about 2
+# from token to token, so that a mean over so many is known to about 1 %.
+MEASURED_TOKENS = 1 << 15
 
 
 @dataclass
@@ -65,6 +74,7 @@ class Prepared:
         general: the same of the parts of the general mixture; may be empty.
         weights: {part: its share in the draws}, relative to the others.
         checkpoint: folder to resume from, or None.
+        measured: {domain: its blocks} that a base in few bits is compared on with what is saved.
     """
 
     tokenizer: Any
@@ -72,6 +82,7 @@ class Prepared:
     general: dict[str, PackedBlocks | DataSource]
     weights: dict[str, float]
     checkpoint: str | None
+    measured: dict[str, PackedBlocks] = field(default_factory=dict)
 
 
 def run(
@@ -107,11 +118,16 @@ def run(
     """
     output = Path(output)
     prepared = prepare(recipe, check_output(output, recipe))
-    model = attach(load_base(recipe), recipe.koff)
     arguments = training_arguments(recipe, output / CHECKPOINTS, device)
     # Python hears signals in its main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
     arguments.enable_jit_checkpoint = stops_on_signals and in_main
+    if recipe.quantization is None:
+        base = load_base(recipe)
+    else:
+        # Where it is to train: transformers' Trainer does not move what bitsandbytes holds.
+        base = load_quantised(recipe, arguments.device)
+    model = attach(base, recipe.koff)
     trainer = make_trainer(model, prepared, arguments, label)
     if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
         expected = plan.plan(recipe, check_model(recipe), devices=arguments.world_size).headline()
@@ -142,7 +158,17 @@ def run(
                 trainer.stopped_by,
             )
         log = {"seconds": time.perf_counter() - started, "resumed_from": checkpoint}
-        model, facts = finish(trainer.model, recipe)
+        model, facts = finish(trainer.model, recipe, prepared.measured)
+        for name, (trained, saved) in facts.get("quantization", {}).get("perplexity", {}).items():
+            if writes:
+                logger.warning(
+                    "koff train: the perplexity of %s is %.2f with the base in %s, as it trained, "
+                    "and %.2f with the weights that are saved",
+                    name,
+                    trained,
+                    recipe.quantization,
+                    saved,
+                )
         metadata = {
             "base": recipe.model,
             "revision": recipe.revision,
@@ -208,8 +234,12 @@ def room_for(trainer: KoffTrainer, recipe: Recipe) -> int:
     """Return how many bytes a run needs for its checkpoints and, at its end, for the model."""
     model, state, train = trainer.model, trainer.koff, recipe.train
     base = bytes_of(p for name, p in model.named_parameters() if not name.startswith("koff."))
+    counted, each = count_weights(model), model.dtype.itemsize
+    if recipe.quantization is not None:  # what is saved is not
+        each = plan.saved_dtype(recipe, check_model(recipe)).itemsize
+        base = counted["total"] * each
     if state.gates is not None:
-        mlps = bytes_of(w for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
+        mlps = counted["mlp"] * each
         base -= int(state.gates.target * mlps)
     # A new checkpoint is there before the oldest goes, and there is room for one that is not asked
     # for.
@@ -253,24 +283,59 @@ def make_trainer(
     return trainer
 
 
-def finish(model: PreTrainedModel, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Fix the mask and remove the closed neurons, in place where the model is not sharded.
+def finish(
+    model: PreTrainedModel, recipe: Recipe, measured: dict[str, PackedBlocks] | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Fix the mask and remove the closed neurons, in place where the model is not sharded; a base
+    in few bits becomes plain, and is measured before and after.
 
     Args:
         model: the trained koff model.
         recipe: its recipe.
+        measured: {domain: blocks} that a base in few bits is measured on; None: it is not.
 
     Returns:
-        The narrow model, and what was reached, ready for JSON; nothing for a recipe without gates.
+        The narrow model, and what was reached, ready for JSON; nothing for a recipe without gates
+        and quantization.
     """
-    if recipe.koff.target_sparsity == 0:
-        return model, {}
-    facts = {}
-    if not sparsity(model).hard:  # else the trainer fixed the mask on the way
+    facts: dict[str, Any] = {}
+    if recipe.koff.target_sparsity > 0 and not sparsity(model).hard:
+        # Else the trainer fixed the mask on the way.
         report = binarize(model, multiple_of=recipe.train.width_multiple_of)
         facts["binarize"] = asdict(report)
-    model = compact(model, inplace=True)
-    return model, facts | {"sparsity": asdict(sparsity(model))}
+    if recipe.quantization is not None:
+        # What was learned has learned with the rounded weights, and is saved with the others: both
+        # are measured, so that nobody has to believe that it is none the worse.
+        before = _perplexities(model, recipe, measured or {})
+        model = compact(model, inplace=True)
+        after = _perplexities(model, recipe, measured or {})
+        facts["quantization"] = {
+            "format": recipe.quantization,
+            "perplexity": {name: [before[name], after[name]] for name in before},
+        }
+    elif recipe.koff.target_sparsity > 0:
+        model = compact(model, inplace=True)
+    if recipe.koff.target_sparsity > 0:
+        facts["sparsity"] = asdict(sparsity(model))
+    return model, facts
+
+
+def _perplexities(
+    model: PreTrainedModel, recipe: Recipe, measured: dict[str, PackedBlocks]
+) -> dict[str, float]:
+    """The perplexity of each domain under its own memory, if it has one."""
+    found = {}
+    for name, blocks in measured.items():
+        (row,) = evaluate(
+            model,
+            None,
+            {name: blocks},
+            memories=[name if name in model.koff.memory_names else None],
+            block_size=recipe.train.block_size,
+            batch_size=recipe.train.batch_size,
+        )
+        found[name] = row.perplexity
+    return found
 
 
 def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
@@ -311,7 +376,18 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
         }
 
     weights = {name: part.weight for name, part in recipe.general.items()}
-    return Prepared(tokenizer, packed(False), packed(True), weights, checkpoint)
+    prepared = Prepared(tokenizer, packed(False), packed(True), weights, checkpoint)
+    if recipe.quantization is not None:
+        splits = {"train": recipe.sources("train"), "validation": recipe.sources("validation")}
+        for name in recipe.data:
+            split = "validation" if name in splits["validation"] else "train"
+            prepared.measured[name] = pack(
+                first_documents(splits[split][name], tokenizer, MEASURED_TOKENS),
+                tokenizer,
+                recipe.train.block_size,
+                name=f"data.{name}.{split}",
+            )
+    return prepared
 
 
 def check_output(output: Path, recipe: Recipe) -> str | None:
@@ -396,13 +472,58 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return _load(recipe, AutoTokenizer)
 
 
-def load_base(recipe: Recipe) -> PreTrainedModel:
-    """Load the dense base model of a recipe, on the CPU."""
+def load_quantised(recipe: Recipe, device: torch.device) -> PreTrainedModel:
+    """Load the base model of a recipe in the few bits that it asks for.
+
+    Args:
+        recipe: with ``quantization``.
+        device: where to put it.
+
+    Raises:
+        ImportError: the package that does it is not installed. ValueError: ``compact`` could not
+            take the weights from where the model is.
+    """
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}[recipe.quantization]
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"recipe: quantization: {recipe.quantization} must have the package `{package}`, got "
+            'no such package; install it with pip install "koff[quantized]"'
+        )
+    config = _base_config(recipe)
+    options: dict[str, Any] = {"dtype": recipe.dtype, "device_map": {"": device}}
+    if recipe.quantization == "nf4":
+        dtype = recipe.dtype
+        if recipe.train.bf16:
+            dtype = "bfloat16"
+        elif dtype == "auto":
+            dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,  # the scales, too: 4.1 bits for a weight, not 4.5
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    model = _load(recipe, AutoModelForCausalLM, config=config, **options)
+    with asked_by("koff train"), Original(model):
+        return model
+
+
+def _base_config(recipe: Recipe) -> PreTrainedConfig:
     config = _load(recipe, AutoConfig)
     if recipe.koff.kv is not None:
         # Some are published with attention dropout, which attention over a learned cache has not.
         # Set here, since from_pretrained does not find it in the text part of a multimodal config.
         config.get_text_config().attention_dropout = 0.0
+    return config
+
+
+def load_base(recipe: Recipe) -> PreTrainedModel:
+    """Load the dense base model of a recipe, on the CPU, in its own dtype or the recipe's."""
+    config = _base_config(recipe)
     if recipe.gguf_file is None:
         return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
     model = _load(recipe, AutoModelForCausalLM, config=config, dtype="float32")

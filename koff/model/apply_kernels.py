@@ -26,6 +26,7 @@ from koffkernels.reference import ACTIVATIONS
 
 from .arch import MLP_LINEARS
 from .class_swap import swap, unswap
+from .few_bits import is_plain
 
 # PEFT's name, in ``adapter_names``, for a row without an adapter.
 BASE = "__base__"
@@ -132,8 +133,8 @@ def _unfit_linear(layer: BaseTunerLayer) -> str | None:
     """Why a layer of PEFT is left as it is."""
     if type(layer) is not PeftLinear:  # quantised bases, other methods, parametrised weights
         return f"{type(layer).__module__}.{type(layer).__name__} is not PEFT's plain LoRA layer"
-    if type(layer.base_layer) is not nn.Linear:
-        return f"its base is a {type(layer.base_layer).__name__}, not a torch.nn.Linear"
+    if type(layer.base_layer) is not nn.Linear or not is_plain(layer.base_layer):
+        return f"its base is a {type(layer.base_layer).__name__}, not a plain torch.nn.Linear"
     if layer.fan_in_fan_out:
         return "its weight is stored transposed (fan_in_fan_out)"
     return _patched(layer) or _patched(layer.base_layer)
@@ -167,8 +168,9 @@ def _unfit_mlp(mlp: nn.Module, activation: str | None) -> str | None:
             reason = _patched(linear)
         if reason is not None:
             return f"{name}: {reason}"
-        if type(_base(linear)) is not nn.Linear or _base(linear).bias is not None:
-            return f"{name} is not a torch.nn.Linear without bias"
+        base = _base(linear)
+        if type(base) is not nn.Linear or base.bias is not None or not is_plain(base):
+            return f"{name} is not a plain torch.nn.Linear without bias"
     if activation is None:
         return "its activation is not one of " + ", ".join(ACTIVATIONS)
     if reason := _patched(mlp):

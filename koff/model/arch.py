@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import asker
+from .few_bits import check_format, check_quantizer, dense_weight, kind
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -248,6 +250,13 @@ def mlp_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     return modules["gate_proj"].weight, modules["up_proj"].weight, down
 
 
+def dense_mlp_weights(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as plain matrices of a dtype, dequantised where they are in few bits."""
+    *first, down = [dense_weight(linear, dtype) for linear in mlp_linears(module).values()]
+    gate, up = first if len(first) == 2 else first[0].chunk(2)
+    return gate, up, down
+
+
 def along_neurons(linear: str, neurons: Tensor, width: int) -> Tensor:
     """Return where neurons are found along the ``NEURON_DIM`` of a linear layer of an MLP.
 
@@ -314,9 +323,14 @@ def count_layers(names: Iterable[str], model_type: str) -> int:
 # ---- facts about a model ----
 
 
+def is_few_bits(model: PreTrainedModel) -> bool:
+    """Return whether some linear layer of a model is in few bits."""
+    return any(kind(linear) is not None for _, linear in sites(model))
+
+
 def width(module: nn.Module) -> int:
     """Return the number of neurons of an MLP."""
-    return module.down_proj.weight.shape[1]
+    return module.down_proj.in_features
 
 
 def widths(model: PreTrainedModel) -> list[int]:
@@ -385,9 +399,9 @@ def check_supported(model: object, with_kv: bool) -> None:
         with_kv: whether it is to have memories with a KV part.
 
     Raises:
-        TypeError, ValueError: not a transformers causal LM, an unsupported architecture, quantised
-            weights, an MLP that is not gate/up/down of plain linear layers, or (with KV memories)
-            RoPE or attention kinds under which a prefix cannot be exact.
+        TypeError, ValueError: not a transformers causal LM, an unsupported architecture, weights in
+            a format that koff does not know, an MLP that is not gate/up/down of linear layers, or
+            (with KV memories) RoPE or attention kinds under which a prefix cannot be exact.
     """
     from transformers import PreTrainedModel
 
@@ -412,13 +426,7 @@ def check_supported(model: object, with_kv: bool) -> None:
             f"{asker()}: the model must be a causal language model like {arch.causal_lm}, "
             f"got {type(model).__name__}; load it with AutoModelForCausalLM"
         )
-    quantised = getattr(config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
-    if quantised:
-        raise ValueError(
-            f"{asker()}: the base model must not be quantised (the gates and the pruned weights "
-            f"need plain matrices), got {type(quantised).__name__}; load it in bfloat16, float16 "
-            "or float32"
-        )
+    check_quantizer(model)
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"{asker()}: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
@@ -433,6 +441,11 @@ def check_supported(model: object, with_kv: bool) -> None:
             f"{asker()}: the model must have no adapters, got one of PEFT's on {adapted[0]}; take "
             f"it off first ({_TAKE_OFF}), or load the model again"
         )
+    if getattr(config, "quantization_config", None) is not None and not is_few_bits(model):
+        raise ValueError(  # it would be saved with the model, which then could not be loaded
+            f"{asker()}: a model whose config has a quantization_config must have linear layers in "
+            "few bits, got plain ones; delete model.config.quantization_config"
+        )
     if with_kv:
         check_prefix(model)
 
@@ -445,8 +458,6 @@ def _is_pefts(module: object) -> bool:
 
 
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
-    from torch import nn
-
     names = _linear_names(layer, model)
     inside = {path for path, _ in layer.named_modules()}
     missing = [name for name in names if linear_path(name, model) not in inside]
@@ -457,14 +468,7 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
             "patches that replace them"
         )
     for name, linear in linears(layer, model):
-        if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
-            step = "load the model without quantisation and without replaced layers"
-            if _is_pefts(linear):
-                step = f"take the adapter off first ({_TAKE_OFF})"
-            raise TypeError(
-                f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
-                f"{type(linear).__module__}.{type(linear).__name__}; {step}"
-            )
+        check_format(linear, f"{asker()}: {name} of layer {index}")
     module = mlp(layer, model)
     if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(

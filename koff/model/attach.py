@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from koffkernels import GatedMLPLoRA, gated_mlp, lora_linear
+from koffkernels import GatedMLPLoRA, add_lora, gated_mlp, lora_linear
 from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
 from ..errors import asked_by, asker
-from . import arch, attention
+from . import arch, attention, few_bits
 from .arch import Site
 from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
@@ -101,6 +102,45 @@ class _LinearMixin:
         return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
+class _Frozen(torch.autograd.Function):
+    """y = layer(x) of a frozen linear layer by its own code; dx = dy W, with W dequantised anew.
+
+    torchao's forward would keep W for that, in 16 or 32 bits: all that few bits are to save.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: nn.Module, own_forward: Callable[[Tensor], Tensor]):
+        ctx.linear = linear
+        return own_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy @ few_bits.dense_weight(ctx.linear, dy.dtype), None, None
+
+
+class FewBitsMixin:
+    """A frozen linear layer in few bits plus the LoRA of each row's memory. The layer itself is
+    computed by its own code."""
+
+    _koff: Link
+
+    def forward(self, x: Tensor) -> Tensor:
+        link = self._koff
+        context, lora = link.running.context, None
+        x = x.to(compute_dtype(x, x))  # autocast's, as of any linear layer
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = _Frozen.apply(x, self, super().forward)
+        else:
+            y = super().forward(x)
+        if context is not None and context.memories:
+            lora = link.bank.lora(link.site, context.memories, context.stacks, x.dtype)
+        return y if lora is None else add_lora(y, x, lora, context.rows)
+
+
+_OWN_LINEARS = (_LinearMixin, FewBitsMixin)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether its weight is all that a linear layer does: it is as attach left it, and nobody waits
     for its call."""
@@ -116,8 +156,8 @@ def _is_plain(linear: nn.Module) -> bool:
 class _MLPMixin:
     """The gated MLP with gates and memories.
 
-    Its linear layers are not called: one operation takes their weights. Where somebody put an
-    adapter around one, or hooks on it, they are called as in transformers.
+    Its linear layers are not called: one operation takes their weights. Where they are in few bits,
+    or somebody put an adapter around one, or hooks on it, they are called as in transformers.
     """
 
     _koff: Link
@@ -237,7 +277,7 @@ class PatchCheck:
         for place in self.places:
             found = place.parent._modules[place.name]
             if found is not place.seen:
-                if not any(isinstance(module, _LinearMixin) for module in found.modules()):
+                if not any(isinstance(module, _OWN_LINEARS) for module in found.modules()):
                     raise TypeError(
                         f"forward: {place.name} must be the linear layer that koff was attached to,"
                         f" or lie around it, got a {type(found).__module__}.{type(found).__name__};"
@@ -325,8 +365,7 @@ def new_memory(
         lora = lora.on(model)
         for site, module in arch.sites(model):
             if site.linear in lora.target_modules:
-                width_out, width_in = module.weight.shape
-                shapes[site] = (width_in, width_out)
+                shapes[site] = (module.in_features, module.out_features)
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
@@ -348,7 +387,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
         link = Link(state.memories, state.running, index)
         swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
-            swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
+            take_linear(linear, replace(link, site=Site(index, name)))
             parent, _, own = arch.linear_path(name, model).rpartition(".")
             places.append(Place(layer.get_submodule(parent), own, linear))
         module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
@@ -375,6 +414,20 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     use_koff_attention(model)
 
 
+def take_linear(linear: nn.Module, link: Link) -> None:
+    """Let a linear layer add the LoRA of each row's memory, in place.
+
+    Args:
+        linear: plain, or in a format that koff knows.
+        link: with its site.
+    """
+    if few_bits.is_plain(linear):
+        swap(linear, _LinearMixin, link)
+    else:
+        few_bits.hold_still(linear)
+        swap(linear, FewBitsMixin, link)
+
+
 def require_own(linears: Iterable[nn.Module]) -> None:
     """Refuse linear layers that are no longer those koff was attached to.
 
@@ -382,7 +435,7 @@ def require_own(linears: Iterable[nn.Module]) -> None:
         TypeError: the first one that is not: an adapter's, for instance.
     """
     for linear in linears:
-        if type(linear) is not _PLAIN_LINEAR:
+        if type(linear) is not _PLAIN_LINEAR and not isinstance(linear, FewBitsMixin):
             raise TypeError(
                 f"{asker()}: the linear layers must be those that koff was attached to, got a "
                 f"{type(linear).__module__}.{type(linear).__name__}; take adapters off first "
@@ -428,6 +481,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for layer in arch.layers(model):
             for _, linear in arch.linears(layer, model):
                 unswap(linear)
+                few_bits.let_go(linear)
             unswap(arch.mlp(layer, model))
             mixer = arch.mixer(layer, model)
             if arch.is_recurrent(layer, model):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from koffkernels import GatedMLPLoRA
 
 from . import arch
+from .few_bits import is_plain
 from .gates import Gates
 
 # Held while a layer is put back into its order within a forward: of several threads one does it.
@@ -31,12 +32,15 @@ class KeptPart(NamedTuple):
 
 
 def _can_reorder(module: nn.Module) -> bool:
-    """Whether the weights can be reordered here: not sharded, not on the meta device, and each in
-    a linear layer that koff was attached to. An adapter that somebody put around one counts neurons
-    in the original order."""
-    weights = arch.mlp_weights(module)
-    return all("_koff" in vars(linear) for linear in arch.mlp_linears(module).values()) and all(
-        type(w.data) is Tensor and w.device.type != "meta" for w in weights
+    """Whether the weights can be reordered here: not sharded, not in few bits, not on the meta
+    device, and each in a linear layer that koff was attached to. An adapter that somebody put
+    around one counts neurons in the original order."""
+    return all(
+        "_koff" in vars(linear)
+        and is_plain(linear)
+        and type(linear.weight.data) is Tensor
+        and linear.weight.device.type != "meta"
+        for linear in arch.mlp_linears(module).values()
     )
 
 

@@ -219,8 +219,18 @@ def _before_load(state: KoffState, tensors: Mapping[str, Tensor], prefix: str, *
 def count_weights(model: PreTrainedModel) -> dict[str, int]:
     """Return the numbers of base weights: total, mlp (what pruning all neurons would remove),
     embedding (in and out)."""
-    total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("koff."))
-    mlp = sum(w.numel() for module in arch.mlps(model) for w in arch.mlp_weights(module))
+    # One in few bits holds two or more weights in an element, so that it is asked for its size.
+    linears = {id(x.weight): x.out_features * x.in_features for _, x in arch.sites(model)}
+    total = sum(
+        linears.get(id(p), p.numel())
+        for name, p in model.named_parameters()
+        if not name.startswith("koff.")
+    )
+    mlp = sum(
+        linears[id(linear.weight)]
+        for module in arch.mlps(model)
+        for linear in arch.mlp_linears(module).values()
+    )
     tables = {  # by identity: tied ones are the same parameter, and count once
         id(m.weight): m.weight.numel()
         for m in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -302,7 +302,7 @@ def massive_neurons(model: PreTrainedModel, token_ids: Tensor) -> list[tuple[int
     peaks: list[Tensor] = []
 
     def measure(module, args) -> None:
-        gate, up, down = arch.mlp_weights(module)
+        gate, up, down = arch.dense_mlp_weights(module, args[0].dtype)
         hidden = activation(F.linear(args[0], gate)) * F.linear(args[0], up)
         peak = hidden.abs().flatten(0, -2).amax(0).float()
         peaks.append(peak * down.float().norm(dim=0))

@@ -24,7 +24,7 @@ def neuron_magnitude(model: PreTrainedModel) -> list[Tensor]:
     """
     found = []
     for mlp in arch.mlps(model):
-        gate, up, down = (w.float() for w in arch.mlp_weights(mlp))
+        gate, up, down = arch.dense_mlp_weights(mlp, torch.float32)
         found.append((gate.square().sum(1) + up.square().sum(1) + down.square().sum(0)).sqrt())
     return found
 

@@ -289,9 +289,8 @@ def check_lora(model: PreTrainedModel, config: LoRAConfig, header: Header) -> No
     wanted = {}
     for site, module in arch.sites(model):
         if site.linear in config.target_modules:
-            width_out, width_in = module.weight.shape
-            wanted[_lora_key(model, site, "A")] = (config.r, width_in)
-            wanted[_lora_key(model, site, "B")] = (width_out, config.r)
+            wanted[_lora_key(model, site, "A")] = (config.r, module.in_features)
+            wanted[_lora_key(model, site, "B")] = (module.out_features, config.r)
     differ = sorted(wanted.keys() ^ header.keys())
     if differ:
         raise ValueError(

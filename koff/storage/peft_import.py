@@ -149,7 +149,7 @@ def _cut(model: PreTrainedModel, matrices: Matrices) -> Matrices:
     linears, narrow = dict(arch.sites(model)), arch.widths(model)
     got, pruned, dense = {}, {}, {}  # site -> (in, out)
     for site, (a, b) in matrices.items():
-        out, into = linears[site].weight.shape
+        out, into = linears[site].out_features, linears[site].in_features
         wide, now = state.dense_widths[site.layer], narrow[site.layer]
         matrix = _WITH_NEURONS.get(site.linear)
         got[site] = (a.shape[1], b.shape[0])

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -43,8 +43,10 @@ from koffkernels.dispatch import compute_dtype
 
 from ..data.losses import AT_ONCE, PIECE_CPU, Head
 from ..model import arch
-from ..model.attach import attach
+from ..model.attach import FewBitsMixin, attach
+from ..model.class_swap import swap, unswap
 from ..model.config import KoffConfig
+from ..model.few_bits import stored_bytes
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.state import count_weights
@@ -185,6 +187,14 @@ def _loss_flops(states: Tensor, teacher: Tensor | None, head: Head | None) -> in
     return 2 * states.numel() * len(head.weight) * (2 if teacher is None else 3)
 
 
+class _InFewBits(nn.Linear):
+    """Stands for a linear layer in few bits: its weight is made whenever it is used."""
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.empty_like(self._parameters["weight"])
+
+
 @dataclass(frozen=True)
 class StepShape:
     """One micro-batch of a run.
@@ -196,6 +206,7 @@ class StepShape:
         accumulates: whether gradients of earlier micro-batches are there.
         mixed: whether each row may have its own memory.
         autocast: mixed precision, as ``bf16`` of a recipe has it.
+        few_bits: whether linear layers are dequantised where they are used.
     """
 
     rows: int
@@ -205,6 +216,7 @@ class StepShape:
     accumulates: bool = False
     mixed: bool = True
     autocast: bool = False
+    few_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,8 +229,9 @@ class Sizes:
         gates: learned parameters of the gates.
         memory: learned parameters of one memory; ``prefix`` of it is its learned cache.
         memories: how many there are.
-        dtype: bytes of one value of the base.
-        weights: of the base.
+        dtype: bytes of one value of the base, as it is saved.
+        weights: of the base, as it trains.
+        dense: of the base as it is saved, but for what the mask takes away.
         layer: of one decoder layer of the base, the largest.
         matrix: of the largest matrix of an MLP.
         mlp: parameters of the MLPs' linear layers.
@@ -232,6 +245,7 @@ class Sizes:
     memories: int
     dtype: int
     weights: int
+    dense: int
     layer: int
     matrix: int
     mlp: int
@@ -271,13 +285,21 @@ class Counted:
         return max(0, self.peaks["loss"] - self.kept)
 
 
-def sizes_of(config: PreTrainedConfig, koff: KoffConfig, dtype: torch.dtype) -> Sizes:
+def sizes_of(
+    config: PreTrainedConfig,
+    koff: KoffConfig,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    saved: torch.dtype | None = None,
+) -> Sizes:
     """Return the sizes of a model with gates and memories attached; no weights are loaded.
 
     Args:
         config: of the base.
         koff: what is attached.
         dtype: of the base.
+        quantization: that its linear layers are in, as in a recipe.
+        saved: the dtype that the base is saved in; None: the same.
 
     Raises:
         TypeError, ValueError: as ``koff.attach``.
@@ -285,9 +307,13 @@ def sizes_of(config: PreTrainedConfig, koff: KoffConfig, dtype: torch.dtype) -> 
     with without_values():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         counts = count_weights(model)
-        base = list(model.parameters())
+        saved, weights = saved or dtype, _bytes(model.parameters())
+        if quantization is not None:
+            linears = [linear for _, linear in arch.sites(model)]
+            weights -= _bytes(linear.weight for linear in linears)
+            weights += sum(stored_bytes(linear, quantization, dtype) for linear in linears)
         layer = max(_bytes(layer.parameters()) for layer in arch.layers(model))
-        matrix = max(_bytes([w]) for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
+        matrix = max(w.numel() for mlp in arch.mlps(model) for w in arch.mlp_weights(mlp))
         attach(model, _as_normal(koff))
         state = model.koff
         memories = list(state.memories)
@@ -301,10 +327,11 @@ def sizes_of(config: PreTrainedConfig, koff: KoffConfig, dtype: torch.dtype) -> 
             memory=sum(p.numel() for p in memories[0].parameters()) if memories else 0,
             prefix=sum(p.numel() for p in memories[0].kv.parameters()) if memories else 0,
             memories=len(memories),
-            dtype=dtype.itemsize,
-            weights=_bytes(base),
+            dtype=saved.itemsize,
+            weights=weights,
+            dense=counts["total"] * saved.itemsize,
             layer=layer,
-            matrix=matrix,
+            matrix=matrix * saved.itemsize,
             mlp=counts["mlp"],
         )
 
@@ -371,6 +398,12 @@ def _run(
     """Attach, fill a cache, and run one micro-batch, without values."""
     with without_values() as ledger:
         model = attach(AutoModelForCausalLM.from_config(config, dtype=dtype), _as_normal(koff))
+        if shape.few_bits:
+            for _, linear in arch.sites(model):
+                link = linear._koff
+                unswap(linear)
+                linear.__class__ = _InFewBits
+                swap(linear, FewBitsMixin, link)
         names = model.koff.memory_names
         before = ledger.live
         ledger.restart()

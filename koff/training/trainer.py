@@ -156,16 +156,19 @@ class KoffTrainer(CheckpointingTrainer):
         args.logging_nan_inf_filter = False
         rows = MixtureDataset(self.mixture, state.memories.names)
         use_cache = model.config.use_cache
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            # ``evaluate`` reads eval_datasets; transformers only wants to see that there is one.
-            eval_dataset=rows if eval_datasets else None,
-            processing_class=processing_class,
-            data_collator=collate,
-            callbacks=[_GateSteps(state), *(callbacks or [])],
-        )
+        self._few_bits = arch.is_few_bits(model)
+        with _like_one_with_adapters(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=rows,
+                # ``evaluate`` reads eval_datasets; transformers only wants to see that there is
+                # one.
+                eval_dataset=rows if eval_datasets else None,
+                processing_class=processing_class,
+                data_collator=collate,
+                callbacks=[_GateSteps(state), *(callbacks or [])],
+            )
         self.args.enable_jit_checkpoint = self._stops_on_signals
         self._signals = StopSignals()
         # The signal by which the last ``train`` stopped early, with a checkpoint; None if it did
@@ -174,12 +177,15 @@ class KoffTrainer(CheckpointingTrainer):
         # transformers switches it off for the training, and in every config that is saved after it.
         # Nothing here needs that: our forwards say what they want.
         model.config.use_cache = use_cache
+        ignored = []
         if state.gates is not None:
             # The constraint uses it outside of DDP's forward, where DDP would not expect it. Its
             # gradient s - t needs no reduction: it is the same on every rank.
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, ["koff.gates.multiplier"]
-            )
+            ignored.append("koff.gates.multiplier")
+        if self._few_bits:
+            # Of the same checkpoint on every rank, and not always of a kind that can be sent.
+            ignored += [f"{arch.site_path(site, model)}.weight" for site, _ in arch.sites(model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
         # transformers is to count the labels of a step's micro-batches, on all ranks, for
         # ``compute_loss``, and not to divide what that returns.
         self.model_accepts_loss_kwargs = True
@@ -222,6 +228,11 @@ class KoffTrainer(CheckpointingTrainer):
                 )
         if not self.is_fsdp_enabled:
             return
+        if self._few_bits:
+            raise ValueError(
+                "KoffTrainer: the base must be plain under FSDP, got one in few bits; use DDP, "
+                "which needs the base whole on each GPU, or load it in 16 bits"
+            )
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -794,3 +805,14 @@ def _take_bound(model: nn.Module) -> dict[str, Any]:
     if original is not None and getattr(original, "__func__", None) is not type(model).forward:
         model.forward = original
     return taken
+
+
+@contextlib.contextmanager
+def _like_one_with_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model pass for one with an adapter of PEFT's inside the ``with`` block: without one
+    transformers' Trainer takes no quantised model, and memories are unknown to it."""
+    before, model._hf_peft_config_loaded = model._hf_peft_config_loaded, True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before

@@ -110,8 +110,11 @@ def traced_linear(
     """Return the same linear layer by autograd, for torch.compile: it decides by itself what to
     save for backward, and torch 2.11 drops the in-place steps of a custom autograd.Function."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if lora is None:
-        return y
+    return y if lora is None else plus_delta(y, x, lora, rows)
+
+
+def plus_delta(y: Tensor, x: Tensor, lora: Update, rows: RowGroups | None) -> Tensor:
+    """Return y + scaling (x a^T) b^T [B, T, N] by autograd. y [B, T, N], x [B, T, K]."""
     a_rows, b_rows, scaling = row_matrices(lora, rows, x.dtype)
     s = _scaled(torch.bmm(x, a_rows.transpose(1, 2)), scaling)
     return torch.baddbmm(y, s, b_rows.transpose(1, 2))

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.command_line import succeed
 from support.distributed import run, torchrun
 from support.readme import prepare
@@ -21,8 +23,8 @@ ACCELERATE = [
 ]
 
 
-def options(root: Path, output: Path, rows: int) -> list[str]:
-    settings = (f"train.batch_size={rows}", "train.save_every=0")
+def options(root: Path, output: Path, rows: int, *more: str) -> list[str]:
+    settings = (f"train.batch_size={rows}", "train.save_every=0", *more)
     sets = [text for value in settings for text in ("--set", value)]
     recipe = str(root / "recipe.yaml")
     return ["train", recipe, "--output", str(output), "--device", "cpu", *sets]
@@ -43,6 +45,23 @@ def test_koff_train_on_two_processes_saves_what_one_saves(start, root, tmp_path)
     assert ours["kept"] == theirs["kept"]  # the values: tests/training/test_distributed.py
     assert koff.load(output).koff.memory_names == ("en", "fr")
     shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_base_in_few_bits_trains_on_two_processes(name, root, tmp_path):
+    """As one process does, within what another order of sums makes: each rank quantises the same
+    checkpoint for itself."""
+    alone, output = tmp_path / "alone", tmp_path / "out"
+    few = (f"quantization={name}", "train.saliency_batches=0")
+    succeed(*options(root, alone, 4, *few))
+    run([*torchrun(2), "-m", "koff.cli", *options(root, output, 2, *few)])
+    for memory in ("en", "fr"):
+        file = f"memories/{memory}/lora/adapter_model.safetensors"
+        ours, theirs = (load_file(folder / file) for folder in (output, alone))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, atol=1e-4, rtol=1e-3)
+    assert koff.load(output).koff.memory_names == ("en", "fr")
 
 
 def test_the_readme_runs_under_torchrun_as_it_stands(tmp_path):

@@ -7,6 +7,8 @@ import yaml
 from support.command_line import RECIPE, fail, succeed
 from transformers import LlamaConfig
 
+from bench.models import llama_config
+from bench.rehearse import MODELS
 from koff.commands import plan as planning
 from koff.commands.recipe import load_recipe
 from koff.commands.train import check_model, load_base, make_trainer, prepare, training_arguments
@@ -80,6 +82,50 @@ def test_what_does_not_fit_is_changed_in_the_order_of_what_it_costs(config_alone
     ]
     assert not everything.fits
     assert "smaller model" in succeed("plan", config_alone, "--memory", "1KB", "--tflops", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "memory", "weights"), [("llama-3.2-3b", "12GB", 2.4), ("llama-3.1-8b", "24GB", 6.0)]
+)
+def test_large_models_fit_in_four_bits(name, memory, weights, tmp_path):
+    shape, tied = MODELS[name]
+    llama_config(
+        shape, tie_word_embeddings=tied, max_position_embeddings=4096, dtype="bfloat16"
+    ).save_pretrained(tmp_path)
+    overrides = (f"model={tmp_path}", "quantization=nf4")
+    recipe = load_recipe(f"koff/recipes/{name}.yaml", overrides)
+    found = made(recipe, memory=planning.bytes_from(memory), rate=1e12)
+    assert found.fits and not found.changes
+    # Half a byte for each number of a layer, 1/64 for scales, and embeddings and head in 16 bits.
+    assert found.setting.weights < weights * 1e9
+    # Saved is the narrow model in 16 bits, which is there at the end.
+    peaks, sizes = found.setting.peaks, found.setting.sizes
+    assert peaks.compact > found.output > 2 * (sizes.parameters - sizes.removed)
+
+
+@pytest.mark.slow
+def test_few_bits_are_proposed_where_they_are_enough(config_alone, tmp_path):
+    wide = dict(hidden_size=1024, intermediate_size=4096, vocab_size=512, num_hidden_layers=2)
+    LlamaConfig(**wide, num_attention_heads=4, max_position_embeddings=64).save_pretrained(
+        tmp_path / "model"
+    )
+    small = ("train.batch_size=1", "train.block_size=32", "koff.lora.target_modules=[q_proj]")
+    checkpointed = (*small, "train.activation_checkpointing=true")
+    few = load_recipe(config_alone, (*checkpointed, "quantization=int8"))
+    whole = made(load_recipe(config_alone, checkpointed), rate=1e12).setting.peaks.most
+    less = made(few, rate=1e12).setting.peaks.most
+    assert less < 0.9 * whole
+    recipe = load_recipe(config_alone, small)
+    found = made(recipe, memory=(whole + less) // 2, rate=1e12)
+    assert found.fits and [change.change for change in found.changes] == [
+        "train.activation_checkpointing=true",
+        "quantization=int8",
+    ]
+    assert found.changes[-1].peak == less
+    # Nothing is sharded with them.
+    lost = made(few, memory=1000, rate=1e12)
+    assert not lost.fits and "FSDP" not in lost.changes[-1].change
 
 
 @pytest.mark.slow

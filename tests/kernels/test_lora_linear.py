@@ -8,7 +8,7 @@ from support.linear_inputs import SHAPES, caller, make
 from support.oracle import assert_same, check, run, run_oracle
 from torch.utils.checkpoint import checkpoint
 
-from koffkernels import LoRA, force_backend, lora_linear
+from koffkernels import LoRA, add_lora, force_backend, lora_linear
 
 
 @pytest.mark.parametrize("dtype", FP)
@@ -242,3 +242,33 @@ def test_lora_linear_cuda(dtype):
     call = caller(weights, ids_of("mixed", 9, 3).cuda())
     check(call, tensors, dtype)
     assert_same(run(call, tensors), run(call, tensors))
+
+
+@pytest.mark.parametrize("kind", ["none", "off", "one", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_add_lora_is_what_lora_linear_adds(shape, kind):
+    if kind == "none":
+        shape = (*shape[:3], 1, shape[4])
+    tensors, weights = make(shape, torch.float64)
+    ids = ids_of(kind, shape[0][0], shape[3])
+
+    def added(t):
+        return add_lora(F.linear(t["x"], weights["w"]), t["x"], lora_from(t, "lora"), ids)
+
+    (got, gradients), (wanted, wanted_gradients) = (
+        run(call, tensors) for call in (added, caller(weights, ids))
+    )
+    torch.testing.assert_close(got, wanted)
+    for name, gradient in wanted_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient)
+
+
+def test_add_lora_refuses_what_does_not_fit():
+    tensors, weights = make(((2, 3), 8, 6, 2, 4), torch.float32)
+    y, x, lora = tensors["x"].new_zeros(2, 3, 6), tensors["x"], lora_from(tensors, "lora")
+    with pytest.raises(ValueError, match="add_lora: y must have shape"):
+        add_lora(y[:, :2], x, lora, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"add_lora: lora.b must have shape"):
+        add_lora(y[..., :5], x, lora, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="add_lora: memory_ids must be given"):
+        add_lora(y, x, lora)

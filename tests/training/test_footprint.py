@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import activation_checkpointing
+from support.few_bits import quantised
 from support.models import HYBRID, tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -35,6 +36,7 @@ SHAPES = {
         torch.bfloat16,
         StepShape(6, 128, accumulates=True),
     ),
+    "llama, nf4": (LlamaConfig, LORA_AND_KV, torch.float32, StepShape(6, 128, few_bits=True)),
     "qwen3, gates alone, no teacher": (
         Qwen3Config, koff.KoffConfig(), torch.float32, StepShape(4, 256, distils=False),
     ),
@@ -72,11 +74,19 @@ def test_a_step_takes_what_was_counted_within_a_tenth(name, tmp_path):
     """Beyond weights, gates and memories, which are there before: with them it would be closer."""
     config_class, config, dtype, shape = SHAPES[name]
     base = config_class(**SIZE)
-    sizes, counted = sizes_of(base, config, dtype), count_step(base, config, dtype, shape)
-    model = koff.attach(AutoModelForCausalLM.from_config(base, dtype=dtype), config)
+    quantization = "nf4" if shape.few_bits else None
+    sizes = sizes_of(base, config, dtype, quantization)
+    counted = count_step(base, config, dtype, shape)
+    model = AutoModelForCausalLM.from_config(base, dtype=dtype)
+    if shape.few_bits:
+        model.save_pretrained(tmp_path / "base")
+        model = quantised("nf4", folder=tmp_path / "base")
+    model = koff.attach(model, config)
     assert sizes.trained == sum(p.numel() for p in model.koff.parameters() if p.requires_grad)
-    assert sizes.weights == sum(
-        p.nbytes for n, p in model.named_parameters() if not n.startswith("koff.")
+    weights = [p for n, p in model.named_parameters() if not n.startswith("koff.")]
+    scales = [p.quant_state for p in weights if hasattr(p, "quant_state")]
+    assert sizes.weights == sum(p.nbytes for p in weights) + sum(
+        s.absmax.nbytes + s.state2.absmax.nbytes for s in scales
     )
     measured = peak_bytes(make_trainer(model, config, shape, tmp_path).train)
     moments = 8 * sizes.trained
