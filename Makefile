@@ -45,7 +45,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On two cores 12 minutes. What was committed stays: results and report go to BENCH.
+# On two free cores 5 minutes. What was committed stays: results and report go to BENCH.
 BENCH ?= build/bench
 MICRO := --benchmark-only --benchmark-min-rounds=3 --benchmark-max-time=0.1 --benchmark-warmup=off
 bench: $(STAMP)

@@ -47,7 +47,7 @@ INTRODUCTION = """# Benchmarks
 Written by `python -m bench report` from the files in `bench/results`; `docs/bench.csv` has every
 time, with Liger-Kernel's columns.
 
-    make bench                              # two cores, 12 minutes: all here that needs no GPU
+    make bench                              # two cores, 5 minutes: all here that needs no GPU
     python -m bench e2e                     # whole models; --model FOLDER, --device cuda
     make gpu PART=e2e                       # the same cases on a GPU, most telling first, 110 s
     pytest bench/micro --benchmark-only     # every public operation against its peers
@@ -74,7 +74,7 @@ norms, residuals and casts (a quarter) do not get narrower, and the bound counts
 **Eight memories at the 3B shape: under twice PEFT's speed.** A forward without any memory is 1.7
 times as fast as PEFT with eight at 8 rows, and 1.5 times at 64: reading the base's weights sets
 that limit, and koff with eight memories reaches 1.3 of it. On SmolLM2-135M, whose base is smaller
-beside its memories, it is more than twice as fast."""
+beside its memories, it is twice as fast at 8 rows; at 64 rows products take most of the time."""
 
 
 def load(folder: Path, pattern: str) -> dict[str, dict]:
