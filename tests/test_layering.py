@@ -163,7 +163,7 @@ def test_layering_public_docstrings(path):
             assert ast.get_docstring(node), f"line {node.lineno}: {node.name} has no docstring"
 
 
-BLOCKED = ("triton", "datasets", "matplotlib", "lm_eval")
+BLOCKED = ("triton", "datasets", "matplotlib", "lm_eval", "bitsandbytes", "torchao")
 # Hidden as if not installed: every finder says so, also to those who only ask (find_spec).
 BARE_IMPORT = """
 import importlib, sys

@@ -26,15 +26,20 @@ _FOREIGN = ("auto_map", "attn_implementation", "experts_implementation", "custom
 
 
 def check_writable(model: PreTrainedModel) -> None:
-    """Refuse an attached model with tensors that its config does not tell of, such as an adapter's:
-    nobody could load what would be written.
+    """Refuse an attached model in few bits, or with tensors that its config does not tell of, such
+    as an adapter's: nobody could load what would be written.
 
     Args:
         model: an attached model.
 
     Raises:
-        ValueError: the first names that there should not, or should, be.
+        ValueError: few bits, or the first names that there should not, or should, be.
     """
+    if arch.is_few_bits(model):
+        raise ValueError(
+            f"{asker()}: the base must be plain, got one in few bits; call koff.compact first, "
+            "which takes the weights from the checkpoint that it was quantised from"
+        )
     base_class = type(model).__mro__[2]  # behind koff's subclass and its mixin
     with torch.device("meta"):
         wanted = base_class(copy.deepcopy(model.config)).state_dict().keys()

@@ -97,11 +97,6 @@ def _check_model(model: PreTrainedModel) -> None:
             "koff.save: the model must be compacted, got one with gates; call koff.binarize and "
             "koff.compact first"
         )
-    if arch.is_few_bits(model):
-        raise ValueError(
-            "koff.save: the base must be plain, got one in few bits; call koff.compact first, "
-            "which takes the weights from the checkpoint that it was quantised from"
-        )
     check_writable(model)
     for memory in model.koff.memories:
         check_memory(memory)

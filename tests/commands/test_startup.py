@@ -9,6 +9,7 @@ from support.imports import ROOT
 from support.run_folders import RunFolder
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton", "datasets", "tokenizers"}
+HEAVY |= {"bitsandbytes", "torchao"}
 COMMANDS = (
     "train", "eval", "analyse", "generate", "info", "export", "add-memory", "import-memory",
     "remove-memory", "push", "demo", "report", "reproduce",

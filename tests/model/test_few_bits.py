@@ -220,6 +220,10 @@ def test_few_bits_are_left_alone_by_apply_kernels():
 def test_few_bits_are_not_saved(tmp_path):
     config = koff.KoffConfig(memories=("en",), kv=None, target_sparsity=0)
     model = koff.attach(quantised("nf4"), config)
-    with pytest.raises(ValueError, match="must be plain, got one in few bits; call koff.compact"):
+    said = "must be plain, got one in few bits; call koff.compact"
+    with pytest.raises(ValueError, match=f"koff.save: the base {said}"):
         koff.save(model, tmp_path / "out")
+    for export in (koff.export_merged, koff.export_gguf):
+        with pytest.raises(ValueError, match=said):
+            export(model, *(["en"] if export is koff.export_merged else []), tmp_path / "out")
     assert not (tmp_path / "out").exists() and checkpoint().exists()
