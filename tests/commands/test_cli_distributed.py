@@ -47,6 +47,7 @@ def test_koff_train_on_two_processes_saves_what_one_saves(start, root, tmp_path)
     shutil.rmtree(output)
 
 
+@pytest.mark.few_bits
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_base_in_few_bits_trains_on_two_processes(name, root, tmp_path):
     """As one process does, within what another order of sums makes: each rank quantises the same

@@ -16,6 +16,8 @@ from koff.model import arch
 from koff.model.arch import is_few_bits
 from koff.model.few_bits import kind
 
+pytestmark = pytest.mark.few_bits
+
 slow = pytest.mark.slow
 
 

@@ -13,6 +13,8 @@ from koff.model import arch
 from koff.model.few_bits import dense_weight, kind
 from koff.model.state import count_weights
 
+pytestmark = pytest.mark.few_bits
+
 MEMORIES = ["en", None, "fr"]
 every_format = pytest.mark.parametrize("name", FORMATS)
 # Whose forward is by its dequantised weights in eval mode, too.

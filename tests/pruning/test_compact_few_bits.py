@@ -1,6 +1,7 @@
 """Compacting a base in few bits: the weights of its checkpoint, or its own, and never a mixture."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,8 @@ import koff
 from koff.model import arch
 from koff.model.arch import is_few_bits
 from koff.model.few_bits import is_plain
+
+pytestmark = pytest.mark.few_bits
 
 MEMORIES = ["en", None, "fr"]
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -144,7 +147,8 @@ def test_compact_few_bits_of_a_hub_id(shards, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "base", max_shard_size=shards)
     server = Hub()
     server.files["someone/base"] = {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir()}
-    env = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(bare.ROOT)}
+    paths = f"{bare.ROOT}:{os.environ['PYTHONPATH']}"  # of make test-few-bits
+    env = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}
     bare.run(bare.sys.executable, HUB, tmp_path / "out", cwd=tmp_path, **env)
     server.close()
     found, wanted = (dict(arch.sites(m)) for m in (koff.load(tmp_path / "out"), tiny("llama")))

@@ -18,7 +18,8 @@ def torchrun(ranks: int, *options: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """The variables of a process that finds koff and the tests, and takes one thread."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    there = os.environ.get("PYTHONPATH")  # of make test-few-bits
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), *([there] if there else [])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 

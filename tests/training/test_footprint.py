@@ -69,7 +69,13 @@ def make_trainer(model, config, shape: StepShape, folder) -> KoffTrainer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.few_bits] if shape.few_bits else [])
+        for name, (*_, shape) in SHAPES.items()
+    ],
+)
 def test_a_step_takes_what_was_counted_within_a_tenth(name, tmp_path):
     """Beyond weights, gates and memories, which are there before: with them it would be closer."""
     config_class, config, dtype, shape = SHAPES[name]
