@@ -112,6 +112,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="train.steps")] = None,
     seed: Annotated[int | None, typer.Option(help="seed")] = None,
     device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Share the base among the processes of torchrun.")
+    ] = False,
 ) -> None:
     """Train what a recipe describes, prune, and save the small model with its memories."""
     from .commands.recipe import load_recipe
@@ -124,7 +127,7 @@ def train(
     from .commands.train import run
     from .storage.processes import is_first
 
-    folder = run(checked, output, device=device)
+    folder = run(checked, output, device=device, fsdp=fsdp)
     if is_first():
         next_step = f"koff eval {folder} --base --card, and koff report {folder}"
         Console().print(f"saved to {folder}; next: {next_step}", markup=False)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from ..data.sources import load_documents
 from ..errors import Stopped, asked_by
 from ..model import arch
 from ..model.attach import attach
+from ..model.sharding import in_shards
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
 from ..storage.layout import MARKER, current
@@ -78,6 +81,7 @@ def run(
     device: str | None = None,
     label: str = "training",
     stops_on_signals: bool = True,
+    fsdp: bool = False,
 ) -> Path:
     """Train what a recipe describes and save the pruned model with its memories.
 
@@ -90,6 +94,7 @@ def run(
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
         label: what stands before the progress bar.
         stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C.
+        fsdp: share the base among the processes; each loads its shard alone.
 
     Returns:
         The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json,
@@ -103,9 +108,11 @@ def run(
     """
     output = Path(output)
     prepared = prepare(recipe, check_output(output, recipe))
-    model = attach(load_base(recipe), recipe.koff)
-    arguments = training_arguments(recipe, output / CHECKPOINTS, device)
+    # The processes find each other here, which they must before they load a base in shards.
+    arguments = training_arguments(recipe, output / CHECKPOINTS, device, fsdp=fsdp)
     arguments.enable_jit_checkpoint = stops_on_signals
+    fsdp = fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
+    model = attach(load_base(recipe, arguments.world_size if fsdp else 1), recipe.koff)
     trainer = make_trainer(model, prepared, arguments, label)
     with contextlib.ExitStack() as held, asked_by("koff train"):
         # From here on files are written: by one process of a distributed run alone.
@@ -379,15 +386,17 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return _load(recipe, AutoTokenizer)
 
 
-def load_base(recipe: Recipe) -> PreTrainedModel:
-    """Load the dense base model of a recipe, on the CPU."""
+def load_base(recipe: Recipe, processes: int = 1) -> PreTrainedModel:
+    """Load the dense base model of a recipe, on the CPU; or, shared by several processes, in shards
+    where they train."""
     config = _load(recipe, AutoConfig)
     if recipe.koff.kv is not None:
         # Some are published with attention dropout, which attention over a learned cache has not.
         # Set here, since from_pretrained does not find it in the text part of a multimodal config.
         config.get_text_config().attention_dropout = 0.0
     if recipe.gguf_file is None:
-        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
+        shards = in_shards(processes) if processes > 1 else {}
+        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype, **shards)
     model = _load(recipe, AutoModelForCausalLM, config=config, dtype="float32")
     return _plain(model, torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
 
@@ -429,7 +438,7 @@ def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
 
 
 def training_arguments(
-    recipe: Recipe, folder: str | Path, device: str | None = None
+    recipe: Recipe, folder: str | Path, device: str | None = None, *, fsdp: bool = False
 ) -> KoffTrainingArguments:
     """Return the arguments of a recipe's training.
 
@@ -437,10 +446,16 @@ def training_arguments(
         recipe: the recipe.
         folder: where checkpoints go.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+        fsdp: share the base among the processes.
 
     Raises:
-        ValueError: another device.
+        ValueError: another device; or one process, which shares with nobody.
     """
+    if fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(
+            "koff train: --fsdp must have several processes to share the base, got one; start them "
+            "with torchrun (docs/scale.md), or leave it out"
+        )
     if device not in (None, "cpu"):
         raise ValueError(
             f"koff train: device must be cpu (or left out), got {device!r}; CUDA_VISIBLE_DEVICES "
@@ -469,6 +484,7 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
+        fsdp=fsdp,
         **checkpointing,
         **own,
     )
