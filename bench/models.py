@@ -37,8 +37,9 @@ class Shape:
         return asdict(self)
 
 
-# From its config.json.
+# From their config.json: Llama-3.2-3B and Llama-3.1-8B.
 LLAMA_3B = Shape(3072, 8192, 28, 24, 8, 128256)
+LLAMA_8B = Shape(4096, 14336, 32, 32, 8, 128256)
 
 
 def of_layers(shape: Shape, layers: int) -> Shape:

@@ -133,6 +133,59 @@ def train(
         Console().print(f"saved to {folder}; next: {next_step}", markup=False)
 
 
+@_command
+def plan(
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What each device has, as 24GB or 24GiB.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="How many train together.")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="They share the base, as with koff train --fsdp.")
+    ] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="What a device does, 10^12 operations a second; default: measured here."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.steps=10."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything to this file.")
+    ] = None,
+) -> None:
+    """Count what a recipe will take, without loading its model: memory, steps, time and disk.
+
+    With --memory it says what to change where that is too little.
+    """
+    from .commands.recipe import load_recipe
+
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"koff plan: --tflops must be positive, got {tflops}; correct it")
+    checked = load_recipe(recipe, set_ or [])
+
+    from .commands import plan as planning
+    from .commands.tables import check_writable, facts_table, write_json
+    from .commands.train import check_model
+
+    size = None if memory is None else planning.bytes_from(memory)
+    if json is not None:
+        check_writable(json)
+    rate = None if tflops is None else tflops * 1e12
+    found = planning.plan(
+        checked, check_model(checked), memory=size, devices=devices, rate=rate, fsdp=fsdp
+    )
+    if json is not None:
+        write_json(json, found.to_dict())
+    console = Console()
+    console.print(facts_table(found.facts(), title=f"plan of {checked.model}"))
+    for line in found.advice():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _keep(
     directory: Path, rows: list[dict[str, Any]], kind: str, card: bool, json: Path | None
 ) -> None:
@@ -164,6 +217,9 @@ def eval_(
     card: Annotated[
         bool, typer.Option("--card", help="Write the rows into the model card too.")
     ] = False,
+    swaps: Annotated[
+        bool, typer.Option("--swaps", help="LoRA of one memory with the KV of another, instead.")
+    ] = False,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, instead of text.")
     ] = None,
@@ -183,9 +239,10 @@ def eval_(
 ) -> None:
     """Measure perplexity and bits per byte with every memory and none, on every domain.
 
-    With --tasks: the tasks of lm-eval instead.
+    With --tasks: the tasks of lm-eval instead. With --swaps: the domains alone, under the LoRA of
+    one memory and the KV of another, or none.
     """
-    from .commands.tables import check_writable, eval_table, tasks_table
+    from .commands.tables import check_writable, eval_table, swaps_table, tasks_table
 
     of_tasks = {
         "--memory": memory,
@@ -199,10 +256,14 @@ def eval_(
         if value is not None:
             must = "come with" if tasks is None else "not come with"
             raise ValueError(f"koff eval: {name} must {must} --tasks, got {value!r}; correct it")
+    others = {"--base": base, "--card": card, "--tasks": tasks is not None}
+    if swaps and any(others.values()):
+        got = ", ".join(name for name, given in others.items() if given)
+        raise ValueError(f"koff eval: --swaps must stand alone, got {got} too; run them apart")
     if json is not None:
         check_writable(json)
 
-    from .commands.saved import evaluate_run
+    from .commands.saved import evaluate_run, evaluate_run_swaps
     from .storage.saved_folder import open_saved
 
     if card:
@@ -226,14 +287,19 @@ def eval_(
         _keep(directory, [row.to_dict() for row in rows], "tasks", card, json)
         Console().print(tasks_table([row.to_dict() for row in rows]))
         return
-    rows = evaluate_run(
-        directory,
-        split=split,
-        base=base,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        device=device,
-    )
+    options = {
+        "split": split,
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    if swaps:
+        found = evaluate_run_swaps(directory, **options)
+        _keep(directory, [row.to_dict() for row in found], "swaps", False, json)
+        title = f"perplexity, {split}, halves swapped (lower is better)"
+        Console().print(swaps_table(found, title=title))
+        return
+    rows = evaluate_run(directory, base=base, **options)
     _keep(directory, [row.to_dict() for row in rows], "results", card, json)
     console = Console()
     console.print(eval_table(rows, title=f"perplexity, {split} (lower is better)"))
@@ -354,6 +420,86 @@ def report(
 
     written = write_report(directories, output, split=split)
     Console().print(f"written: {written}", markup=False, soft_wrap=True)
+
+
+@_command
+def reproduce(
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe file (YAML), or one of koff's own by name: smollm2, ...")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the runs, their logs and the answers.")],
+    sparsity: Annotated[str, typer.Option(metavar="S,...", help="Targets.")] = "0.2,0.4",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,...", help="Seeds of the main runs; the first, of all.")
+    ] = "0,1,2",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="main, or of: parts, general, masks, languages, swaps, neurons; default: all.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For every run.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME KEY=VALUE ...'", help="koff once more, with these settings."),
+    ] = None,
+    later: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Domain whose memory comes later: FOLDER/NAME.train.jsonl and so on.",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of each domain, only its first documents, of so many tokens."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks per forward, measuring.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, each with cores / jobs.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="End what then still runs; answer with what is whole.")
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Run nothing; answer with what is whole.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands.")] = False,
+    name: Annotated[str, typer.Option(help="Of the files with the answers.")] = "reproduction",
+) -> None:
+    """Test every claim of the paper on a model: train and measure all that it takes, and answer.
+
+    Gates, + LoRA, + KV and both, over sparsities and seeds; once without general steps, with masks
+    fixed before the training, with fewer languages; memories and their halves swapped; memories on
+    the dense model; which neurons go. The same command goes on where it was stopped.
+    """
+    from .commands.reproduce.answer import answer, numbers
+    from .commands.reproduce.plan import Plan
+
+    questions = None if only is None else [name for name in only.split(",") if name != "main"]
+    variants = [text.split() for text in variant or []]
+    added = [text.partition("=") for text in later or []]
+    plan = Plan(
+        recipe=recipe,
+        output=output.resolve(),
+        sparsities=numbers("--sparsity", sparsity, float),
+        seeds=numbers("--seeds", seeds, int),
+        questions=None if questions is None else tuple(dict.fromkeys(questions)),
+        overrides=tuple(set_ or []),
+        split=split,
+        device=device,
+        name=name,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        variants={words[0]: tuple(words[1:]) for words in variants if words},
+        later={text: Path(folder) for text, _, folder in added},
+    )
+    options = {"jobs": jobs, "minutes": minutes, "collect_only": collect, "dry_run": dry_run}
+    if not answer(plan, Console(), **options):
+        raise typer.Exit(1)
 
 
 @_command

@@ -4,12 +4,13 @@ own."""
 from . import layers
 from .dispatch import backends, force_backend, preload_defaults, recompute_hidden
 from .gated_mlp import gated_mlp
+from .group_rows import group_rows
 from .hard_concrete import hard_concrete, open_probability
 from .lora_linear import lora_linear
 from .modules import GatedMLP, LoRALinear, PrefixAttention
 from .prefix_attention import prefix_attention
 from .routes import force_route
-from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds, RowGroups
 from .warmup import LayerShape, warmup
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "Prefix",
     "PrefixAttention",
     "RowBounds",
+    "RowGroups",
     "backends",
     "force_backend",
     "force_route",
     "gated_mlp",
+    "group_rows",
     "hard_concrete",
     "layers",
     "lora_linear",

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from .types import GatedMLPLoRA, LoRA, Prefix, RowBounds, RowGroups
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,6 +36,18 @@ def refuse(
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """Return the tensor's shape as a plain tuple, for error messages."""
     return tuple(tensor.shape)
+
+
+def _is(value: object, shape: tuple[int, ...], x: Tensor) -> bool:
+    """Whether a value is a floating tensor of this shape on the device of x. Seven layers of each
+    block ask in every forward, and a question costs as much as a small operator: so one look, and
+    the checks that can say what is wrong only where something is."""
+    return (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype in FLOATING
+        and value.device == x.device
+    )
 
 
 def check_type(where: str, name: str, value: object, kind: type) -> None:
@@ -91,6 +103,8 @@ def check_integers(
 def check_frozen(where: str, name: str, weight: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     """Check a base weight or bias: shape, device, dtype, and that nobody expects a gradient for
     it."""
+    if _is(weight, shape, x) and weight.dtype == x.dtype and not weight.requires_grad:
+        return
     check_tensor(where, name, weight, (len(shape),))
     check_shape(where, name, weight, shape, "check the layout")
     check_device(where, name, weight, x)
@@ -102,9 +116,20 @@ def check_frozen(where: str, name: str, weight: Tensor, x: Tensor, shape: tuple[
         refuse(where, name, rule, "requires_grad=True", f"call {name}.{step}")
 
 
-def check_ids(where: str, memory_ids: Tensor | None, n: int, rows: int, x: Tensor) -> None:
-    """Check memory ids: int64 [rows]; required when there is more than one memory."""
+def check_ids(
+    where: str, memory_ids: Tensor | RowGroups | None, n: int, rows: int, x: Tensor
+) -> None:
+    """Check memory ids: int64 [rows], or rows that were grouped by such; required when there is
+    more than one memory."""
     name = "memory_ids"
+    if isinstance(memory_ids, RowGroups):
+        counts = memory_ids.counts
+        if len(memory_ids.ids) != rows or (counts is not None and len(counts) != n):
+            rule = f"group {rows} rows by {n} memories"
+            got = f"{len(memory_ids.ids)} rows" + f" and {len(counts)}" * (counts is not None)
+            refuse(where, name, rule, got, "call group_rows with the ids of this batch")
+        check_device(where, f"{name}.ids", memory_ids.ids, x, "the first argument")
+        return
     if memory_ids is None:
         if n != 1:
             rule = "be given when there is more than one memory"
@@ -121,17 +146,23 @@ def check_ids(where: str, memory_ids: Tensor | None, n: int, rows: int, x: Tenso
 def check_lora(where: str, name: str, lora: LoRA, x: Tensor, width_in: int, width_out: int) -> int:
     """Check one stacked LoRA against its layer and return its number of memories."""
     check_type(where, name, lora, LoRA)
-    check_tensor(where, f"{name}.a", lora.a, (3,))
-    check_tensor(where, f"{name}.b", lora.b, (3,))
-    check_tensor(where, f"{name}.scaling", lora.scaling, (1,))
-    n, rank, _ = lora.a.shape
+    a, b, scaling = lora
+    n, rank = a.shape[:2] if isinstance(a, Tensor) and a.dim() == 3 else (0, 0)
+    shapes = (n, rank, width_in), (n, width_out, rank), (n,)
+    fits = n > 0 and rank > 0
+    if fits and _is(a, shapes[0], x) and _is(b, shapes[1], x) and _is(scaling, shapes[2], x):
+        return n
+    # Something is wrong: what it is.
+    check_tensor(where, f"{name}.a", a, (3,))
+    check_tensor(where, f"{name}.b", b, (3,))
+    check_tensor(where, f"{name}.scaling", scaling, (1,))
     if n < 1 or rank < 1:
         rule, step = "hold at least one memory and rank", "pass lora=None for none"
-        refuse(where, f"{name}.a", rule, shape_of(lora.a), step)
+        refuse(where, f"{name}.a", rule, shape_of(a), step)
     step = "check the layer it belongs to"
-    check_shape(where, f"{name}.a", lora.a, (n, rank, width_in), step)
-    check_shape(where, f"{name}.b", lora.b, (n, width_out, rank), step)
-    check_shape(where, f"{name}.scaling", lora.scaling, (n,), "pass alpha / r of each memory")
+    check_shape(where, f"{name}.a", a, shapes[0], step)
+    check_shape(where, f"{name}.b", b, shapes[1], step)
+    check_shape(where, f"{name}.scaling", scaling, shapes[2], "pass alpha / r of each memory")
     for part, value in zip(LoRA._fields, lora, strict=True):
         check_device(where, f"{name}.{part}", value, x)
     return n
@@ -143,7 +174,7 @@ def check_linear(
     weight: Tensor,
     bias: Tensor | None,
     lora: LoRA | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
 ) -> None:
     """Check the arguments of ``lora_linear``."""
     check_tensor(where, "x", x, (2, 3))
@@ -165,7 +196,7 @@ def check_gated_mlp(
     weights: tuple[Tensor, Tensor, Tensor],
     gates: Tensor | None,
     lora: GatedMLPLoRA | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
 ) -> None:
     """Check the arguments of ``gated_mlp``."""
     check_tensor(where, "x", x, (2, 3))
@@ -202,7 +233,7 @@ def check_prefix_attention(
     k: Tensor,
     v: Tensor,
     prefix: Prefix | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
     bounds: RowBounds | None,
 ) -> None:
     """Check the arguments of ``prefix_attention``; q, k and v are floating [., ., ., .] already."""

@@ -21,6 +21,7 @@ import torch
 
 from . import routes
 from .checks import refuse
+from .types import RowGroups
 
 BACKENDS = ("torch", "triton", "interpret", "reference")
 
@@ -169,9 +170,20 @@ def choose(
     return BackendChoice(op, asked, f"set by {reason}")
 
 
+def _without_groups(run: Callable) -> Callable:
+    """Let an implementation that sorts no rows take rows that are grouped: by their ids."""
+
+    @functools.wraps(run)
+    def by_ids(*args):
+        return run(*[arg.ids if isinstance(arg, RowGroups) else arg for arg in args])
+
+    return by_ids
+
+
 def _load(op: str, backend: str) -> Callable:
     module, name = IMPLEMENTATIONS[op][backend].split(":")
-    found = _LOADED[op, backend] = getattr(importlib.import_module(module, __package__), name)
+    found = getattr(importlib.import_module(module, __package__), name)
+    found = _LOADED[op, backend] = found if backend == "torch" else _without_groups(found)
     return found
 
 
@@ -259,3 +271,11 @@ def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which autocast is off. Entering autocast's own takes as long as a small
+    product, so where it is off already nothing is entered."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

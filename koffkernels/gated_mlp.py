@@ -7,7 +7,7 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_gated_mlp, refuse
 from .reference import ACTIVATIONS
-from .types import GatedMLPLoRA
+from .types import GatedMLPLoRA, RowGroups
 
 
 def gated_mlp(
@@ -18,7 +18,7 @@ def gated_mlp(
     *,
     gates: Tensor | None = None,
     lora: GatedMLPLoRA | None = None,
-    memory_ids: Tensor | None = None,
+    memory_ids: Tensor | RowGroups | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """Return y = down(act(gate(x)) * up(x) * z); gate, up and down are ``lora_linear`` layers.
@@ -30,7 +30,8 @@ def gated_mlp(
         gates: z [I], fp32, or None for all ones.
         lora: LoRA of the three layers, or None.
         memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
-            them: no memory for that row. May be None with one memory.
+            them: no memory for that row. Or what ``group_rows`` made of them. May be None with
+            one memory.
         activation: "silu", "gelu" or "gelu_tanh".
 
     Returns:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import check_linear
-from .types import LoRA
+from .types import LoRA, RowGroups
 
 
 def lora_linear(
@@ -15,7 +15,7 @@ def lora_linear(
     bias: Tensor | None = None,
     *,
     lora: LoRA | None = None,
-    memory_ids: Tensor | None = None,
+    memory_ids: Tensor | RowGroups | None = None,
 ) -> Tensor:
     """Return y = x W^T + bias + scaling_m (x A_m^T) B_m^T, where m is the memory of each row.
 
@@ -25,7 +25,8 @@ def lora_linear(
         bias: [N] or None, frozen.
         lora: stacked LoRA of n memories, or None.
         memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
-            them: no memory for that row. May be None when n is 1.
+            them: no memory for that row. Or what ``group_rows`` made of them. May be None when n
+            is 1.
 
     Returns:
         y [..., N] in x's dtype (autocast's where it is on). Gradients for x and for the three

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import check_prefix_attention, check_tensor
-from .types import Prefix, RowBounds
+from .types import Prefix, RowBounds, RowGroups
 
 
 def prefix_attention(
@@ -16,7 +16,7 @@ def prefix_attention(
     v: Tensor,
     prefix: Prefix | None,
     *,
-    memory_ids: Tensor | None = None,
+    memory_ids: Tensor | RowGroups | None = None,
     bounds: RowBounds | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -27,8 +27,8 @@ def prefix_attention(
         q: [B, Hq, T, D], fp32, bf16, fp16 or fp64, RoPE applied.
         k, v: [B, Hkv, S, D], q's dtype; Hq is a multiple of Hkv (grouped-query attention).
         prefix: learned keys and values of n memories (fp32 is usual), or None.
-        memory_ids: int64 [B]; -1, or any that is none of them: no prefix for that row. May be None
-            with one memory.
+        memory_ids: int64 [B]; -1, or any that is none of them: no prefix for that row. Or what
+            ``group_rows`` made of them. May be None with one memory.
         bounds: which keys each row sees; None: key_start 0, key_end S, query_start S - T.
         scale: softmax scale; None: 1 / sqrt(D).
 

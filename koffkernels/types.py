@@ -50,6 +50,29 @@ class Prefix(NamedTuple):
     lengths: Tensor
 
 
+class RowGroups(NamedTuple):
+    """Which memory each row has, sorted out once for all operations of a forward; made by
+    ``koffkernels.group_rows``.
+
+    Args:
+        ids: int64 [B], each one of the n memories, or -1 for none.
+        counts: how many rows each memory has; None where nobody can look at ids, on a GPU or under
+            torch.compile, and then there is nothing but ids.
+        order: int64 [R], the rows that have a memory, by memory.
+        slots: int64 [n G], G rows of each memory, G the most that one has; what a memory has fewer
+            is filled up with any row.
+        places: int64 [R], where among ``slots`` each of ``order`` stands.
+        aligned: whether ``slots`` is 0, 1, ..., B - 1.
+    """
+
+    ids: Tensor
+    counts: tuple[int, ...] | None = None
+    order: Tensor | None = None
+    slots: Tensor | None = None
+    places: Tensor | None = None
+    aligned: bool = False
+
+
 class RowBounds(NamedTuple):
     """Which keys each row may see: query t of row b sees key j iff
     ``key_start[b] <= j < key_end[b]`` and ``j <= query_start[b] + t``.

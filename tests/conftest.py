@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 # test needs it: test_hub.py has its own. huggingface_hub reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What tests tokenise goes when they do, and nothing is found that an earlier run left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KOFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # Triton's interpreter needs a process of its own: test_interpreter.py starts it.
 # What is in vllm runs in vLLM's environment: make test-vllm.
 collect_ignore = ["vllm"]

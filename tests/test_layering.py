@@ -32,6 +32,7 @@ DIRECTION = {
     ),
     "koffkernels": (
         ("koffkernels.types", "koffkernels.clock"),
+        ("koffkernels.group_rows",),
         ("koffkernels.reference", "koffkernels.checks"),
         ("koffkernels.routes",),
         ("koffkernels.dispatch",),  # loads the two below by name, when they are used

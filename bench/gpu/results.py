@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from koff.commands.machine import PACKAGES
 from koffkernels.routes import table_path
 
 from .. import timing
@@ -198,7 +199,7 @@ def _digest(path: Path) -> str | None:
 def _same(before: dict, now: dict) -> bool:
     """Are two environments of the same GPU, versions and route table?"""
     gpus = [record.get("gpu", {}).get("name") for record in (before, now)]
-    names = (*timing.PACKAGES, "table")
+    names = (*PACKAGES, "table")
     return gpus[0] == gpus[1] and all(before.get(name) == now.get(name) for name in names)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..gpu import smoke
 from ..gpu.smoke import Problem
+from ..memory import peak_bytes
 from ..models import Shape
 from ..peers.peft_mlp import liger_mlp
 
@@ -164,14 +165,4 @@ def _peak(call: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        result = call()
-    del result
-    held = most = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak_bytes(call)

@@ -32,25 +32,43 @@ Columns = str | tuple[str, ...] | Completion
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """One split of a dataset of the Hugging Face hub; the fields are those of ``DataSource``."""
+class SourceData:
+    """One split, in local files or of a dataset of the Hugging Face hub; the fields are those of
+    ``DataSource``."""
 
-    hub: str
+    files: str | tuple[str, ...] | None = None
+    hub: str | None = None
     name: str | None = None
     split: str = "train"
     field: Columns | None = None
     skip: int = 0
     limit: int | None = None
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if (not self.files) == (self.hub is None):
+            raise ValueError(
+                f"a split must have either files or hub, got files={self.files!r} and "
+                f"hub={self.hub!r}; give exactly one of them"
+            )
+        if self.hub is None and (self.name is not None or self.split != "train"):
+            raise ValueError(
+                "name and split must be left out where there are files, got "
+                f"{self.name!r} and {self.split!r}; they belong to hub"
+            )
+
+
+Split = str | tuple[str, ...] | SourceData
 
 
 @dataclass(frozen=True)
 class DomainData:
-    """The splits of one domain: local paths or hub datasets, and the columns that hold what is
-    learned, as in ``DataSource``."""
+    """The splits of one domain: local files (one, several, a folder, a pattern) or hub datasets,
+    and the columns that hold what is learned, as in ``DataSource``."""
 
-    train: str | HubSource
-    validation: str | HubSource | None = None
-    test: str | HubSource | None = None
+    train: Split
+    validation: Split | None = None
+    test: Split | None = None
     field: Columns = "text"
 
 
@@ -78,10 +96,11 @@ class TrainSettings(Settings):
         weight_decay: of the LoRA matrices.
         max_grad_norm: of gates, LoRA and KV, each by itself.
         bf16: mixed precision; a base that is loaded in bfloat16 needs none.
-        gradient_checkpointing: keep the layers' inputs alone, and compute the rest again.
+        activation_checkpointing: keep the layers' inputs alone, and compute the rest again.
         save_every: steps from one checkpoint to the next; 0: none is written.
         keep_checkpoints: so many of the newest stay.
         logging_every: steps from one logged line to the next.
+        dataset_num_proc: processes that tokenise what is not yet in the cache.
     """
 
     steps: int = 1000
@@ -92,14 +111,15 @@ class TrainSettings(Settings):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     save_every: int = 0
     keep_checkpoints: int = 2
     logging_every: int = 10
+    dataset_num_proc: int = 1
 
     def __post_init__(self) -> None:
         at_least_1 = ("steps", "batch_size", "gradient_accumulation", "width_multiple_of")
-        for name in (*at_least_1, "logging_every", "keep_checkpoints"):
+        for name in (*at_least_1, "logging_every", "keep_checkpoints", "dataset_num_proc"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
         if self.steps > _MOST_STEPS:
@@ -176,22 +196,32 @@ class Recipe:
         found = {}
         for name, part in parts.items():
             value = getattr(part, split)
-            if isinstance(value, HubSource):
-                columns = part.field if value.field is None else value.field
-                settings = dataclasses.asdict(value) | {"field": columns}
-                found[name] = DataSource(**settings)
-            elif value is not None:
-                found[name] = DataSource(path=self.root / value, field=part.field)
+            if value is None:
+                continue
+            if not isinstance(value, SourceData):
+                value = SourceData(files=value)
+            settings = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+            files = settings.pop("files") or ()
+            paths = tuple(
+                self.root / file for file in ([files] if isinstance(files, str) else files)
+            )
+            settings["path"] = (paths[0] if len(paths) == 1 else paths) or None
+            settings["field"] = part.field if value.field is None else value.field
+            found[name] = DataSource(**settings)
         return found
 
     def data_names(self, *, general: bool = False) -> dict[str, str]:
-        """Return {name: what it was trained on}: hub ids, and file names without their folders.
+        """Return {name: what it was trained on}: hub ids, and names of files, folders and patterns
+        without the folders they lie in.
 
         Args:
             general: the general mixture instead of the domains.
         """
         sources = self.sources("train", general=general)
-        return {name: s.path.name if s.path else str(s) for name, s in sources.items()}
+        return {
+            name: ", ".join(path.name for path in source.paths) or str(source)
+            for name, source in sources.items()
+        }
 
     def check_files(self) -> None:
         """Refuse local files that are missing or of an unknown kind.
@@ -263,10 +293,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
     Args:
         values: what the recipe file holds.
-        overrides: texts such as "train.steps=10" or "koff.kv=null".
+        overrides: texts such as "train.steps=10" or "koff.kv=null"; "data.fr=null" and
+            "general.math=null" leave a domain or a general part out.
 
     Raises:
-        ValueError: a text without "=", malformed YAML, or a path through something without keys.
+        KeyError: a part to be left out that is not there. ValueError: a text without "=", malformed
+            YAML, or a path through something without keys.
     """
     from .strict_yaml import read_yaml
 
@@ -289,7 +321,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                     f"got {inner!r}; correct the key"
                 )
             place = inner
-        place[keys[-1]] = read_yaml(value, f"recipe: the value of {key_path}")
+        value = read_yaml(value, f"recipe: the value of {key_path}")
+        if value is None and len(keys) == 2 and keys[0] in ("data", "general"):
+            if keys[1] not in place:
+                raise KeyError(
+                    f"recipe: what {text!r} leaves out must be one of {sorted(place)}, got "
+                    f"{keys[1]!r}; correct the name"
+                )
+            del place[keys[1]]
+        else:
+            place[keys[-1]] = value
     return result
 
 
@@ -319,6 +360,10 @@ def parse(values: Mapping[str, Any], root: Path) -> Recipe:
     values["koff"] = _koff_values(values.get("koff") or {}, list(data), seed)
     for name in ("general", "train"):  # "train:" with nothing below it is null to YAML
         values[name] = values.get(name) or {}
+    train, old, new = values["train"], "gradient_checkpointing", "activation_checkpointing"
+    if isinstance(train, Mapping) and old in train and new not in train:
+        # As transformers called it, and older runs have stored it.
+        values["train"] = {(new if key == old else key): train[key] for key in train}
     recipe = build(Recipe, values, "")
     recipe.root = root
     memories = recipe.koff.memories
@@ -373,9 +418,16 @@ def added_data(record: dict[str, Any], name: str) -> DomainData:
         name: of the memory, for errors.
     """
     root, values = data_root(Path(record["root"])), dict(record["data"])
+
+    def absolute(files: Any) -> Any:
+        return str(root / files) if isinstance(files, str) else [str(root / f) for f in files or ()]
+
     for split in ("train", "validation", "test"):
-        if isinstance(values.get(split), str):
-            values[split] = str(root / values[split])
+        value = values.get(split)
+        if isinstance(value, str | list):
+            values[split] = absolute(value)
+        elif isinstance(value, dict) and value.get("files"):
+            values[split] = value | {"files": absolute(value["files"])}
     return build(DomainData, values, f"data.{name}")
 
 

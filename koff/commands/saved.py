@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.sources import DataSource, Document, load_documents
+from ..data.sources import DataSource, Document, check_source, read_documents
 from ..errors import asked_by
 from ..storage.files import File
 from ..storage.hub import resolve
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
     from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
+    from ..evaluation.swaps import SwapRow
 
 
 def check_saved(directory: str | Path) -> Path:
@@ -158,9 +159,9 @@ def evaluate_run(
     directory, device = check_saved(directory), pick_device(device)
     recipe = read_run(directory)
     size = recipe.train.block_size
-    documents = {
-        name: load_documents(source) for name, source in eval_sources(recipe, split).items()
-    }
+    sources = eval_sources(recipe, split)
+    for source in sources.values():
+        check_source(source)
 
     from ..evaluation.perplexity import evaluate
     from ..storage.save_load import load
@@ -168,7 +169,7 @@ def evaluate_run(
 
     tokenizer = open_saved(directory).load_tokenizer()
     # Packed here and not by evaluate: once for both models, and errors name the split.
-    packed = _packed(documents, tokenizer, size, split, max_tokens)
+    packed = _packed(sources, tokenizer, size, split, max_tokens)
     rows = []
     options: dict[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
     if base:  # without a name of its own: it is gone before the other model needs its memory
@@ -176,8 +177,47 @@ def evaluate_run(
     return rows + evaluate(load(directory, device=device), tokenizer, packed, **options)
 
 
+def evaluate_run_swaps(
+    directory: str | Path,
+    *,
+    split: str = "test",
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> list[SwapRow]:
+    """Measure a saved model on the domains of its memories, the memories' halves swapped.
+
+    Args:
+        directory, split, max_tokens, batch_size, device: as ``evaluate_run`` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``evaluate_run``; memories that cannot be swapped.
+    """
+    directory, device = check_saved(directory), pick_device(device)
+    recipe = read_run(directory)
+    size = recipe.train.block_size
+    sources = recipe.sources(split)
+    if not sources:
+        raise ValueError(
+            f"koff eval: some domain must have a {split} split for --swaps, got none; add it or "
+            "choose another --split"
+        )
+    for source in sources.values():
+        check_source(source)
+
+    from ..evaluation.swaps import evaluate_swaps
+    from ..storage.save_load import load
+
+    tokenizer = open_saved(directory).load_tokenizer()
+    packed = _packed(sources, tokenizer, size, split, max_tokens)
+    model = load(directory, device=device)
+    return evaluate_swaps(
+        model, tokenizer, packed, block_size=size, batch_size=batch_size, split=split
+    )
+
+
 def _packed(
-    documents: dict[str, list[Document]],
+    sources: dict[str, DataSource],
     tokenizer: Any,
     size: int,
     split: str,
@@ -189,21 +229,19 @@ def _packed(
 
     return {
         name: pack(
-            _first(texts, tokenizer, max_tokens),
+            source if max_tokens is None else _first(source, tokenizer, max_tokens),
             tokenizer,
             size,
             name=f"the {split} split of {name!r}",
         )
-        for name, texts in documents.items()
+        for name, source in sources.items()
     }
 
 
-def _first(documents: list[Document], tokenizer: Any, tokens: int | None) -> list[Document]:
-    """Return the first documents, whole, that hold ``tokens`` tokens together; None: all."""
-    if tokens is None:
-        return documents
+def _first(source: DataSource, tokenizer: Any, tokens: int) -> list[Document]:
+    """Return the first documents, whole, that hold ``tokens`` tokens together."""
     chosen: list[Document] = []
-    for document in documents:
+    for document in read_documents(source):
         if tokens <= 0:
             break
         chosen.append(document)
@@ -251,7 +289,7 @@ def analyse_run(
         raise KeyError(
             f"koff analyse: memory must be one of {list(names)}, got {memory!r}; correct --memory"
         )
-    documents = load_documents(sources[domain])
+    check_source(sources[domain])
 
     from ..evaluation.attention_mass import prefix_attention_mass
     from ..storage.save_load import load
@@ -260,7 +298,7 @@ def analyse_run(
     return prefix_attention_mass(
         model,
         open_saved(directory).load_tokenizer(),
-        documents,
+        sources[domain],
         memory=memory,
         block_size=recipe.train.block_size,
         batch_size=batch_size,
@@ -301,7 +339,8 @@ def analyse_neurons(
             f"koff analyse: --neurons must have at least two domains with a {split} split, to see "
             f"what only one uses, got {list(sources)}"
         )
-    documents = {name: load_documents(source) for name, source in sources.items()}
+    for source in sources.values():
+        check_source(source)
 
     import torch
 
@@ -309,7 +348,7 @@ def analyse_neurons(
     from .train import load_base
 
     tokenizer, size = saved.load_tokenizer(), recipe.train.block_size
-    packed = _packed(documents, tokenizer, size, split, max_tokens)
+    packed = _packed(sources, tokenizer, size, split, max_tokens)
     with asked_by("koff analyse"):
         kept = saved.manifest.kept_neurons()
         pruned = []

@@ -150,7 +150,7 @@ def take_samples(
         found = []
         for _ in range(NEW):
             with torch.no_grad():
-                logits = model(ids, memory=names, use_cache=False).logits[:, -1]
+                logits = model(ids, memory=names, use_cache=False, logits_to_keep=1).logits[:, -1]
             found.append(logits.float().log_softmax(-1).topk(2))
             ids = torch.cat([ids, found[-1].indices[:, :1]], dim=1)
         values = torch.stack([best.values for best in found], dim=1)  # [rows, NEW, 2]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.attention_mass import PrefixMass
     from ..evaluation.neurons import NeuronReport
     from ..evaluation.perplexity import EvalRow
+    from ..evaluation.swaps import SwapRow
     from ..pruning.binarize import SparsityReport
 
 OWN, NONE, DENSE, GATES = "own memory", "no memory", "dense", "gates only"
@@ -100,6 +101,28 @@ def tasks_table(rows: Iterable[Mapping[str, Any]]) -> Table:
         error = "–" if row["stderr"] is None else f"{row['stderr']:.4f}"
         cells = (row["task"], measure, memory, f"{row['value']:.4f}", error, str(row["samples"]))
         table.add_row(*map(escape, cells))
+    return table
+
+
+def swaps_table(rows: Iterable[SwapRow], *, title: str) -> Table:
+    """Return perplexities with swapped halves as a ``rich`` table: a line for each pair of LoRA and
+    cache, the domains' own pairs in bold."""
+    cells: dict[tuple[str | None, str | None], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((row.lora, row.kv), {})[row.domain] = row.perplexity
+    domains = list(next(iter(cells.values())))
+    table = Table(title=escape(title))
+    for name in ("LoRA of", "KV of"):
+        table.add_column(name)
+    for name in domains:
+        table.add_column(escape(name), justify="right")
+    for pair, values in cells.items():
+        line = [escape(_number(values[domain], 2)) for domain in domains]
+        line = [
+            f"[bold]{cell}[/bold]" if pair == (domain, domain) else cell
+            for domain, cell in zip(domains, line, strict=True)
+        ]
+        table.add_row(*(escape(name or "–") for name in pair), *line)
     return table
 
 

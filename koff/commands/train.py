@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import str_to_bool
+from rich.console import Console
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_torch_xla_available
 
 from ..data.blocks import PackedBlocks, pack
-from ..data.sources import load_documents
+from ..data.sources import DataSource
 from ..errors import Stopped, asked_by
 from ..model import arch
 from ..model.attach import attach
@@ -40,8 +42,9 @@ from ..storage.save_load import save
 from ..storage.space import SMALL_FILES, DiskFull, bytes_of, check_room, room_kept
 from ..training.arguments import KoffTrainingArguments
 from ..training.checkpoint import last_complete
-from ..training.settings import OWN_FIELDS
+from ..training.settings import OWN_FIELDS, checkpointing_name
 from ..training.trainer import KoffTrainer
+from . import plan
 from .progress import TrainProgress
 from .recipe import LOG_FILE, RECIPE_FILE, Recipe, first_difference, parse, stored_recipe
 from .report.write import write_report
@@ -61,15 +64,15 @@ class Prepared:
 
     Args:
         tokenizer: of the recipe's model.
-        train: {domain: its blocks}.
-        general: {part: its blocks} of the general mixture; may be empty.
+        train: {domain: its blocks, or its source if that is streamed}.
+        general: the same of the parts of the general mixture; may be empty.
         weights: {part: its share in the draws}, relative to the others.
         checkpoint: folder to resume from, or None.
     """
 
     tokenizer: Any
-    train: dict[str, PackedBlocks]
-    general: dict[str, PackedBlocks]
+    train: dict[str, PackedBlocks | DataSource]
+    general: dict[str, PackedBlocks | DataSource]
     weights: dict[str, float]
     checkpoint: str | None
 
@@ -93,7 +96,8 @@ def run(
         output: folder for the model; new, empty, or that of the same run, interrupted.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
         label: what stands before the progress bar.
-        stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C.
+        stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C; in another
+            thread than the main one nothing does, since signals are not heard there.
         fsdp: share the base among the processes; each loads its shard alone.
 
     Returns:
@@ -107,13 +111,27 @@ def run(
             command, given again, saves it. Stopped: by a signal, with a checkpoint.
     """
     output = Path(output)
+    if fsdp:
+        _check_fsdp(recipe, device)
     prepared = prepare(recipe, check_output(output, recipe))
     # The processes find each other here, which they must before they load a base in shards.
     arguments = training_arguments(recipe, output / CHECKPOINTS, device, fsdp=fsdp)
-    arguments.enable_jit_checkpoint = stops_on_signals
+    # Python hears signals in its main thread alone.
+    in_main = threading.current_thread() is threading.main_thread()
+    arguments.enable_jit_checkpoint = stops_on_signals and in_main
     fsdp = fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
     model = attach(load_base(recipe, arguments.world_size if fsdp else 1), recipe.koff)
     trainer = make_trainer(model, prepared, arguments, label)
+    if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
+        expected = plan.plan(
+            recipe,
+            check_model(recipe),
+            devices=arguments.world_size,
+            fsdp=fsdp and arguments.world_size > 1,
+        )
+        Console().print(
+            f"{label}: {expected.headline()}", markup=False, highlight=False, soft_wrap=True
+        )
     with contextlib.ExitStack() as held, asked_by("koff train"):
         # From here on files are written: by one process of a distributed run alone.
         with one_writes(f"koff train {output}") as writes:
@@ -293,10 +311,18 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
         )
     tokenizer = load_tokenizer(recipe)
 
-    def packed(general: bool) -> dict[str, PackedBlocks]:
+    def packed(general: bool) -> dict[str, PackedBlocks | DataSource]:
         kind, size = "general" if general else "data", recipe.train.block_size
         return {
-            name: pack(load_documents(source), tokenizer, size, name=f"{kind}.{name}.train")
+            name: source
+            if source.streaming
+            else pack(
+                source,
+                tokenizer,
+                size,
+                name=f"{kind}.{name}.train",
+                num_proc=recipe.train.dataset_num_proc,
+            )
             for name, source in recipe.sources("train", general=general).items()
         }
 
@@ -437,6 +463,25 @@ def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
         ) from error
 
 
+def _check_fsdp(recipe: Recipe, device: str | None) -> None:
+    """Refuse to share a base that cannot be shared, before its data are read."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(
+            "koff train: --fsdp must have several processes to share the base, got one; start them "
+            "with torchrun (docs/scale.md), or leave it out"
+        )
+    if device == "cpu":
+        raise ValueError(
+            "koff train: --fsdp must have a GPU for each process, got --device cpu; leave one of "
+            "them out"
+        )
+    if recipe.gguf_file is not None:
+        raise ValueError(
+            "koff train: --fsdp must have a base in safetensors, of which each process can read "
+            f"its part alone, got gguf_file: {recipe.gguf_file!r}; leave one of them out"
+        )
+
+
 def training_arguments(
     recipe: Recipe, folder: str | Path, device: str | None = None, *, fsdp: bool = False
 ) -> KoffTrainingArguments:
@@ -449,13 +494,8 @@ def training_arguments(
         fsdp: share the base among the processes.
 
     Raises:
-        ValueError: another device; or one process, which shares with nobody.
+        ValueError: another device.
     """
-    if fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise ValueError(
-            "koff train: --fsdp must have several processes to share the base, got one; start them "
-            "with torchrun (docs/scale.md), or leave it out"
-        )
     if device not in (None, "cpu"):
         raise ValueError(
             f"koff train: device must be cpu (or left out), got {device!r}; CUDA_VISIBLE_DEVICES "
@@ -464,8 +504,6 @@ def training_arguments(
     train = recipe.train
     own = {name: getattr(train, name) for name in OWN_FIELDS}
     own["general_every"] = train.general_every if recipe.general else 0
-    # Named only where it is wanted: newer transformers warn about the name.
-    checkpointing = {"gradient_checkpointing": True} if train.gradient_checkpointing else {}
     return KoffTrainingArguments(
         output_dir=str(folder),
         max_steps=train.steps,
@@ -485,7 +523,7 @@ def training_arguments(
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
         fsdp=fsdp,
-        **checkpointing,
+        **{checkpointing_name(KoffTrainingArguments): train.activation_checkpointing},
         **own,
     )
 

@@ -6,21 +6,35 @@ same tokens of them count.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import hashlib
+import io
+import json
 import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .records import IGNORED, Text, Tokens, check_tokenizer, read_document
+from . import cache
+from .records import IGNORED, check_tokenizer
+from .sources import DataSource, content_of, read_documents
+from .tokens import Encoded, encode
 
-# Documents per call of the tokenizer: enough for all of its threads, few enough that their ids,
-# which come as lists of Python integers, stay small beside the stream.
-_TOKENIZE_BATCH = 512
+# Tokens that wait for their blocks to be written: a few megabytes.
+_WAITING = 1 << 18
+
+# What PackedBlocks holds in tensors, and safetensors' names of their types.
+_TENSORS = {"blocks": "I64", "labelled": "BOOL", "lengths": "I64"}
+
+# Raised when documents become other blocks than before: what was cached then is of no use.
+_FORMAT = 1
 
 logger = logging.getLogger("koff")
 
@@ -38,6 +52,7 @@ class PackedBlocks:
             by the UTF-8 bytes of their text; turns bits per token into bits per byte.
         num_documents: documents that went in (empty ones are left out).
         num_tokens: tokens of the whole split, before the last partial block was dropped.
+        id_range: the lowest and the highest token id in the blocks.
     """
 
     blocks: Tensor
@@ -46,6 +61,7 @@ class PackedBlocks:
     tokens_per_byte: float
     num_documents: int
     num_tokens: int
+    id_range: tuple[int, int]
 
     def __len__(self) -> int:
         return self.blocks.shape[0]
@@ -73,11 +89,12 @@ class PackedBlocks:
 
 
 def pack(
-    documents: PackedBlocks | Iterable[Any],
+    documents: PackedBlocks | DataSource | Iterable[Any],
     tokenizer: Any,
     block_size: int,
     *,
     name: str = "documents",
+    num_proc: int = 1,
 ) -> PackedBlocks:
     """Pack documents into blocks of ``block_size`` tokens.
 
@@ -100,12 +117,16 @@ def pack(
 
     A token sees all that stands before it in its block, also of other documents.
 
+    The blocks of a ``DataSource`` lie in a cache on the disk (``koff.data.cache``), from which they
+    are memory-mapped; those of other documents lie in memory.
+
     Args:
-        documents: texts, records (a ``datasets.Dataset`` of records too), or blocks packed before,
-            which are checked and returned.
+        documents: a ``DataSource``; texts, records (a ``datasets.Dataset`` of records too); or
+            blocks packed before, which are checked and returned.
         tokenizer: a transformers tokenizer; None if the documents are token ids.
         block_size: T, tokens per block, at least 2.
         name: what to call these documents in errors.
+        num_proc: processes that tokenise.
 
     Returns:
         The blocks, int64 [N, T] with N >= 1, and the statistics of ``PackedBlocks``.
@@ -114,6 +135,7 @@ def pack(
         ValueError: no documents, fewer than ``block_size`` tokens, none that counts, or an illegal
             block size.
         TypeError: documents of another kind, or no tokenizer.
+        OSError: no room for the cache; nothing is left in it.
     """
     if not isinstance(block_size, int) or block_size < 2:  # a block of 1 has no token to predict
         raise ValueError(
@@ -128,119 +150,211 @@ def pack(
                 f"{documents.blocks.shape[1]}; pack the documents again"
             )
         return documents
+    if not isinstance(num_proc, int) or num_proc < 1:
+        raise ValueError(
+            f"pack: num_proc must be a whole number of at least 1, got {num_proc!r}; 1 is usual"
+        )
+    if isinstance(documents, DataSource):
+        return _pack_source(documents, tokenizer, block_size, name, num_proc)
     # A text and a record are iterable too, but by letters and by keys.
     if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
         raise TypeError(
             f"pack: {name} must be a list of texts or of records, got "
             f"{type(documents).__name__}; wrap a single text in a list"
         )
-    stream = _Stream(tokenizer, block_size, name)
-    for index, document in enumerate(documents):
-        stream.add(read_document(document, tokenizer, f"document {index} of {name}"))
-    return stream.blocks()
+    files = {tensor: io.BytesIO() for tensor in _TENSORS}
+    facts = _write(documents, tokenizer, block_size, name, num_proc, files)
+    # Shares the memory of the files.
+    dtypes = {"I64": torch.int64, "BOOL": torch.bool}
+    tensors = {
+        tensor: torch.frombuffer(file.getbuffer(), dtype=dtypes[_TENSORS[tensor]])
+        for tensor, file in files.items()
+    }
+    return _packed({key: t.view(facts["shapes"][key]) for key, t in tensors.items()}, facts)
 
 
-class _Stream:
-    """The tokens of documents one after the other, of which blocks are cut.
+def _pack_source(
+    source: DataSource, tokenizer: Any, block_size: int, name: str, num_proc: int
+) -> PackedBlocks:
+    """Return the blocks of a source, mapped from the cache, which holds them from now on."""
+    from safetensors import safe_open
+
+    made_of = {
+        "format": _FORMAT,
+        "content": content_of(source),
+        "field": repr(source.field),
+        "part": [source.skip, source.limit],
+        "tokenizer": _digest(tokenizer),
+        "block_size": block_size,
+    }
+
+    def make(folder: Path) -> dict[str, Any]:
+        with contextlib.ExitStack() as opened:
+            files = {
+                tensor: opened.enter_context(cache.tensor_file(folder, tensor))
+                for tensor in _TENSORS
+            }
+            documents = read_documents(source)
+            facts = _write(documents, tokenizer, block_size, name, num_proc, files)
+            for tensor, file in files.items():
+                cache.finish_tensor(file, tensor, _TENSORS[tensor], facts["shapes"][tensor])
+        if content_of(source) != made_of["content"]:
+            raise ValueError(
+                f"pack: the files of {name} must stay as they are while they are read, got others; "
+                "start again"
+            )
+        return facts
+
+    folder, facts = cache.entry(made_of, f"the blocks of {name}", make)
+    tensors = {}
+    for tensor in _TENSORS:
+        with safe_open(folder / f"{tensor}.safetensors", "pt") as file:
+            tensors[tensor] = file.get_tensor(tensor)  # mapped: a page is read when it is used
+    return _packed(tensors, facts)
+
+
+def _digest(tokenizer: Any) -> str | None:
+    """Return a digest of all of a tokenizer that decides which tokens a document becomes."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        model = sorted(tokenizer.get_vocab().items())
+    else:
+        model = json.loads(backend.to_str())
+        # What the last call left behind.
+        for setting in ("padding", "truncation"):
+            model.pop(setting, None)
+    said = [
+        type(tokenizer).__name__,
+        model,
+        str(tokenizer.special_tokens_map),
+        sorted(tokenizer.get_added_vocab().items()),
+        getattr(tokenizer, "chat_template", None),
+        # Another version may split a text differently, or write a chat differently.
+        [metadata.version(package) for package in ("tokenizers", "transformers")],
+    ]
+    if backend is None:
+        kept = {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"}
+        said.append(sorted(map(str, kept.items())))
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _packed(tensors: dict[str, Tensor], facts: dict[str, Any]) -> PackedBlocks:
+    num_bytes = facts["num_bytes"]
+    return PackedBlocks(
+        **tensors,
+        # Token ids need not have a text: without a tokenizer there are no bytes to count.
+        tokens_per_byte=facts["num_labelled"] / num_bytes if num_bytes else float("nan"),
+        num_documents=facts["num_documents"],
+        num_tokens=facts["num_tokens"],
+        id_range=tuple(facts["id_range"]),
+    )
+
+
+def _write(
+    documents: Iterable[Any],
+    tokenizer: Any,
+    block_size: int,
+    name: str,
+    num_proc: int,
+    files: dict[str, IO[bytes]],
+) -> dict[str, Any]:
+    """Write the blocks of documents into one file per tensor of ``_TENSORS``; little of them is in
+    memory at a time.
+
+    Returns:
+        The statistics, the tensors' shapes and the range of the ids, ready for JSON.
+    """
+    cutter = Cutter(block_size)
+    num_blocks, lowest, highest = 0, np.iinfo(np.int64).max, -1
+
+    def put(cut: Cut) -> None:
+        nonlocal num_blocks, lowest, highest
+        for tensor, values in cut._asdict().items():
+            files[tensor].write(values.tobytes())
+        if len(cut.blocks):
+            num_blocks += len(cut.blocks)
+            lowest = min(lowest, int(cut.blocks.min()))
+            highest = max(highest, int(cut.blocks.max()))
+
+    for document in encode(documents, tokenizer, name, num_proc):
+        cutter.add(document)
+        if len(cutter.ids) >= _WAITING:
+            put(cutter.take())
+    put(cutter.finish())
+    if not cutter.num_documents:
+        got = "0 documents with text; add documents"
+        if cutter.num_idle:
+            got = f"{cutter.num_idle} without a token that counts; look at their labels"
+        raise ValueError(f"pack: {name} must not be empty, got {got}")
+    if not cutter.num_cut:
+        raise ValueError(
+            f"pack: {name} must hold at least one block of {block_size} tokens, got "
+            f"{len(cutter.ids)} tokens; add documents or choose a smaller block_size"
+        )
+    if cutter.num_long:
+        logger.warning(
+            "koff: %d of %d documents of %s are longer than a block of %d tokens: they are cut, "
+            "and what then counts has lost its beginning; a larger block_size keeps it",
+            cutter.num_long,
+            cutter.num_documents,
+            name,
+            block_size,
+        )
+    if not num_blocks:
+        raise ValueError(
+            f"pack: {name} must hold a token that counts, got none behind the first of a block; "
+            "choose a larger block_size"
+        )
+    rows = [num_blocks, block_size]
+    return {
+        "shapes": {"blocks": rows, "labelled": rows, "lengths": [num_blocks]},
+        "num_labelled": cutter.num_labelled,
+        "num_bytes": cutter.num_bytes,
+        "num_documents": cutter.num_documents,
+        "num_tokens": cutter.num_tokens,
+        "id_range": [lowest, highest],
+    }
+
+
+class Cut(NamedTuple):
+    """Blocks as a ``Cutter`` gives them away, fields as those of ``PackedBlocks``.
 
     Args:
-        tokenizer: of the model, or None.
-        block_size: T.
-        name: of the documents, for errors.
+        blocks: int64 [N, T].
+        labelled: bool [N, T].
+        lengths: int64 [N].
     """
 
-    def __init__(self, tokenizer: Any, block_size: int, name: str):
-        self.tokenizer, self.block_size, self.name = tokenizer, block_size, name
-        self.waiting: list[Text] = []  # not yet tokenised
+    blocks: np.ndarray
+    labelled: np.ndarray
+    lengths: np.ndarray
+
+
+class Cutter:
+    """Joins documents to one stream and cuts it into blocks. It holds what was not yet taken, and
+    so, after each ``take``, less than a block.
+
+    Args:
+        block_size: T.
+    """
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
         self.ids = array("q")  # int64: a list of Python integers takes four times as much
         self.labelled = bytearray()  # 1 at the tokens that count
         self.lengths: dict[int, int] = {}  # block that is filled up -> its own tokens
         self.marked_until = 0  # where the last document ends of which only a part counts
+        self.num_cut = 0  # blocks, with those that were left out
+        self.kept = np.empty(0, np.int64)  # which blocks of the last ``take`` were not
         self.num_documents = self.num_tokens = self.num_labelled = self.num_bytes = 0
         self.num_long = self.num_idle = 0  # marked documents beyond a block; without a label
 
-    def add(self, document: Text | Tokens) -> None:
-        """Append a document."""
-        if isinstance(document, Text):
-            if self.tokenizer is None:
-                raise TypeError(
-                    f"pack: {self.name} must hold token ids when there is no tokenizer, got a text "
-                    "or a chat; pass processing_class or records with 'input_ids'"
-                )
-            if any(part.strip() for part in document.parts()):
-                self.waiting.append(document)
-                if len(self.waiting) == _TOKENIZE_BATCH:
-                    self._tokenize()
-            return
-        self._tokenize()  # the texts before it come first
+    def add(self, document: Encoded) -> None:
+        """Append the tokens of a document."""
         ids, labelled = document.ids, document.labelled
-        self._append(ids, labelled, self._count_bytes(ids, labelled))
-
-    def _count_bytes(self, ids: Sequence[int], labelled: bytes | None) -> int:
-        """Return the UTF-8 bytes of what the tokens that count say; 0 if there is no tokenizer."""
-        if self.tokenizer is None:
-            return 0
-        counted = list(ids if labelled is None else itertools.compress(ids, labelled))
-        text = self.tokenizer.decode(counted, skip_special_tokens=True)
-        # A lone surrogate in a user's own text is refused; here it counts as "?".
-        return len(text.encode("utf-8", errors="replace"))
-
-    def _tokenize(self) -> None:
-        """Append the texts that wait for the tokenizer."""
-        if not self.waiting:
-            return
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        marked = any(document.spans is not None for document in self.waiting)
-        if marked and not getattr(self.tokenizer, "is_fast", False):
-            raise TypeError(
-                f"pack: the tokenizer must be a fast one to tell which tokens of {self.name} "
-                f"count, got {type(self.tokenizer).__name__}; give 'input_ids' and 'labels'"
-            )
-        out = self.tokenizer(
-            [document.text for document in self.waiting],
-            add_special_tokens=False,
-            return_offsets_mapping=marked,
-            verbose=False,  # documents longer than the model's context are fine, they are cut up
-        )
-        for row, document in enumerate(self.waiting):
-            ids = out["input_ids"][row]
-            labelled = None
-            if document.spans is not None:
-                # A token over the edge begins in what is given, and so is not written by the model.
-                labelled = bytes(
-                    any(first <= start < end for first, end in document.spans)
-                    for start, _ in out["offset_mapping"][row]
-                )
-            if not document.framed:
-                num_bytes = self._count_bytes(ids, labelled)  # the template's marks are no text
-            else:
-                num_bytes = sum(len(part.encode("utf-8")) for part in document.parts())
-                head = [] if bos is None else [bos]
-                # A completion may bring its own end.
-                ends = labelled is not None and ids and ids[-1] == eos
-                tail = [] if eos is None or ends else [eos]
-                ids = [*head, *ids, *tail]
-                if labelled is not None:
-                    labelled = bytes(len(head)) + labelled + b"\1" * len(tail)
-            self._append(ids, labelled, num_bytes)
-        self.waiting.clear()
-
-    def _append(self, ids: Sequence[int], labelled: bytes | None, num_bytes: int) -> None:
-        """Append the tokens of a document.
-
-        Args:
-            ids: of its tokens.
-            labelled: 1 at the tokens that count; None: all do.
-            num_bytes: of the text of those that count.
-        """
-        if not ids:
-            return
-        if labelled is None:
-            self.ids.extend(ids)
-            self.labelled.extend(b"\1" * len(ids))
-            self.num_labelled += len(ids)
-        else:
+        if labelled is not None:
             # Nothing stands before the first token but another document.
             labelled = bytes(1) + labelled[1:]
             if not any(labelled):
@@ -248,14 +362,28 @@ class _Stream:
                 return
             if len(self.ids) % self.block_size + len(ids) > self.block_size:
                 self._fill_up()
-            self.ids.extend(ids)
-            self.labelled.extend(labelled)
-            self.num_labelled += sum(labelled)
             self.num_long += len(ids) > self.block_size
-            self.marked_until = len(self.ids)
+        self._append(ids, labelled)
+        self.num_labelled += len(ids) if labelled is None else sum(labelled)
         self.num_documents += 1
         self.num_tokens += len(ids)
-        self.num_bytes += num_bytes
+        self.num_bytes += document.num_bytes
+
+    def add_rest(self, document: Encoded, skip: int) -> None:
+        """Append a document without its first tokens, which lie in blocks that were cut before.
+
+        Args:
+            document: with all of its tokens.
+            skip: how many of them were cut off.
+        """
+        labelled = document.labelled
+        self._append(document.ids[skip:], None if labelled is None else labelled[skip:])
+
+    def _append(self, ids: Sequence[int], labelled: bytes | None) -> None:
+        self.ids.extend(ids)
+        self.labelled.extend(b"\1" * len(ids) if labelled is None else labelled)
+        if labelled is not None:
+            self.marked_until = len(self.ids)
 
     def _fill_up(self) -> None:
         """Fill the last block up, if it is partial."""
@@ -266,53 +394,29 @@ class _Stream:
             self.ids.extend([self.ids[-1]] * (self.block_size - length))
             self.labelled.extend(bytes(self.block_size - length))
 
-    def blocks(self) -> PackedBlocks:
-        """Return what was appended, cut into blocks."""
-        self._tokenize()
-        if not self.num_documents:
-            got = "0 documents with text; add documents"
-            if self.num_idle:
-                got = f"{self.num_idle} without a token that counts; look at their labels"
-            raise ValueError(f"pack: {self.name} must not be empty, got {got}")
+    def take(self) -> Cut:
+        """Return the blocks that are complete, but for those in which no token counts."""
         size = self.block_size
-        if self.marked_until > len(self.ids) // size * size:
-            self._fill_up()
-        num_blocks = len(self.ids) // size
-        if not num_blocks:
-            raise ValueError(
-                f"pack: {self.name} must hold at least one block of {size} tokens, got "
-                f"{len(self.ids)} tokens; add documents or choose a smaller block_size"
-            )
-        if self.num_long:
-            logger.warning(
-                "koff: %d of %d documents of %s are longer than a block of %d tokens: they are "
-                "cut, and what then counts has lost its beginning; a larger block_size keeps it",
-                self.num_long,
-                self.num_documents,
-                self.name,
-                size,
-            )
-        # frombuffer shares the stream's memory; the clone lets go of it, and of the dropped tail.
-        whole = slice(num_blocks * size)
-        ids = torch.frombuffer(self.ids, dtype=torch.int64)[whole].clone().view(-1, size)
-        labelled = torch.frombuffer(self.labelled, dtype=torch.bool)[whole].clone().view(-1, size)
-        lengths = torch.full((num_blocks,), size)
+        count = len(self.ids) // size
+        whole = count * size
+        blocks = np.array(self.ids[:whole], dtype=np.int64).reshape(count, size)
+        labelled = np.frombuffer(bytes(self.labelled[:whole]), dtype=np.bool_).reshape(count, size)
+        lengths = np.full(count, size, dtype=np.int64)
         for block, length in self.lengths.items():
             lengths[block] = length
-        teaches = labelled[:, 1:].any(1)  # the first token of a block is never predicted
-        if not teaches.all():  # a prompt longer than a block
-            ids, labelled, lengths = ids[teaches], labelled[teaches], lengths[teaches]
-        if not len(ids):
-            raise ValueError(
-                f"pack: {self.name} must hold a token that counts, got none behind the first of a "
-                "block; choose a larger block_size"
-            )
-        return PackedBlocks(
-            blocks=ids,
-            labelled=labelled,
-            lengths=lengths,
-            # Token ids need not have a text: without a tokenizer there are no bytes to count.
-            tokens_per_byte=self.num_labelled / self.num_bytes if self.num_bytes else float("nan"),
-            num_documents=self.num_documents,
-            num_tokens=self.num_tokens,
-        )
+        del self.ids[:whole], self.labelled[:whole]
+        self.lengths.clear()
+        self.marked_until = max(0, self.marked_until - whole)
+        self.num_cut += count
+        # The first token of a block is never predicted, and a prompt may be longer than a block.
+        self.kept = np.flatnonzero(labelled[:, 1:].any(1))
+        if len(self.kept) < count:
+            blocks, labelled, lengths = blocks[self.kept], labelled[self.kept], lengths[self.kept]
+        return Cut(blocks, labelled, lengths)
+
+    def finish(self) -> Cut:
+        """Return the last blocks: what of the last one is missing is filled up if it ends a
+        document of which only a part counts; otherwise a partial block is left behind."""
+        if self.marked_until > len(self.ids) // self.block_size * self.block_size:
+            self._fill_up()
+        return self.take()

@@ -70,6 +70,25 @@ class Tokens:
     labelled: bytes | None = None
 
 
+def check_ids(who: str, what: str, low: int, high: int, vocabulary: int) -> None:
+    """Refuse token ids that a model has no embedding of.
+
+    Args:
+        who: asked, for the error.
+        what: has these ids, for the error.
+        low, high: the lowest and the highest of them.
+        vocabulary: how many the model knows.
+
+    Raises:
+        ValueError: an id beyond the vocabulary.
+    """
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{who}: {what} must have token ids in 0..{vocabulary - 1}, got {low}..{high}; use the "
+            "model's own tokenizer"
+        )
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """Refuse what is no tokenizer, such as the name of one; None is none.
 

@@ -1,16 +1,26 @@
-"""Where documents come from: a local file or a dataset of the Hugging Face hub.
+"""Where documents come from: files of this machine, or a dataset of the Hugging Face hub.
 
 A document is a text, or a record of which only a part counts (``koff.data.records``).
+
+Parquet, CSV and Arrow files and the hub are read by the package `datasets`. Lines of JSON are read
+here, because a record must say what its line says: `datasets` guesses the type of a column from all
+values in it, so that a text that looks like a date becomes one, and 1 beside 2.5 becomes 1.0; and
+it knows no line numbers. Nothing of a file is ever run: `datasets` knows no scripts since version
+4, and none of the formats here holds a pickle.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
+import glob
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .records import form_of
 
@@ -29,14 +39,24 @@ Document = str | Mapping[str, Any]
 # {column}, or {column[key][0]}: one group for the column, one for all of its keys.
 _PLACEHOLDER = re.compile(r"\{(\w+)((?:\[\w+\])*)\}")
 
+_LINES = (".jsonl", ".ndjson")
+# How `datasets` calls the other kinds that have records.
+_READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+_TEXT = ".txt"
+SUFFIXES = (*_LINES, *_READERS, _TEXT)
+
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where one split of one domain lies: a local file or a dataset of the Hugging Face hub.
+    """Where one split of one domain lies: in local files, or in a dataset of the Hugging Face hub.
 
     Args:
-        path: local ``.jsonl`` (one object per line) or ``.txt`` (one document); None for hub data.
-        hub: id of a hub dataset; None for a local file.
+        path: of a local file, a folder (all files of one kind in it and below), or a pattern such
+            as "data/part-*.parquet"; or several of these, read in their order, and those of a
+            folder or a pattern in the order of their names. ``.jsonl`` and ``.ndjson`` hold one
+            object per line; ``.parquet``, ``.csv``, ``.tsv`` and ``.arrow`` one record per row; a
+            ``.txt`` file is one document. None for hub data.
+        hub: id of a hub dataset; None for local files.
         name: configuration of the hub dataset ("main", "20231101.en", ...).
         split: split of the hub dataset.
         field: column that holds the text or a list of messages; several columns, joined by a
@@ -46,21 +66,24 @@ class DataSource:
             "completion", or "input_ids".
         skip, limit: first document and number of documents; with either, hub data are streamed, so
             that a few thousand documents of a huge dataset do not download all of it.
+        streaming: train from the documents as they come, in the order they stand in, and keep
+            nothing on the disk. Without it, all are tokenised first, into a cache.
 
     Raises:
         ValueError: not exactly one of ``path`` and ``hub``, or an illegal ``skip`` or ``limit``.
     """
 
-    path: Path | None = None
+    path: Path | tuple[Path, ...] | None = None
     hub: str | None = None
     name: str | None = None
     split: str = "train"
     field: Field = "text"
     skip: int = 0
     limit: int | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.hub is None):
+        if bool(self.paths) == (self.hub is not None):
             raise ValueError(
                 f"DataSource: the source must be either a path or a hub id, got path={self.path!r} "
                 f"and hub={self.hub!r}; give exactly one of them"
@@ -71,32 +94,39 @@ class DataSource:
                 f"limit={self.limit}; leave them out to read everything"
             )
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """What ``path`` names, none for hub data."""
+        if self.path is None:
+            return ()
+        given = self.path if isinstance(self.path, list | tuple) else (self.path,)
+        return tuple(map(Path, given))
+
     def __str__(self) -> str:
-        if self.path is not None:
-            return str(self.path)
+        if self.hub is None:
+            return ", ".join(map(str, self.paths))
         return ":".join(part for part in (self.hub, self.name, self.split) if part)
 
 
 def load_documents(source: DataSource | str | Path) -> list[Document]:
-    """Load the documents of one split.
+    """Load the documents of one split into memory.
 
     Args:
-        source: a ``DataSource``, or the path of a ``.jsonl`` (column "text") or ``.txt`` file.
+        source: a ``DataSource``, or what its ``path`` may be.
 
     Returns:
         One text or record per document, in the order of the source, as ``koff.data.blocks.pack``
         takes them.
 
     Raises:
-        FileNotFoundError: the local file does not exist.
+        FileNotFoundError: no such local file.
         KeyError: a record lacks the column (the message names file and line).
         ValueError: malformed JSON, bytes that are not UTF-8, an unknown kind of file, or no
             document at all.
-        ImportError: hub data without the ``datasets`` package.
     """
     if not isinstance(source, DataSource):
         source = DataSource(path=Path(source))
-    documents = list(_read_hub(source) if source.path is None else _read_local(source))
+    documents = list(read_documents(source))
     if not any(not isinstance(document, str) or document.strip() for document in documents):
         got = f"{len(documents)} empty ones" if documents else "none"
         raise ValueError(
@@ -106,63 +136,259 @@ def load_documents(source: DataSource | str | Path) -> list[Document]:
     return documents
 
 
-def check_source(source: DataSource) -> None:
+def read_documents(source: DataSource) -> Iterator[Document]:
+    """Yield the documents of one split, of which one at a time is in memory.
+
+    Args:
+        source: of the documents.
+
+    Raises:
+        As ``load_documents``.
+    """
+    return (document for _, document in read_places(source))
+
+
+def check_source(source: DataSource) -> list[Path]:
     """Raise the errors of ``load_documents`` that need no reading: missing or unknown local files.
 
     Args:
         source: what is to be read; hub data are not checked here.
 
+    Returns:
+        The local files, in their order; none for hub data.
+
     Raises:
         FileNotFoundError, ValueError: as ``load_documents``.
     """
-    path = source.path
-    if path is None:
-        return
-    if not path.is_file():
+    files = [file for path in source.paths for file in _files_of(path)]
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            packed = file.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip")
+            step = "unpack it" if packed else "convert it to one JSON object per line"
+            raise ValueError(
+                f"load_documents: {file} must end in {', '.join(SUFFIXES[:-1])} or {_TEXT}, got "
+                f"{file.suffix or 'no suffix'!r}; {step}"
+            )
+        if file.suffix == _TEXT and source.field != "text":
+            raise ValueError(
+                f"load_documents: the field of the text file {file} must be left out, got "
+                f"{_show(source.field)}; a .txt file is one document without columns"
+            )
+    return files
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files that one path names."""
+    if path.is_dir():
+        inside = (p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        # Notebooks and file managers leave hidden copies behind.
+        files = sorted(p for p in inside if not _is_hidden(p.relative_to(path)))
+        kinds = sorted({file.suffix for file in files})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"load_documents: the files of folder {path} must be of one kind, got "
+                f"{' and '.join(kinds)}; name those you mean, as {path / ('*' + kinds[0])}"
+            )
+    elif path.is_file() or not glob.has_magic(str(path)):
+        files = [path] if path.is_file() else []
+    else:
+        files = sorted(
+            file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()
+        )
+    if not files:
+        got = "a folder without any" if path.is_dir() else "nothing there"
         raise FileNotFoundError(
-            f"load_documents: {path} must be an existing file, got "
-            f"{'a folder' if path.is_dir() else 'nothing there'}; correct the path, or set "
-            "KOFF_DATA to the folder that relative paths start from"
+            f"load_documents: {path} must be an existing file, or a folder of "
+            f"{', '.join(SUFFIXES)} files, got {got}; correct the path, or set KOFF_DATA to the "
+            "folder that relative paths start from"
         )
-    if path.suffix not in (".jsonl", ".txt"):
-        packed = path.suffix in (".gz", ".zst", ".xz", ".bz2", ".zip")
-        step = "unpack it" if packed else "convert it to one JSON object per line"
-        raise ValueError(
-            f"load_documents: {path} must end in .jsonl or .txt, got "
-            f"{path.suffix or 'no suffix'!r}; {step}"
-        )
-    if path.suffix == ".txt" and source.field != "text":
-        raise ValueError(
-            f"load_documents: the field of the text file {path} must be left out, got "
-            f"{_show(source.field)}; a .txt file is one document without columns"
-        )
+    return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def content_of(source: DataSource) -> str:
+    """Return a digest of what a source holds: of the bytes of its files, whatever their names and
+    times, or of a hub dataset's own.
+
+    Args:
+        source: local files, or hub data, which are downloaded unless only a part is wanted.
+    """
+    hashed = hashlib.sha256()
+    if source.hub is None:
+        files = check_source(source)
+    elif _is_part(source):  # of a dataset that need not be here: its commit says what is in it
+        import huggingface_hub
+
+        commit = huggingface_hub.dataset_info(source.hub).sha
+        return f"{source.hub}@{commit}:{source.name}:{source.split}"
+    else:
+        files = [Path(file["filename"]) for file in _hub(source).cache_files]
+    for file in files:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").digest()
+        hashed.update(file.suffix.encode() + b"\0" + digest)
+    return hashed.hexdigest()
 
 
 # ---- reading ----
 
 
-def _read_local(source: DataSource) -> Iterator[Document]:
-    check_source(source)
-    path = source.path
-    if path.suffix == ".txt":
-        text = _decode(path.read_bytes(), str(path))
-        yield text.replace("\r\n", "\n").replace("\r", "\n")
+class Place(NamedTuple):
+    """Where a document begins, from where it can be read again without what stands before it. Plain
+    values, ready for JSON.
+
+    Args:
+        file: which file of the source.
+        at: where in it: a byte, or the state of `datasets` of a reader that comes to it next.
+        number: of the line or record before it in its file.
+        seen: documents of the source before it, skipped ones too.
+    """
+
+    file: int = 0
+    at: Any = None
+    number: int = 0
+    seen: int = 0
+
+
+def read_places(source: DataSource, start: Place | None = None) -> Iterator[tuple[Place, Document]]:
+    """Yield the documents of a split, each with the place it was read from.
+
+    Args:
+        source: of the documents.
+        start: the place of the first one; None: the beginning.
+
+    Raises:
+        As ``load_documents``.
+    """
+    start = start or Place()
+    if source.hub is not None:
+        what = str(source)
+        for at, number, record in _read_rows(lambda: _hub(source), start.at, start.number, what):
+            yield (
+                Place(0, at, number - 1, number - 1),
+                _document(record, source.field, f"{what} record {source.skip + number}"),
+            )
         return
+    files, seen = check_source(source), start.seen
     stop = None if source.limit is None else source.skip + source.limit
-    seen = 0
+    for index in range(start.file, len(files)):
+        path = files[index]
+        at, number = (start.at, start.number) if index == start.file else (None, 0)
+        # Before the next record is looked at: what lies beyond ``limit`` need not be valid.
+        if stop is not None and seen >= stop:
+            return
+        if path.suffix == _TEXT:
+            if seen >= source.skip:
+                text = _decode(path.read_bytes(), str(path))
+                yield Place(index, None, 0, seen), text.replace("\r\n", "\n").replace("\r", "\n")
+            seen += 1
+            continue
+        records = _records(path, at, number)
+        while stop is None or seen < stop:
+            found = next(records, None)
+            if found is None:
+                break
+            at, number, place, read = found
+            if seen >= source.skip:
+                yield Place(index, at, number - 1, seen), _document(read(), source.field, place)
+            seen += 1
+        records.close()
+
+
+def _records(path: Path, at: Any, number: int) -> Iterator[tuple[Any, int, str, Callable]]:
+    """Yield where each record of a file begins, its number, what to call it, and a function that
+    reads it."""
+    if path.suffix in _LINES:
+        yield from _lines(path, at or 0, number)
+        return
+    rows = _read_rows(functools.partial(_open, path), at, number, str(path))
+    for begin, row, record in rows:
+        yield begin, row, f"{path} record {row}", functools.partial(dict, record)
+
+
+def _lines(path: Path, at: int, number: int) -> Iterator[tuple[Any, int, str, Callable]]:
+    first = number == 0
     # As bytes, so that an error can name the line.
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            # Before the next line is looked at: what lies beyond ``limit`` need not be valid.
-            if stop is not None and seen >= stop:
-                return
+        lines.seek(at)
+        for line in lines:
+            begin, at, number = at, at + len(line), number + 1
             place = f"{path} line {number}"
             text = _decode(line, place).strip()
-            if not text:
-                continue
-            seen += 1
-            if seen > source.skip:
-                yield _document(_parse_line(text, place, first=seen == 1), source.field, place)
+            if text:
+                yield begin, number, place, functools.partial(_parse_line, text, place, first)
+                first = False
+
+
+def _read_rows(
+    open_rows: Callable[[], Any], at: Any, number: int, what: str
+) -> Iterator[tuple[Any, int, Mapping[str, Any]]]:
+    """Yield the state before each row of a data set of `datasets`, its number, and the row."""
+    try:
+        rows = open_rows()
+        if at is not None:
+            rows.load_state_dict(at)
+        records = iter(rows)
+        while True:
+            record = next(records, None)
+            if record is None:
+                return
+            number += 1
+            yield at, number, record
+            # A dataset that is there as a whole has none, and is never streamed.
+            at = rows.state_dict() if hasattr(rows, "state_dict") else None
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        why = str(error).strip().splitlines()
+        raise ValueError(
+            f"load_documents: {what} must be readable by `datasets`, got {type(error).__name__}: "
+            f"{why[0] if why else 'no reason'}; write it anew"
+        ) from error
+
+
+def _open(path: Path) -> Any:
+    """Open a file of ``_READERS`` as a stream of `datasets`."""
+    import datasets
+
+    kind = _READERS[path.suffix]
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # Every value is the text that stands there: 007 and NA too.
+        sep = "\t" if path.suffix == ".tsv" else ","
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            columns = next(csv.reader(file, delimiter=sep), [])
+        features = datasets.Features({name: datasets.Value("string") for name in columns})
+        options = {"sep": sep, "features": features, "na_filter": False, "encoding": "utf-8-sig"}
+        options["chunksize"] = 1000
+    rows = datasets.load_dataset(
+        # A name of a file may hold what means something in a pattern.
+        kind,
+        data_files=[glob.escape(str(path))],
+        split="train",
+        streaming=True,
+        **options,
+    )
+    # Then each group of rows of a parquet file can be come back to without reading those before.
+    return rows.reshard() if kind == "parquet" else rows
+
+
+def _is_part(source: DataSource) -> bool:
+    """Whether hub data are read as they come, and not downloaded first."""
+    return source.streaming or source.limit is not None or source.skip > 0
+
+
+def _hub(source: DataSource) -> Any:
+    import datasets
+
+    part = _is_part(source)
+    rows = datasets.load_dataset(source.hub, source.name, split=source.split, streaming=part)
+    if source.skip:
+        rows = rows.skip(source.skip)
+    return rows if source.limit is None else rows.take(source.limit)
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -208,23 +434,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} twice")
     return record
-
-
-def _read_hub(source: DataSource) -> Iterator[Document]:
-    try:
-        import datasets  # an extra: local files do not need it
-    except ImportError:
-        raise ImportError(
-            f"load_documents: reading {source} from the hub must have the package `datasets`, got "
-            'no such package; install it with pip install "koff[eval]", or use a local .jsonl file'
-        ) from None
-    streaming = source.limit is not None or source.skip > 0
-    data = datasets.load_dataset(source.hub, source.name, split=source.split, streaming=streaming)
-    if streaming:
-        data = data.skip(source.skip)
-        data = data if source.limit is None else data.take(source.limit)
-    for number, record in enumerate(data, start=source.skip + 1):
-        yield _document(record, source.field, f"{source} record {number}")
 
 
 # ---- from a record to its document ----

@@ -46,14 +46,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def default_cache() -> Path:
-    """Return $KOFF_CACHE if set, else the folder ``koff`` in the user's cache directory."""
-    if os.environ.get("KOFF_CACHE"):
-        return Path(os.environ["KOFF_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "koff"
-
-
 def prepare_base(cache: Path, *, settings: Mapping[str, Any] = SETTINGS) -> Path:
     """Make the demo's corpus and base model, or find them in the cache.
 

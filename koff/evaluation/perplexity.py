@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +14,9 @@ import torch
 
 from ..data.blocks import PackedBlocks, pack
 from ..data.losses import token_losses
-from ..data.records import IGNORED
+from ..data.records import IGNORED, check_ids
 from ..errors import asked_by, asker
+from ..model.head import measured
 
 # math.exp overflows beyond 709; a model with so many nats per token knows nothing in any case.
 _MOST_NATS = 700
@@ -80,7 +82,7 @@ def evaluate(
         tokenizer: the model's tokenizer; None if the documents are token ids.
         datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
             ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
-            ``datasets.Dataset`` of these, or ``PackedBlocks``.
+            ``datasets.Dataset`` of these, a ``DataSource``, or ``PackedBlocks``.
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block; with the longest prefix at most what the model has positions
             for.
@@ -113,7 +115,7 @@ def evaluate(
     for domain, documents in datasets.items():  # all of them, before the first forward
         what = f"dataset {domain!r}"
         packed[domain] = pack(documents, tokenizer, block_size, name=what)
-        check_vocabulary(model, packed[domain].blocks, what)
+        check_vocabulary(model, packed[domain], what)
     rows = []
     with evaluating(model), torch.inference_mode():
         for domain, data in packed.items():
@@ -168,8 +170,14 @@ def _mean_nats(
         rows = slice(first, first + batch_size)
         labels = data.labels(rows)
         tokens += int((labels != IGNORED).sum())
-        logits = model(input_ids=data.blocks[rows].to(device), use_cache=False, **argument).logits
-        total += token_losses(logits, labels.to(device))[0].double().sum()
+        _, nats = measured(
+            model,
+            functools.partial(token_losses, labels=labels),
+            input_ids=data.blocks[rows].to(device),
+            use_cache=False,
+            **argument,
+        )
+        total += nats.double().sum()
     return total.item() / tokens, tokens
 
 
@@ -202,24 +210,19 @@ def check_sizes(model: Any, block_size: int, batch_size: int, prefix: int = 0) -
         )
 
 
-def check_vocabulary(model: Any, blocks: torch.Tensor, what: str) -> None:
+def check_vocabulary(model: Any, data: PackedBlocks, what: str) -> None:
     """Refuse token ids that the model has no embedding of: on a GPU they would end the process.
 
     Args:
         model: a causal LM.
-        blocks: token ids [N, T], on the CPU.
+        data: the blocks.
         what: what these tokens are, for the error.
 
     Raises:
         ValueError: an id beyond the vocabulary.
     """
     size = model.get_input_embeddings().num_embeddings
-    low, high = (int(x) for x in blocks.aminmax())
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"{asker()}: {what} must have token ids in 0..{size - 1}, got {low}..{high}; use the "
-            "model's own tokenizer"
-        )
+    check_ids(asker(), what, *data.id_range, size)
 
 
 @contextlib.contextmanager

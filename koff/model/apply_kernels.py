@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from koffkernels import GatedMLPLoRA, LoRA, gated_mlp, lora_linear
+from koffkernels import GatedMLPLoRA, LoRA, RowGroups, gated_mlp, group_rows, lora_linear
 from koffkernels.reference import ACTIVATIONS
 
 from .arch import MLP_LINEARS
@@ -248,13 +249,22 @@ def _in_use(names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != BASE]
 
 
-def _memory_ids(names: Sequence[str] | None, x: Tensor) -> Tensor | None:
-    """The number of each row's adapter among those in use, int64 [B], -1 for none."""
+def _rows(names: Sequence[str] | None, x: Tensor) -> RowGroups | None:
+    """The number of each row's adapter among those in use, -1 for none, as rows that are sorted."""
     if names is None:
         return None
+    names = tuple(names)
+    return (_rows_of if torch.compiler.is_compiling() else _kept_rows)(names, x.device)
+
+
+def _rows_of(names: tuple[str, ...], device: torch.device) -> RowGroups:
     used = _in_use(names)
-    ids = tuple(-1 if name == BASE else used.index(name) for name in names)
-    return _constant(ids, torch.int64, x.device)
+    ids = [-1 if name == BASE else used.index(name) for name in names]
+    with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        return group_rows(torch.tensor(ids, device=device), len(used))
+
+
+_kept_rows = functools.lru_cache(maxsize=256)(_rows_of)
 
 
 def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | None:
@@ -318,8 +328,7 @@ class _KernelLinear:
             return super().forward(x, *args, **kwargs)
         if lora is None:
             return base(x)
-        ids = _memory_ids(names, x)
-        return lora_linear(x, base.weight, base.bias, lora=lora, memory_ids=ids)
+        return lora_linear(x, base.weight, base.bias, lora=lora, memory_ids=_rows(names, x))
 
 
 class _KernelMLP:
@@ -338,5 +347,5 @@ class _KernelMLP:
             lora = GatedMLPLoRA(*(_lora(linear, mixed, x) for linear in linears))
         except _Unfit:
             return super().forward(x, *args, **kwargs)
-        ids = None if lora == (None, None, None) else _memory_ids(mixed, x)
-        return gated_mlp(x, *weights, lora=lora, memory_ids=ids, activation=self._koff_activation)
+        rows = None if lora == (None, None, None) else _rows(mixed, x)
+        return gated_mlp(x, *weights, lora=lora, memory_ids=rows, activation=self._koff_activation)

@@ -53,6 +53,8 @@ class Architecture:
         recurrent: name of the module that some layers have in the place of attention: it keeps a
             state instead of keys and values. None: every layer has attention.
         recurrent_linears: as ``attention_linears``, of such layers.
+        logits_divisor, logits_cap: names of the config's entries by which logits are divided, and
+            under which a tanh keeps their size; None: nothing of the kind.
     """
 
     model_type: str
@@ -67,6 +69,8 @@ class Architecture:
     rotary: str = "rotary_emb"
     recurrent: str | None = None
     recurrent_linears: tuple[str, ...] = ()
+    logits_divisor: str | None = None
+    logits_cap: str | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -89,7 +93,9 @@ ARCHITECTURES = {
         ),
         Architecture("mistral", "MistralForCausalLM", "MistralConfig"),
         Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config"),
-        Architecture("granite", "GraniteForCausalLM", "GraniteConfig"),
+        Architecture(
+            "granite", "GraniteForCausalLM", "GraniteConfig", logits_divisor="logits_scaling"
+        ),
         Architecture("smollm3", "SmolLM3ForCausalLM", "SmolLM3Config"),
         Architecture(
             "phi3",  # Phi-4 and Phi-4-mini, too
@@ -386,10 +392,12 @@ def check_supported(model: object, with_kv: bool) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
+        step = "load it with AutoModelForCausalLM, and wrap it (torch.compile, DDP) afterwards"
+        if _is_pefts(model):
+            step = f"take the adapter off first ({_TAKE_OFF})"
         raise TypeError(
             f"{asker()}: the model must be a transformers PreTrainedModel, "
-            f"got {type(model).__name__}; load it with AutoModelForCausalLM (unwrap PEFT and DDP "
-            "first)"
+            f"got {type(model).__name__}; {step}"
         )
     config = model.config
     if config.get_text_config() is not config:
@@ -418,8 +426,22 @@ def check_supported(model: object, with_kv: bool) -> None:
         )
     for index, layer in enumerate(layers(model)):
         _check_layer(index, layer, model)
+    # Around the head or the embeddings it would compute, frozen, but could not be saved.
+    adapted = [path for path, module in model.named_modules() if _is_pefts(module)]
+    if adapted:
+        raise TypeError(
+            f"{asker()}: the model must have no adapters, got one of PEFT's on {adapted[0]}; take "
+            f"it off first ({_TAKE_OFF}), or load the model again"
+        )
     if with_kv:
         check_prefix(model)
+
+
+_TAKE_OFF = "merge_and_unload() or unload()"
+
+
+def _is_pefts(module: object) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
@@ -437,8 +459,8 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
     for name, linear in linears(layer, model):
         if type(linear) is not nn.Linear:  # a subclass (PEFT's, bitsandbytes') computes otherwise
             step = "load the model without quantisation and without replaced layers"
-            if type(linear).__module__.startswith("peft."):
-                step = "take the adapter off first (merge_and_unload() or unload())"
+            if _is_pefts(linear):
+                step = f"take the adapter off first ({_TAKE_OFF})"
             raise TypeError(
                 f"{asker()}: {name} of layer {index} must be a plain torch.nn.Linear, got "
                 f"{type(linear).__module__}.{type(linear).__name__}; {step}"

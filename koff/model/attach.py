@@ -27,6 +27,7 @@ from .arch import Site
 from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
 from .forward_context import ForwardContext, MemoryArgument, Running
+from .head import contiguous
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
 from .neuron_order import (
@@ -39,7 +40,7 @@ from .neuron_order import (
 )
 from .prefill import fill_from_random_tokens
 from .recurrent import has_begun, kept_in, run_from, start_of_rows
-from .state import KoffState, is_attached, require_attached
+from .state import KoffState, is_attached, require_attached, the_attached
 
 
 @dataclass
@@ -97,7 +98,7 @@ class _LinearMixin:
             lora = link.bank.lora(link.site, context.memories, context.stacks, dtype)
         if lora is None:
             return super().forward(x)
-        return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.ids)
+        return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -123,7 +124,9 @@ class _MLPMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, index = link.running.context or ForwardContext(), link.layer
+        context, index = link.running.context, link.layer
+        if context is None or context.is_plain:
+            return super().forward(x)
         kept, gates = context.kept_first, None if context.gates is None else context.gates[index]
         *first, down = arch.mlp_linears(self).values()
         if _is_plain(down) and all(map(_is_plain, first)):
@@ -146,7 +149,7 @@ class _MLPMixin:
                 *weights,
                 gates=gates,
                 lora=lora,
-                memory_ids=context.ids,
+                memory_ids=context.rows,
                 activation=link.activation,
             )
         else:
@@ -198,20 +201,49 @@ class _RecurrentMixin:
 
 
 @dataclass
-class PatchCheck:
-    """Forward pre-hook of the decoder: refuses a forward that was bound to a module after attach.
+class Place:
+    """Where a linear layer of koff's belongs.
 
-    It would run in the place of koff's, and leave the mask or the memories out without a word.
+    Args:
+        parent: the module that has it.
+        name: in ``parent``.
+        seen: what was last found there: koff's linear layer, or an adapter around it.
+    """
+
+    parent: nn.Module
+    name: str
+    seen: nn.Module
+
+
+@dataclass
+class PatchCheck:
+    """Forward pre-hook of the decoder: refuses what somebody put in the place of koff's modules
+    after attach: a forward bound to one, or another linear layer.
+
+    It would run instead, and leave the mask or the memories out without a word.
 
     Args:
         modules: every layer, with its MLP and attention.
+        places: of their linear layers.
     """
 
     modules: list[nn.Module]
+    places: list[Place]
 
     def __call__(self, decoder: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling():
-            arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
+        if torch.compiler.is_compiling():
+            return
+        arch.refuse_patched(self.modules, "forward: layers, MLPs and attention")
+        for place in self.places:
+            found = place.parent._modules[place.name]
+            if found is not place.seen:
+                if not any(isinstance(module, _LinearMixin) for module in found.modules()):
+                    raise TypeError(
+                        f"forward: {place.name} must be the linear layer that koff was attached to,"
+                        f" or lie around it, got a {type(found).__module__}.{type(found).__name__};"
+                        " replace layers before koff.attach"
+                    )
+                place.seen = found
 
 
 # What attach makes of ``nn.Linear``; looked at in every forward, where torch.compile can see it.
@@ -255,6 +287,8 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         state = KoffState(model, config, generator)
         for name in config.memories:
             state.memories.add(new_memory(model, name, config.lora, config.kv, generator))
+    # A model from transformers is in evaluation mode: gates that were not would draw samples in it.
+    state.train(model.training)
     install(model, state)
     if config.kv is not None and config.kv.init == "tokens":
         for name in config.memories:
@@ -296,16 +330,6 @@ def new_memory(
     return Memory(name, lora, kv, shapes, arch.cache_shapes(model), model.device, generator)
 
 
-def contiguous(head: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of the head: lay its input out in one piece.
-
-    Of a prompt, ``generate`` gives it the last token of each row, which lie apart. By a weight that
-    has no gradient torch then multiplies row by row, and where it computes bf16 on a processor it
-    first copies the whole table once for each of them: 64 rows took half a minute.
-    """
-    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-
 def install(model: PreTrainedModel, state: KoffState) -> None:
     """Swap the classes, freeze the base and hook the boundary.
 
@@ -319,11 +343,14 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     model.requires_grad_(False)
     model.koff = state
     computed = []  # modules whose forward is koff's alone
+    places = []
     for index, layer in enumerate(arch.layers(model)):
         link = Link(state.memories, state.running, index)
         swap(layer, _LayerMixin, link)
         for name, linear in arch.linears(layer, model):
             swap(linear, _LinearMixin, replace(link, site=Site(index, name)))
+            parent, _, own = arch.linear_path(name, model).rpartition(".")
+            places.append(Place(layer.get_submodule(parent), own, linear))
         module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)
         swap(module, _MLPMixin, replace(link, activation=arch.activation(model), state=state))
         if arch.is_recurrent(layer, model):
@@ -335,7 +362,7 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     # The decoder and not the whole model: generate, Trainer and users' own heads all pass by it.
     boundary = Boundary(state, tuple(inspect.signature(inner.forward).parameters), model.config)
     state.hooks = [
-        inner.register_forward_pre_hook(PatchCheck(computed)),
+        inner.register_forward_pre_hook(PatchCheck(computed, places)),
         inner.register_forward_pre_hook(boundary, with_kwargs=True),
         inner.register_forward_hook(tag_cache, with_kwargs=True),
         model.get_output_embeddings().register_forward_pre_hook(contiguous),
@@ -388,7 +415,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError, ValueError: koff is not attached, or an adapter lies around a layer.
     """
-    state = require_attached(model)
+    model = the_attached(model)
+    state = model.koff
     if type(model).__mro__[1] is not KoffModelMixin:
         raise ValueError(
             f"detach: the model must be as attach left it, got a {type(model).__name__}, which "

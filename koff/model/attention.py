@@ -186,8 +186,8 @@ def koff_attention(
         )
     if "bounds" not in context.masks:
         context.masks["bounds"] = mask_to_bounds(attention_mask)  # the same in every layer
-    bounds, ids = context.masks["bounds"], context.ids
-    out = prefix_attention(query, key, value, prefix, memory_ids=ids, bounds=bounds, scale=scaling)
+    bounds, rows = context.masks["bounds"], context.rows
+    out = prefix_attention(query, key, value, prefix, memory_ids=rows, bounds=bounds, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

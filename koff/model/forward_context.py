@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from koffkernels import RowGroups
+
 from .gates import Gates
 from .memories import Memory, Roster, Stacks
 
@@ -59,7 +61,8 @@ class ForwardContext:
     Args:
         memories: those in use, in stacking order; () for none. The memories themselves: whatever is
             added to the model or taken out of it meanwhile, this forward ends with what it began.
-        ids: int64 [B], each row's index into ``memories`` or -1; None if every row uses the first.
+        rows: each row's index into ``memories``, sorted out once for all layers; None if every row
+            uses the first.
         gates: z [I] of each layer, or None for all open.
         kept_first: gates that are fixed, where layers' kept neurons stand first: only these are
             computed. ``gates`` is None then.
@@ -69,12 +72,23 @@ class ForwardContext:
     """
 
     memories: tuple[Memory, ...] = ()
-    ids: Tensor | None = None
+    rows: RowGroups | None = None
     gates: list[Tensor] | None = None
     kept_first: Gates | None = None
     stacks: Stacks | None = None
     said: Said = None
     masks: dict = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a forward of the base model: no memory, and nothing masked."""
+        none = len(self.memories) == 0  # torch.compile cannot trace `not`
+        return none and self.gates is None and self.kept_first is None
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 [B], each row's index into ``memories`` or -1; None if every row uses the first."""
+        return None if self.rows is None else self.rows.ids
 
 
 @dataclass

@@ -246,6 +246,24 @@ class Memory(nn.Module):
         return self.kv_config.num_tokens if self.kv_config is not None else 0
 
 
+def crossed(name: str, lora_of: Memory | None, kv_of: Memory | None) -> Memory:
+    """Return a memory made of the LoRA of one memory and the learned cache of another, which it
+    shares with them.
+
+    Args:
+        name: of the result.
+        lora_of, kv_of: None: without that part.
+    """
+    like = lora_of or kv_of
+    device = next(like.parameters()).device if like else torch.device("cpu")
+    made = Memory(name, None, None, {}, [], device, torch.Generator())
+    if lora_of is not None:
+        made.lora_config, made.lora = lora_of.lora_config, lora_of.lora
+    if kv_of is not None:
+        made.kv_config, made.kv, made.kv_filled = kv_of.kv_config, kv_of.kv, kv_of.kv_filled
+    return made
+
+
 def _before_load(memory: Memory, tensors: Mapping[str, Tensor], prefix: str, *_) -> None:
     """Hook of ``load_state_dict``."""
     memory.check_loadable(tensors, prefix)

@@ -27,6 +27,7 @@ from .forward_context import (
     goes_on,
     resolve_ids,
 )
+from .head import Measure, at_head
 from .state import KoffState
 
 
@@ -76,6 +77,13 @@ class Boundary:
                     f"forward: the attention implementation must be {NAME!r} for memories with a "
                     f"KV part, got {chosen}; undo set_attn_implementation: any other would leave "
                     "the learned cache out"
+                )
+            if kwargs.get("output_attentions"):
+                warnings.warn(
+                    "forward: attention over a learned cache has no probabilities to give, so "
+                    "output_attentions gives none; koff.prefix_attention_mass sums them up",
+                    RuntimeWarning,
+                    stacklevel=2,
                 )
             self._say_rows_are_whole(kwargs, inputs)
             self._position_ids(kwargs, inputs.shape[1])
@@ -172,19 +180,30 @@ class KoffModelMixin:
     @staticmethod
     def forward_with_signature(cls: type) -> Callable:
         """Return ``cls.forward`` with a ``memory`` argument that generate and Trainer can see: both
-        look at the signature, and drop or refuse what is not in it."""
+        look at the signature, and drop or refuse what is not in it. What only koff asks for is not
+        in it: ``instead_of_logits``, a function that is called with the last hidden states and the
+        head (see ``head.Measure``), and whose result is the forward's."""
         base = cls.forward
 
         @functools.wraps(base)
-        def forward(self, *args, memory: MemoryArgument = ACTIVE, **kwargs):
+        def forward(
+            self,
+            *args,
+            memory: MemoryArgument = ACTIVE,
+            instead_of_logits: Measure | None = None,
+            **kwargs,
+        ):
             if memory is not ACTIVE:
                 kwargs["memory"] = memory
+            call = base
+            if instead_of_logits is not None:
+                call = functools.partial(at_head, base, instead_of_logits)
             if torch.compiler.is_compiling():  # what runs later is not this
-                return base(self, *args, **kwargs)
+                return call(self, *args, **kwargs)
             running = self.koff.running
             running.begin()
             try:
-                return base(self, *args, **kwargs)
+                return call(self, *args, **kwargs)
             finally:
                 running.end()
 

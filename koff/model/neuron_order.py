@@ -44,8 +44,14 @@ def _reorder(module: nn.Module, order: Tensor) -> None:
     for name, linear in arch.mlp_linears(module).items():
         weight = linear.weight
         rows = arch.along_neurons(name, order, len(order)).to(weight.device)
-        # Into the same memory: a parameter stays the one that others hold.
-        weight.copy_(weight.index_select(arch.NEURON_DIM[name], rows))
+        ordered = weight.index_select(arch.NEURON_DIM[name], rows)
+        # The parameter stays the one that others hold. On a GPU its memory does too, since graphs
+        # have recorded the address. On a CPU it may be a file's, mapped: pages that are written
+        # there would be this process's own until the last tensor of that file is gone.
+        if weight.device.type == "cpu":
+            weight.data = ordered
+        else:
+            weight.copy_(ordered)
 
 
 @torch.no_grad()

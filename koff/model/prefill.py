@@ -42,7 +42,8 @@ def fill_from_tokens(
     cache = DynamicCache(config=model.config)
     training = model.training
     model.eval()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, memory=BASE)
+    # One token's logits, since the model makes some: none are looked at.
+    model(input_ids=ids, past_key_values=cache, use_cache=True, memory=BASE, logits_to_keep=1)
     model.train(training)
     for weights, layer in zip(memory.kv, cache.layers, strict=True):
         weights.take_(layer)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from koffkernels import group_rows
+
 from ..errors import asker
 from . import arch
 from .config import MAX_SPARSITY, KoffConfig
@@ -162,7 +164,8 @@ class KoffState(nn.Module):
             return ForwardContext(said=BASE)
         memories, local = self.choose(memory, rows, device)
         self._check_filled(memory, memories, local)
-        context = ForwardContext(memories, local, stacks=self.memories.stacks(memories))
+        rows = None if local is None else group_rows(local, len(memories))
+        context = ForwardContext(memories, rows, stacks=self.memories.stacks(memories))
         if not torch.compiler.is_compiling():  # caches are not followed there
             context.said = self.said(memory)
         if self.gates is not None and self.gates.kept_first:
@@ -249,8 +252,29 @@ def require_attached(model: object) -> KoffState:
         ValueError: koff is not attached.
     """
     if not is_attached(model):
+        inside = is_attached(getattr(model, "module", None))  # of DDP or DataParallel
         raise ValueError(
-            f"{asker()}: the model must have koff attached, got {type(model).__name__}; call "
-            "koff.attach first"
+            f"{asker()}: the model must have koff attached, got {type(model).__name__}; "
+            + ("pass its .module" if inside else "call koff.attach first")
         )
     return model.koff
+
+
+def the_attached(model: object) -> PreTrainedModel:
+    """Return the model itself that koff is attached to, out of what torch.compile makes of it.
+
+    Wrappers pass attributes on, so that most of koff never notices one. What copies a model, writes
+    it or changes its class would do so to the wrapper.
+
+    Raises:
+        ValueError: koff is not attached, or another wrapper lies around the model.
+    """
+    model = getattr(model, "_orig_mod", model)
+    require_attached(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{asker()}: the model must be the one that koff was attached to, got a "
+            f"{type(model).__name__} around it; take it off first (PEFT: merge_and_unload() or "
+            "unload())"
+        )
+    return model

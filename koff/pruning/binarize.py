@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ def sparsity(model: PreTrainedModel) -> SparsityReport:
     return _report(state, removed, model, widths)
 
 
-def _raw_widths(scores: list[Tensor], keep: int) -> list[int]:
+def _raw_widths(scores: Sequence[Tensor], keep: int) -> list[int]:
     """How many of the ``keep`` best neurons of all layers each layer holds, at least one each."""
     flat = [s.double().clone() for s in scores]
     for s in flat:  # its best neuron comes first, so that no layer is emptied
@@ -182,6 +183,7 @@ def binarize(
     per_layer: str = "global",
     multiple_of: int = 64,
     token_ids: Tensor | None = None,
+    scores: Sequence[Tensor] | None = None,
 ) -> BinarizeReport:
     """Fix the mask, in place: keep the neurons of highest log_alpha, k = round((1 - target) L I) of
     all layers. The kept neurons move to the front of each MLP: the pruned ones then cost nothing.
@@ -195,6 +197,8 @@ def binarize(
             warning says so if that is far from the target.
         token_ids: int64 [B, T] of ordinary text; by these, neurons of massive activation that the
             mask removes are found (``massive_neurons``), named in the report and in a warning.
+        scores: [I] of each layer, to rank the neurons by instead of by log_alpha: memories can then
+            be trained on a mask that was found in another way.
 
     Returns:
         What was reached.
@@ -228,8 +232,16 @@ def binarize(
             "train again"
         )
     undecided = gates.undecided()  # of the gates as they are; a fixed mask has none
-    scores = [p.detach() for p in gates.log_alpha]
-    full = [len(s) for s in scores]
+    full = [len(p) for p in gates.log_alpha]
+    if scores is None:
+        scores = [p.detach() for p in gates.log_alpha]
+    elif [tuple(s.shape) for s in scores] != [(width,) for width in full]:
+        raise ValueError(
+            f"binarize: scores must be one number for each of {full} neurons, got shapes "
+            f"{[tuple(s.shape) for s in scores]}; give one tensor a layer"
+        )
+    elif not all(bool(torch.isfinite(s).all()) for s in scores):
+        raise ValueError("binarize: scores must be finite, got NaN or inf; look at their source")
     keep = max(round((1.0 - target) * sum(full)), len(full))  # one neuron a layer at least
     if per_layer == "uniform":
         if len(set(full)) != 1:

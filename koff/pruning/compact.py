@@ -17,7 +17,7 @@ from ..model.attach import require_own, set_base_class
 from ..model.narrow import narrow_classes
 from ..model.neuron_order import positions
 from ..model.sharding import is_sharded, whole_model
-from ..model.state import require_attached
+from ..model.state import the_attached
 from .binarize import binarize
 
 # (module, parameter name, narrowed parameter)
@@ -72,7 +72,8 @@ def compact(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
 
     Source: KOFF (arXiv 2605.29075), removal of masked neurons.
     """
-    state = require_attached(model)
+    model = the_attached(model)
+    state = model.koff
     if state.gates is None:
         raise ValueError(
             "compact: the model must have gates, got none; it is compact already, or was attached "

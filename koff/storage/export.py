@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.records import check_tokenizer
@@ -19,7 +19,7 @@ from ..errors import asked_by, asker
 from ..model import arch
 from ..model.memory_argument import write_backbone
 from ..model.sharding import whole_model
-from ..model.state import require_attached
+from ..model.state import require_attached, the_attached
 from .adapters import write_kv
 from .backbone import check_writable
 from .card import export_card
@@ -45,9 +45,8 @@ def first_writes(export: Callable[..., Path]) -> Callable[..., Path]:
     @functools.wraps(export)
     def on_every_process(source: PreTrainedModel | str | Path, *args: Any, **kwargs: Any) -> Path:
         output = Path(signature.bind(source, *args, **kwargs).arguments["output"])
-        if isinstance(source, PreTrainedModel):
-            require_attached(source)
-            source = whole_model(source)
+        if isinstance(source, nn.Module):
+            source = whole_model(the_attached(source))
         with one_writes(f"{asker()} {output}") as writes:
             if writes:
                 export(source, *args, **kwargs)

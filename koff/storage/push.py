@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import asked_by
 from ..model.narrow import REMOTE_FILE
 from ..model.sharding import whole_model
-from ..model.state import require_attached
+from ..model.state import the_attached
 from .card import model_card
 from .files import File, sha256
 from .hub import PATTERNS
@@ -72,9 +73,8 @@ def push_to_hub(
         OSError: there is no room for a copy among the temporary files (of a model, or of a folder
             on another disk).
     """
-    if isinstance(source, PreTrainedModel):
-        require_attached(source)
-        source = whole_model(source)
+    if isinstance(source, nn.Module):
+        source = whole_model(the_attached(source))
     what, address = f"koff.push_to_hub {repo_id}", ""
     with one_writes(what) as writes:
         if writes:

@@ -19,7 +19,7 @@ from ..model import arch
 from ..model.attach import install
 from ..model.memory_argument import write_backbone
 from ..model.sharding import whole_model
-from ..model.state import KoffState, require_attached
+from ..model.state import KoffState, the_attached
 from ..pruning.binarize import sparsity
 from ..version import __version__
 from .adapters import check_memory, read_memory, write_memory
@@ -73,7 +73,7 @@ def save(
         OSError: there is no room for it on the disk; what was there before is as it was.
     """
     directory = Path(directory)
-    require_attached(model)
+    model = the_attached(model)
     check_tokenizer(tokenizer)
     model = whole_model(model)
     with one_writes(f"koff.save {directory}") as writes:

@@ -29,8 +29,8 @@ class DiskFull(OSError):
 
 def _disk_full(what: str, needed: int, folder: Path, got: str) -> DiskFull:
     return DiskFull(
-        f"{asker()}: {what} must have {_size(needed)} of room in {folder}, got {got}; make room, "
-        "or choose a folder on another disk"
+        f"{asker()}: {what} must have {size_text(needed)} of room in {folder}, got {got}; make "
+        "room, or choose a folder on another disk"
     )
 
 
@@ -47,7 +47,7 @@ def check_room(what: str, needed: int, folder: Path) -> None:
     """
     free = _free(folder)
     if free < needed:
-        raise _disk_full(what, needed, folder, f"{_size(free)} free")
+        raise _disk_full(what, needed, folder, f"{size_text(free)} free")
 
 
 @contextlib.contextmanager
@@ -114,7 +114,8 @@ def _is_torchs(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes in words, such as "5.8 GB"; 1 GB is 10^9 bytes."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"

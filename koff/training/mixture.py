@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data.blocks import pack
+from ..data.blocks import PackedBlocks, pack
+from ..data.sources import DataSource
+from ..data.stream import StreamedBlocks
 from ..evaluation.perplexity import check_vocabulary
 from .schedule import Mixture, Source
 from .settings import Settings
@@ -60,9 +62,15 @@ def build_mixture(
             f"positions, got {longest} + {size}; lower block_size or KVConfig.num_tokens"
         )
 
+    def rows_of(documents: Any, name: str) -> PackedBlocks | StreamedBlocks:
+        if not (isinstance(documents, DataSource) and documents.streaming):
+            return pack(documents, tokenizer, size, name=name)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        return StreamedBlocks(documents, tokenizer, size, name=name, vocabulary=vocabulary)
+
     domains = []
     for name, documents in train_datasets.items():
-        blocks = pack(documents, tokenizer, size, name=name)
+        blocks = rows_of(documents, name)
         domains.append(Source(name, blocks, names.index(name) if names else -1))
     for source in domains:  # the training fills a cache from the first tokens of its domain
         if source.memory < 0 or state.memories[source.memory].kv_filled:
@@ -77,7 +85,7 @@ def build_mixture(
     general = []
     for name, documents in general_datasets.items():
         name = f"general/{name}"  # a domain may have the same name
-        general.append(Source(name, pack(documents, tokenizer, size, name=name)))
+        general.append(Source(name, rows_of(documents, name)))
     mixture = Mixture(
         domains=domains,
         general=general,
@@ -89,7 +97,9 @@ def build_mixture(
         no_memory=settings.no_memory_rows,
     )
     for source in mixture.sources:
-        check_vocabulary(model, source.blocks.blocks, f"the text of {source.name!r}")
+        if isinstance(source.blocks, StreamedBlocks):
+            continue  # looks at each row when it comes
+        check_vocabulary(model, source.blocks, f"the text of {source.name!r}")
     return mixture
 
 
@@ -114,6 +124,12 @@ def _check_domains(names: list[str], train_datasets: Mapping[str, Any]) -> None:
 def _shares(general: list[Source], weights: Mapping[str, float] | None) -> list[float]:
     """Return the probability of each general source: by its tokens where no weights are given."""
     if weights is None:
+        streamed = [source.name for source in general if source.rows is None]
+        if streamed:
+            raise ValueError(
+                "KoffTrainer: general_weights must be given where a part is streamed, got none for "
+                f"{streamed}; nobody knows how many tokens it has"
+            )
         values = [float(source.blocks.blocks.numel()) for source in general]
     else:
         names = [source.name.removeprefix("general/") for source in general]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,7 +16,7 @@ from ..data.records import IGNORED
 def neuron_saliency(
     model: PreTrainedModel,
     batches: Iterable[dict],
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Tensor]:
     """Return the mean over batches of (d loss / d z)^2 of each neuron's gate z, at z = 1.
 
@@ -25,8 +26,8 @@ def neuron_saliency(
     Args:
         model: an attached model whose gates are not fixed; unchanged.
         batches: rows as the trainer's ``collate`` makes them.
-        total: adds a tensor up over the processes that share each batch; of one process, there is
-            nothing to add.
+        over_ranks: adds a tensor up over the processes that share each batch; of one process, there
+            is nothing to add.
 
     Returns:
         fp32 [I] of each layer.
@@ -39,13 +40,17 @@ def neuron_saliency(
     for batch in batches:
         ids, labels = (batch[name].to(model.device) for name in ("input_ids", "labels"))
         with gates.held_open() as values:
-            logits = model(input_ids=ids, memory=batch["memory"], use_cache=False).logits
-            losses = token_losses(logits, labels)[0]
-            gradients = torch.autograd.grad(losses.sum(), values)
-        counted = total((labels[:, 1:] != IGNORED).sum())
+            total, _ = model(
+                input_ids=ids,
+                memory=batch["memory"],
+                use_cache=False,
+                instead_of_logits=functools.partial(token_losses, labels=labels),
+            )
+            gradients = torch.autograd.grad(total, values)
+        counted = over_ranks((labels[:, 1:] != IGNORED).sum())
         for sum_, gradient in zip(squares, gradients, strict=True):
             # Summed over processes before it is squared: together they see what one process with
             # as large a batch would.
-            sum_ += (total(gradient.float()) / counted) ** 2
+            sum_ += (over_ranks(gradient.float()) / counted) ** 2
         count += 1
     return [sum_ / count for sum_ in squares]

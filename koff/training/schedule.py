@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..data.blocks import PackedBlocks
+from ..data.stream import StreamedBlocks
 
 # One training row: (source, row of the source, memory id or -1).
 Index = tuple[int, int, int]
@@ -29,13 +30,18 @@ class Source:
 
     Args:
         name: for logs.
-        blocks: its rows.
+        blocks: its rows, or the stream that they come from.
         memory: memory id of a domain's rows; -1 for none. General rows draw theirs at random.
     """
 
     name: str
-    blocks: PackedBlocks
+    blocks: PackedBlocks | StreamedBlocks
     memory: int = -1
+
+    @property
+    def rows(self) -> int | None:
+        """How many there are; None for a stream, of which nobody knows."""
+        return None if isinstance(self.blocks, StreamedBlocks) else len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class MixtureDataset(Dataset):
     def __init__(self, mixture: Mixture, names: list[str]):
         self.sources = mixture.sources
         self.names = names
-        self.rows = sum(len(source.blocks) for source in self.sources)
+        self.rows = sum(source.rows or 0 for source in self.sources)  # for transformers' log
 
     def __len__(self) -> int:
         return self.rows
@@ -83,30 +89,37 @@ class MixtureDataset(Dataset):
     def __getitem__(self, index: Index) -> dict:
         source, row, memory = index
         name = None if memory < 0 else self.names[memory]
-        data = self.sources[source].blocks
+        data, bookmark = self.sources[source].blocks, None
+        if isinstance(data, StreamedBlocks):
+            ids, labels, bookmark = data.row(row)
+        else:
+            ids, labels = data.blocks[row], data.labels(row)
         return {
-            "input_ids": data.blocks[row],
-            "labels": data.labels(row),
+            "input_ids": ids,
+            "labels": labels,
             "memory": name,
             "source": source,
+            "bookmark": bookmark,
         }
 
 
 def collate(rows: list[dict]) -> dict:
     """Return a batch: input_ids and labels int64 [B, T], memory (list of names or None), source
-    (list of ints)."""
+    (list of ints), bookmark (list of texts, None where a row comes from no stream)."""
     return {
         "input_ids": torch.stack([row["input_ids"] for row in rows]),
         "labels": torch.stack([row["labels"] for row in rows]),
         "memory": [row["memory"] for row in rows],
         "source": [row["source"] for row in rows],
+        "bookmark": [row["bookmark"] for row in rows],
     }
 
 
 class _Cursor:
-    """Goes through one source's rows in a new random order each epoch."""
+    """Goes through one source's rows in a new random order each epoch, and through those of a
+    stream in their own."""
 
-    def __init__(self, source: int, rows: int, seed: int):
+    def __init__(self, source: int, rows: int | None, seed: int):
         self.source = source
         self.rows = rows
         self.seed = seed
@@ -114,6 +127,9 @@ class _Cursor:
         self.order: list[int] = []  # of this epoch
 
     def next(self) -> int:
+        if self.rows is None:
+            self.drawn += 1
+            return self.drawn - 1
         epoch, position = divmod(self.drawn, self.rows)
         if position == 0:
             generator = _generator(self.seed, _ROW_ORDER, self.source, epoch)
@@ -166,7 +182,7 @@ class MixtureSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[Index]]:
         mix = self.mixture
-        cursors = [_Cursor(i, len(s.blocks), mix.seed) for i, s in enumerate(mix.sources)]
+        cursors = [_Cursor(i, s.rows, mix.seed) for i, s in enumerate(mix.sources)]
         domain_rows = domain_batches = 0
         for step in range(self.steps):
             is_general = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 # transformers' default learning rate: any other value was set by somebody who expects it to count.
 _UNSET_LEARNING_RATE = 5e-5
@@ -19,6 +19,8 @@ _UNSET_LEARNING_RATE = 5e-5
 # The default w of (1 - w) cross-entropy + w KL. Mixed, the two win back more of what pruning loses
 # than either alone, and a wrong memory hurts less (docs/experiments.md, 1 and 3).
 DISTILLATION_WEIGHT = 0.7
+
+MASKS = ("learned", "random", "magnitude", "saliency")
 
 
 @dataclass
@@ -40,8 +42,10 @@ class Settings:
         no_memory_rows: share of the rows that go without a memory, in 0..1, until the mask is
             fixed: the backbone then stays a model of its own, for ``memory=None`` and for memories
             that come later.
-        fix_mask_at: share of the steps after which the mask is binarised and only the memories are
-            tuned; None leaves binarising to the caller.
+        mask: "learned" together with the memories; or fixed before the first step, which trains the
+            memories alone: "random", by "magnitude" (``koff.pruning.scores``) or by "saliency".
+        fix_mask_at: share of the steps after which a mask that is learned is binarised and only the
+            memories are tuned; None leaves binarising to the caller.
         width_multiple_of: as ``multiple_of`` of ``koff.binarize``.
         block_size: tokens per training row.
         distillation_weight: w in 0..1; the loss is (1 - w) cross-entropy + w KL to the same frozen
@@ -67,6 +71,7 @@ class Settings:
     general_every: int = 4
     batching: Literal["mixed", "single"] = "mixed"
     no_memory_rows: float = 0.3
+    mask: Literal["learned", "random", "magnitude", "saliency"] = "learned"
     # With the rates above, half of the run for tuning won back more than 30 % of it at half of them
     # (docs/experiments.md, 2).
     fix_mask_at: float | None = 0.5
@@ -144,6 +149,16 @@ class Settings:
                 "KoffTrainingArguments: batching must be 'mixed' or 'single', got "
                 f"{self.batching!r}; choose one"
             )
+        if self.mask not in MASKS:
+            raise ValueError(
+                f"KoffTrainingArguments: mask must be one of {', '.join(MASKS)}, got "
+                f"{self.mask!r}; choose one"
+            )
+        if self.mask == "saliency" and self.saliency_batches == 0:
+            raise ValueError(
+                "KoffTrainingArguments: saliency_batches must be at least 1 for mask='saliency', "
+                "got 0; 16 is usual"
+            )
         for name, least in (
             ("saliency_batches", 0),
             ("general_every", 0),
@@ -159,6 +174,20 @@ class Settings:
 
 
 OWN_FIELDS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def checkpointing_name(args: TrainingArguments | type[TrainingArguments]) -> str:
+    """Return what the installed transformers calls activation checkpointing in its arguments."""
+    new = "activation_checkpointing"  # 5.17 has the other one, and from 5.23 on that one warns
+    return new if hasattr(args, new) else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: PreTrainedModel, reentrant: bool = False) -> None:
+    """Switch activation checkpointing on, in place, as transformers does when it trains."""
+    from transformers import TrainingArguments  # at run time: a recipe is read without it
+
+    name = checkpointing_name(TrainingArguments)
+    getattr(model, f"{name}_enable")({"use_reentrant": reentrant})
 
 
 def _check_transformers_settings(args: TrainingArguments) -> None:
@@ -186,11 +215,12 @@ def _check_transformers_settings(args: TrainingArguments) -> None:
             "row used has no gradient, nor has a gate once the mask is fixed), got False; leave it "
             "out"
         )
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    if args.gradient_checkpointing and reentrant and args.world_size > 1:
+    name = checkpointing_name(args)
+    reentrant = (getattr(args, f"{name}_kwargs") or {}).get("use_reentrant", False)
+    if getattr(args, name) and reentrant and args.world_size > 1:
         raise ValueError(
-            "KoffTrainer: use_reentrant of gradient_checkpointing_kwargs must be False on several "
-            "processes (DDP does not see what a reentrant layer uses), got True; leave it out"
+            f"KoffTrainer: use_reentrant of {name}_kwargs must be False on several processes (DDP "
+            "does not see what a reentrant layer uses), got True; leave it out"
         )
     minimum = (args.lr_scheduler_kwargs or {}).get("min_lr")
     if minimum is not None:

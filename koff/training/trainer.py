@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data.losses import token_losses
+from ..data.losses import Head, token_losses
 from ..data.records import IGNORED
 from ..errors import asked_by
 from ..evaluation.perplexity import evaluate as evaluate_domains
@@ -35,6 +36,7 @@ from ..model.prefill import fill_from_tokens
 from ..model.sharding import is_sharded
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import binarize, sparsity
+from ..pruning.scores import neuron_magnitude, random_scores
 from ..storage.lock import locked
 from ..storage.processes import one_writes
 from ..storage.save_load import save
@@ -46,8 +48,9 @@ from .optim import average_gradients, clip_groups, hold_constant_groups, paramet
 from .resume_checks import check_resume
 from .saliency import neuron_saliency
 from .schedule import Mixture, MixtureDataset, MixtureSampler, collate
-from .settings import Settings
+from .settings import Settings, checkpointing_name, enable_checkpointing
 from .stopping import SIGNALS, StopSignals
+from .streams import resume_streams, write_streams
 
 logger = logging.getLogger("koff")
 
@@ -74,8 +77,8 @@ class KoffTrainer(CheckpointingTrainer):
             steps come on top.
         train_datasets: domain -> documents as ``koff.data.blocks.pack`` takes them (texts, records
             with "text", "messages", "prompt" and "completion", or "input_ids" and "labels", a
-            ``datasets.Dataset``, or ``PackedBlocks``). Each memory needs the domain of its name;
-            with no memories the rows use none.
+            ``datasets.Dataset``, a ``DataSource``, or ``PackedBlocks``). Each memory needs the
+            domain of its name; with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
         general_weights: probability of each part; None: by number of tokens.
         eval_datasets: domain -> documents for ``evaluate``, or None.
@@ -115,8 +118,9 @@ class KoffTrainer(CheckpointingTrainer):
         compacted = arch.widths(model) != state.dense_widths
         self.distillation_weight = self.settings.distils_by(compacted)
         # As the run begins; one that resumes may find its mask fixed.
-        self._open_gates = state.gates is not None and not state.gates.fixed
-        if not self._open_gates and not len(state.memories):
+        open_gates = state.gates is not None and not state.gates.fixed
+        self._learns_mask = open_gates and self.settings.mask == "learned"
+        if not open_gates and not len(state.memories):
             raise ValueError(
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
@@ -187,9 +191,11 @@ class KoffTrainer(CheckpointingTrainer):
         self._source_sums = torch.zeros(len(self.mixture.sources), 2, device=self.args.device)
         self._step_loss: Tensor | float = 0.0  # of the optimizer step's micro-batches so far
         self._group_names: list[str] = []  # of the optimizer's groups
+        # Of each streamed source: the last row of this process that was trained on.
+        self._bookmarks: dict[str, str] = {}
         self._norms: dict[str, Tensor] = {}  # of the last gradient, before clipping
         self._bound: dict[str, Any] = {}  # see _take_bound
-        alike = self._open_gates and not self.settings.saliency_batches
+        alike = self._learns_mask and not self.settings.saliency_batches
         few = self._gate_steps() < FEW_GATE_STEPS
         if alike and few and self.is_world_process_zero():
             logger.warning(
@@ -202,13 +208,6 @@ class KoffTrainer(CheckpointingTrainer):
     def _refuse_other_shards(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Refuse what FSDP and the model would make of each other, before anything is made."""
         with_fsdp = bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-        few_bits = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None)
-        if with_fsdp and few_bits:
-            raise ValueError(
-                "KoffTrainer: the base of a run with FSDP must not be quantised (nobody has shown "
-                "yet that its shards are dequantised to the same weights), got a quantised one; "
-                "use DDP, under which each GPU holds all of its few bits"
-            )
         self._loaded_in_shards = is_sharded(model)
         if self._loaded_in_shards:
             if not with_fsdp:
@@ -261,6 +260,11 @@ class KoffTrainer(CheckpointingTrainer):
         if self._loaded_in_shards:
             # Nothing is left to wrap, and accelerate would not find the layers by their names.
             plugin.auto_wrap_policy = None
+        if plugin.mixed_precision_policy is not None:
+            # The forward returns losses, which stay in fp32 however low its products are.
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None
+            )
 
     # ---- the run starts, or goes on from a checkpoint ----
 
@@ -285,7 +289,11 @@ class KoffTrainer(CheckpointingTrainer):
         with self._signals.listening() if self._stops_on_signals else contextlib.nullcontext():
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._checked_checkpoint(resume_from_checkpoint)
+                self._bookmarks = resume_streams(
+                    resume_from_checkpoint, self.mixture.sources, self._rows_per_step()
+                )
             else:
+                self._bookmarks = {}
                 self._fill_caches()
                 self._start_gates()
             self._step_loss = 0.0  # an earlier run may have been interrupted amid a step
@@ -334,18 +342,56 @@ class KoffTrainer(CheckpointingTrainer):
                 fill_from_tokens(self.model, source.name, source.blocks.opening(need))
 
     def _start_gates(self) -> None:
-        """Start the gates by how much each neuron matters on the run's first batches."""
-        gates, ranks = self.koff.gates, self.accelerator.num_processes
-        if gates is None or gates.fixed or not self.settings.saliency_batches:
+        """Start the gates by how much each neuron matters on the run's first batches; or, where the
+        mask is not learned, fix it."""
+        gates, settings = self.koff.gates, self.settings
+        if gates is None or gates.fixed:
             return
+        if settings.mask == "learned":
+            if settings.saliency_batches:
+                gates.start_(self._saliency())
+            return
+        if settings.mask == "saliency":
+            scores = self._saliency()
+        elif settings.mask == "magnitude":
+            scores = neuron_magnitude(self.model)
+        else:
+            scores = random_scores(self.koff.dense_widths, self.koff.config.seed)
+        binarize(self.model, scores=scores, multiple_of=settings.width_multiple_of)
+
+    def _saliency(self) -> list[Tensor]:
+        """Return the saliency of every neuron on the run's first batches, of all ranks."""
+        ranks = self.accelerator.num_processes
         first, last = self.accelerator.process_index, self.settings.saliency_batches * ranks
         picks = itertools.islice(self._sampler(), first, last, ranks)
         batches = (collate([self.train_dataset[index] for index in pick]) for pick in picks)
+        if getattr(self.args, checkpointing_name(self.args)):
+            # transformers switches it on only when it trains, and this would keep all that a step
+            # does not. Layers recompute in training mode alone, and a reentrant checkpoint knows
+            # ``backward`` alone.
+            enable_checkpointing(self.accelerator.unwrap_model(self.model).train())
         # As accelerate will wrap the model's forward, once it prepares it.
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             saliency = neuron_saliency(self.model, batches, self.accelerator.reduce)
         self._check_finite(float(sum(s.sum() for s in saliency)))
-        gates.start_(saliency)
+        return saliency
+
+    def _rows_per_step(self) -> int:
+        """Return the rows of an optimiser step, on all ranks."""
+        ranks = self.accelerator.num_processes
+        return self._train_batch_size * self.args.gradient_accumulation_steps * ranks
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As for every checkpoint, with the places in the streams."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # Of the first process, whose rows come first: no other is behind it.
+            write_streams(
+                output_dir or self.args.output_dir,
+                self.mixture.sources,
+                self._bookmarks,
+                self._rows_per_step(),
+            )
 
     def _sampler(self) -> MixtureSampler:
         return MixtureSampler(
@@ -354,7 +400,7 @@ class KoffTrainer(CheckpointingTrainer):
             self.args.max_steps,
             self.args.gradient_accumulation_steps,
             self.accelerator.num_processes,
-            gate_steps=self._gate_steps() if self._open_gates else 0,
+            gate_steps=self._gate_steps() if self._learns_mask else 0,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -379,6 +425,9 @@ class KoffTrainer(CheckpointingTrainer):
         Raises:
             ValueError: the loss of the optimiser step is not finite; its gradient was not used.
         """
+        for source, bookmark in zip(inputs["source"], inputs.pop("bookmark"), strict=True):
+            if bookmark is not None:
+                self._bookmarks[self.mixture.sources[source].name] = bookmark
         gates = self.koff.gates
         if gates is not None and not gates.fixed and self.settings.fix_mask_at is not None:
             if self.state.global_step >= self._gate_steps():
@@ -432,8 +481,19 @@ class KoffTrainer(CheckpointingTrainer):
         Nothing is read back from the device.
         """
         ids, labels, sources = inputs["input_ids"], inputs["labels"], inputs["source"]
-        logits = model(input_ids=ids, memory=inputs["memory"], use_cache=False).logits
-        losses, divergences = token_losses(logits, labels, self._teacher(model, ids))
+        weight = self.distillation_weight if model.training else 0.0
+        teacher = self._teacher(model, ids) if weight else None
+
+        def measure(states: Tensor, head: Head | None) -> tuple[Tensor, ...]:
+            found = token_losses(states, head, labels, teacher, weight)
+            if not return_outputs:
+                return found
+            return *found, states if head is None else head.logits(states)
+
+        # Within the forward: there DDP and FSDP see what is used, and autocast holds.
+        total, losses, *logits = model(
+            input_ids=ids, memory=inputs["memory"], use_cache=False, instead_of_logits=measure
+        )
         counted = (labels[:, 1:] != IGNORED).sum(1)  # [B]
         per_row = losses.sum(1)  # [B]
         parts = 1  # of which the step's loss is made
@@ -445,25 +505,32 @@ class KoffTrainer(CheckpointingTrainer):
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             tokens = num_items_in_batch / ranks
             parts = self.args.gradient_accumulation_steps
-        loss = per_row.sum() / tokens
+        loss = total / tokens
         if model.training:
             # A blocking copy to the device would wait for all that is queued there.
             index = torch.tensor(sources).to(per_row.device, non_blocking=True)
-            values = torch.stack([per_row.detach(), counted.to(per_row.dtype)], 1)  # [B, 2]
+            values = torch.stack([per_row, counted.to(per_row.dtype)], 1)  # [B, 2]
             self._source_sums.index_add_(0, index, values)
-            if divergences is not None:
-                weight = self.distillation_weight
-                loss = (1 - weight) * loss + weight * divergences.sum() / tokens
             loss = loss + self.constraint() / parts
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": logits[0]}) if return_outputs else loss
 
-    def _teacher(self, model, ids: Tensor) -> Tensor | None:
-        """Return logits [B, T, V] of the same frozen model with gates open and no memory, where a
-        training step distils from it."""
-        if not model.training or self.distillation_weight == 0:
-            return None
-        with torch.no_grad():
-            return model(input_ids=ids, memory=BASE, use_cache=False).logits
+    @torch.no_grad()
+    def _teacher(self, model, ids: Tensor) -> Tensor:
+        """Return the last hidden states [B, T, d] of the same frozen model with gates open and no
+        memory (its logits, where only the model can make them)."""
+        # NEFTune adds noise behind embeddings that train: to what learns, and not to what it learns
+        # from.
+        embeddings = self.accelerator.unwrap_model(model).get_input_embeddings()
+        training, embeddings.training = embeddings.training, False
+        try:
+            return model(
+                input_ids=ids,
+                memory=BASE,
+                use_cache=False,
+                instead_of_logits=lambda states, _: states,
+            )
+        finally:
+            embeddings.training = training
 
     def constraint(self) -> Tensor | float:
         """Return lambda1 (s - t) + c (s - t)^2; 0 once the mask is fixed."""
@@ -720,7 +787,13 @@ class _GateSteps(TrainerCallback):
 def _steps_of_epochs(args: TrainingArguments, mixture: Mixture) -> int:
     """Return the steps in which domain rows are seen ``num_train_epochs`` times, all domains
     together."""
-    rows = sum(len(source.blocks) for source in mixture.domains)
+    streamed = [source.name for source in mixture.domains if source.rows is None]
+    if streamed:
+        raise ValueError(
+            f"KoffTrainer: max_steps must be given where a domain is streamed, got none and "
+            f"{streamed}; nobody knows how many rows an epoch has"
+        )
+    rows = sum(source.rows for source in mixture.domains)
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = math.ceil(args.num_train_epochs * rows / per_step)
     every = mixture.general_every

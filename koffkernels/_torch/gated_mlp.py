@@ -3,7 +3,7 @@ else of width I is recomputed there, piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,10 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import compute_dtype, recomputes
+from ..dispatch import compute_dtype, recomputes, without_autocast
 from ..reference import ACTIVATIONS
-from ..types import GatedMLPLoRA, LoRA
-from .rows import add_delta, known_ids, lora_gradients, row_matrices, traced_linear
+from ..types import GatedMLPLoRA, LoRA, RowGroups
+from .rows import (
+    add_delta,
+    add_delta_by_memory,
+    as_rows,
+    delta_backward,
+    known_rows,
+    lora_gradients,
+    traced_linear,
+)
 
 # Elementwise work on the CPU goes through pieces of this many elements: 8 MiB in fp32, so that the
 # handful of passes over one piece stay in cache and no temporary has the size of the whole. Smaller
@@ -89,18 +97,11 @@ def _gate_up(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     return [F.linear(x, weight) for weight in weights]
 
 
-def _add(y: Tensor, x: Tensor, lora: tuple | None, ids: Tensor | None) -> Tensor | None:
-    """Add the update of a layer to its output, in place, and return s = x A^T for backward."""
-    if lora is None:
-        return None
-    return add_delta(y, x, *row_matrices(lora, ids, x.shape[0], x.dtype))
-
-
 def _linear_backward(
     dy: Tensor,
     weight: Tensor,
     lora: tuple | None,
-    ids: Tensor | None,
+    rows: RowGroups | None,
     needs_input: bool = True,
     onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -112,11 +113,7 @@ def _linear_backward(
     elif needs_input:
         dx = onto
         dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight.to(dy.dtype))
-    if lora is None:
-        return dx, None
-    a_rows, b_rows = row_matrices(lora, ids, dy.shape[0], dy.dtype)
-    t = torch.bmm(dy, b_rows)
-    return None if dx is None else dx.baddbmm_(t, a_rows), t
+    return dx, None if lora is None else delta_backward(dy, lora, rows, dx)
 
 
 def _hidden_backward(
@@ -161,64 +158,83 @@ def _triples(flat: Sequence[Tensor | None]) -> list[tuple | None]:
     return [None if flat[i] is None else tuple(flat[i : i + 3]) for i in (0, 3, 6)]
 
 
+def _forward(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    gates: Tensor | None,
+    lora: Sequence[tuple | None],
+    rows: RowGroups | None,
+    activation: str,
+    add: Callable[..., Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Return y, g, u and what ``add``, one of ``add_delta`` and ``add_delta_by_memory``, returns
+    for gate, up and down (None without LoRA)."""
+    w_gate, w_up, w_down = weights
+    g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
+    s_gate = None if lora[0] is None else add(g, x, lora[0], rows)
+    s_up = None if lora[1] is None else add(u, x, lora[1], rows)
+    h = _hidden(g, u, gates, activation)
+    y = F.linear(h, w_down.to(x.dtype))
+    s_down = None if lora[2] is None else add(y, h, lora[2], rows)
+    return y, g, u, s_gate, s_up, s_down
+
+
 class _GatedMLP(torch.autograd.Function):
     """x [B, T, H] -> y [B, T, H]. ``flat`` holds a, b, scaling of gate, up and down (None where
     there is no LoRA)."""
 
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
-        lora = _triples(flat)
-        g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
-        s_gate, s_up = _add(g, x, lora[0], ids), _add(u, x, lora[1], ids)
-        h = _hidden(g, u, gates, activation)
-        y = F.linear(h, w_down.to(x.dtype))
-        s_down = _add(y, h, lora[2], ids)
-        ctx.activation = activation
+    def forward(ctx, x, w_gate, w_up, w_down, gates, rows, activation, recompute, *flat):
+        y, g, u, *narrow = _forward(
+            x, (w_gate, w_up, w_down), gates, _triples(flat), rows, activation, add_delta
+        )
+        ctx.activation, ctx.rows = activation, rows
         ctx.trains = [any(ctx.needs_input_grad[i : i + 3]) for i in (8, 11, 14)]
-        narrow = (s_gate, s_up, s_down)
         s = [s if train else None for s, train in zip(narrow, ctx.trains, strict=True)]
         # Of x only the gradients of A have need, and g and u where they are computed again.
         saved_x = x if recompute or ctx.trains[0] or ctx.trains[1] else None
         g, u = (None, None) if recompute else (g, u)
-        ctx.save_for_backward(saved_x, g, u, *s, w_gate, w_up, w_down, gates, ids, *flat)
+        ctx.save_for_backward(saved_x, g, u, *s, w_gate, w_up, w_down, gates, *flat)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, g, u, s_gate, s_up, s_down, w_gate, w_up, w_down, gates, ids, *flat = ctx.saved_tensors
-        lora, needs_x, needs_gates = _triples(flat), *ctx.needs_input_grad[0:5:4]
+        x, g, u, s_gate, s_up, s_down, w_gate, w_up, w_down, gates, *flat = ctx.saved_tensors
+        rows, lora = ctx.rows, _triples(flat)
+        needs_x, needs_gates = ctx.needs_input_grad[0:5:4]
         grads: list[Tensor | None] = [None] * 9
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             if g is None:
                 g, u = _gate_up(x, [w.to(x.dtype) for w in _stored(w_gate, w_up)])
-                _add(g, x, lora[0], ids)
-                _add(u, x, lora[1], ids)
-            dh, t_down = _linear_backward(dy, w_down, lora[2], ids)
+                for wide, part in ((g, lora[0]), (u, lora[1])):
+                    if part is not None:
+                        add_delta(wide, x, part, rows)
+            dh, t_down = _linear_backward(dy, w_down, lora[2], rows)
             dg, du, dz, da_down = _hidden_backward(
                 dh, g, u, gates, ctx.activation, t_down if ctx.trains[2] else None, needs_gates
             )
             if ctx.trains[2]:
                 db_rows = torch.bmm(dy.transpose(1, 2), s_down)
-                grads[6:9] = lora_gradients(lora[2], ids, da_down, db_rows)
-            dx, t_gate = _linear_backward(dg, w_gate, lora[0], ids, needs_x)
-            dx, t_up = _linear_backward(du, w_up, lora[1], ids, needs_x, onto=dx)
+                grads[6:9] = lora_gradients(lora[2], rows, da_down, db_rows)
+            dx, t_gate = _linear_backward(dg, w_gate, lora[0], rows, needs_x)
+            dx, t_up = _linear_backward(du, w_up, lora[1], rows, needs_x, onto=dx)
             for i, t, s, d in ((0, t_gate, s_gate, dg), (1, t_up, s_up, du)):
                 if ctx.trains[i]:
-                    rows = torch.bmm(t.transpose(1, 2), x), torch.bmm(d.transpose(1, 2), s)
-                    grads[3 * i : 3 * i + 3] = lora_gradients(lora[i], ids, *rows)
+                    parts = torch.bmm(t.transpose(1, 2), x), torch.bmm(d.transpose(1, 2), s)
+                    grads[3 * i : 3 * i + 3] = lora_gradients(lora[i], rows, *parts)
         dz = None if dz is None else dz.to(gates.dtype)
         return dx, None, None, None, dz, None, None, None, *grads
 
 
-def _traced(x, w_gate, w_up, w_down, gates, ids, activation, recompute, *flat):
+def _traced(x, w_gate, w_up, w_down, gates, rows, activation, *flat):
     """Return the same by autograd, which decides by itself what to save; see ``traced_linear``."""
     lora = _triples(flat)
-    g = traced_linear(x, w_gate, None, lora[0], ids)
-    h = ACTIVATIONS[activation](g) * traced_linear(x, w_up, None, lora[1], ids)
+    g = traced_linear(x, w_gate, None, lora[0], rows)
+    h = ACTIVATIONS[activation](g) * traced_linear(x, w_up, None, lora[1], rows)
     if gates is not None:
         h = (h * gates).to(x.dtype)
-    return traced_linear(h, w_down, None, lora[2], ids)
+    return traced_linear(h, w_down, None, lora[2], rows)
 
 
 def _plain(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str) -> Tensor:
@@ -239,21 +255,22 @@ def run(
     weights: tuple[Tensor, Tensor, Tensor],
     gates: Tensor | None,
     lora: GatedMLPLoRA | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
     activation: str,
 ) -> Tensor:
     """See ``koffkernels.gated_mlp``."""
     flat = _flatten(lora)
     if gates is None and all(t is None for t in flat):
         return _plain(x, weights, activation)
-    if x.dim() == 3:
-        rows = x
-    else:
-        rows = x[None] if memory_ids is None else x[:, None, :]
-    rows = rows.to(compute_dtype(x, weights[0]))
     memories = next((part.a.shape[0] for part in lora or () if part is not None), 0)
-    ids = known_ids(memory_ids, memories)
-    op = _traced if torch.compiler.is_compiling() else _GatedMLP.apply
-    with torch.autocast(x.device.type, enabled=False):
-        y = op(rows, *weights, gates, ids, activation, recomputes(), *flat)
-    return y if x.dim() == 3 else y.reshape(x.shape)
+    rows = known_rows(memory_ids, memories) if memories else None
+    wide = as_rows(x, memories > 0 and rows is None).to(compute_dtype(x, weights[0]))
+    with without_autocast(x.device):
+        if torch.compiler.is_compiling():
+            y = _traced(wide, *weights, gates, rows, activation, *flat)
+        elif torch.is_grad_enabled():
+            y = _GatedMLP.apply(wide, *weights, gates, rows, activation, recomputes(), *flat)
+        else:
+            parts = _triples(flat)
+            y = _forward(wide, weights, gates, parts, rows, activation, add_delta_by_memory)[0]
+    return y if y.shape == x.shape else y.view(x.shape)

@@ -8,61 +8,82 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import compute_dtype
-from ..types import LoRA
-from .rows import add_delta, known_ids, lora_gradients, row_matrices, traced_linear
+from ..dispatch import compute_dtype, without_autocast
+from ..types import LoRA, RowGroups
+from .rows import (
+    add_delta,
+    add_delta_by_memory,
+    as_rows,
+    delta_backward,
+    known_rows,
+    lora_gradients,
+    traced_linear,
+)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _LoRALinear(torch.autograd.Function):
     """x [B, T, K] -> y [B, T, N]. No gradient for weight and bias."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, ids):
-        w = weight.to(x.dtype)
-        y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
-        a_rows, b_rows = row_matrices((a, b, scaling), ids, x.shape[0], x.dtype)
-        s = add_delta(y, x, a_rows, b_rows)
+    def forward(ctx, x, weight, bias, a, b, scaling, rows):
+        y = _linear(x, weight, bias)
+        s = add_delta(y, x, (a, b, scaling), rows)
         needs_lora = any(ctx.needs_input_grad[3:6])
+        ctx.rows = rows
         ctx.save_for_backward(
-            x if needs_lora else None, s if needs_lora else None, weight, a, b, scaling, ids
+            x if needs_lora else None, s if needs_lora else None, weight, a, b, scaling
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, s, weight, a, b, scaling, ids = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
-            a_rows, b_rows = row_matrices((a, b, scaling), ids, dy.shape[0], dy.dtype)
-            t = torch.bmm(dy, b_rows)  # [B, T, r]
-            dx = da = db = dscaling = None
-            if ctx.needs_input_grad[0]:
-                dx = dy @ weight.to(dy.dtype)
-                dx.baddbmm_(t, a_rows)
+        (x, s, weight, *lora), rows = ctx.saved_tensors, ctx.rows
+        with without_autocast(dy.device):
+            dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+            t = delta_backward(dy, lora, rows, dx)
+            da = db = dscaling = None
             if x is not None:
                 da_rows, db_rows = torch.bmm(t.transpose(1, 2), x), torch.bmm(dy.transpose(1, 2), s)
-                da, db, dscaling = lora_gradients((a, b, scaling), ids, da_rows, db_rows)
+                da, db, dscaling = lora_gradients(lora, rows, da_rows, db_rows)
         return dx, None, None, da, db, dscaling, None
 
 
-def _apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, ids: Tensor | None
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, rows: RowGroups | None
 ) -> Tensor:
-    return _LoRALinear.apply(x, weight, bias, *lora, ids)
+    """Return the same where nothing has a gradient."""
+    y = _linear(x, weight, bias)
+    add_delta_by_memory(y, x, lora, rows)
+    return y
+
+
+def _apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, rows: RowGroups | None
+) -> Tensor:
+    return _LoRALinear.apply(x, weight, bias, *lora, rows)
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, memory_ids: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    memory_ids: Tensor | RowGroups | None,
 ) -> Tensor:
     """See ``koffkernels.lora_linear``."""
     if lora is None:
         return F.linear(x, weight, bias)
-    if x.dim() == 3:
-        rows = x
+    rows = known_rows(memory_ids, lora.a.shape[0])
+    if torch.compiler.is_compiling():
+        op = traced_linear
     else:
-        rows = x[None] if memory_ids is None else x[:, None, :]
-    rows = rows.to(compute_dtype(x, weight))
-    op = traced_linear if torch.compiler.is_compiling() else _apply
-    with torch.autocast(x.device.type, enabled=False):
-        y = op(rows, weight, bias, lora, known_ids(memory_ids, lora.a.shape[0]))
-    return y if x.dim() == 3 else y.reshape(x.shape[0], weight.shape[0])
+        op = _apply if torch.is_grad_enabled() else _forward
+    wide = as_rows(x, rows is None).to(compute_dtype(x, weight))
+    with without_autocast(x.device):
+        y = op(wide, weight, bias, lora, rows)
+    return y.view(*x.shape[:-1], weight.shape[0])

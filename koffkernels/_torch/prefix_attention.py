@@ -2,7 +2,8 @@
 
 On the CPU: the flash kernel once for the row's own keys, once per memory for the prefix (all its
 rows and query heads folded into one sequence of queries, a few rows at a time, so that neither the
-prefix is repeated nor the batch copied), merged by log-sum-exp. Backward feeds the merged output
+prefix is repeated nor the batch copied; in a step of decoding once for all memories), merged by
+log-sum-exp. Backward feeds the merged output
 and log-sum-exp to the flash kernel's backward for each part, which is exact: the softmax weights of
 a part are exp(score - merged lse), and the row term sum(dO * O) needs the merged O. See
 docs/math.md.
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dispatch import without_autocast
 from ..reference import visible_keys
-from ..types import Prefix, RowBounds
-from .rows import known_ids
+from ..types import Prefix, RowBounds, RowGroups
+from .rows import known_rows
 
 _aten = torch.ops.aten
 # The kernel's backward in bf16 took twice the time of fp32 on rows of 128 tokens (25 and 15 ms), as
@@ -86,15 +88,16 @@ def _own_mask(
 
 
 def _groups(
-    ids: Tensor | None, rows: int, lengths: Tensor
+    groups: RowGroups | None, rows: int, lengths: Tensor
 ) -> list[tuple[int, Tensor | slice, int]]:
     """Return (memory, its rows, its length) for each memory in the batch."""
-    if ids is None:
-        return [(0, slice(None), int(lengths[0]))] if int(lengths[0]) > 0 else []
+    lengths = lengths.tolist()
+    if groups is None:
+        return [(0, slice(None), lengths[0])] if lengths[0] > 0 else []
     return [
-        (m, slice(None) if bool((ids == m).all()) else (ids == m).nonzero()[:, 0], int(lengths[m]))
-        for m in sorted(set(ids.tolist()))
-        if m >= 0 and int(lengths[m]) > 0
+        (m, slice(None) if len(own) == rows else own, lengths[m])
+        for m, own in enumerate(groups.order.split(groups.counts))
+        if len(own) and lengths[m] > 0
     ]
 
 
@@ -145,31 +148,84 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, bounds: RowBounds | None, scale
     return o, lse
 
 
+def _merge_(o: Tensor, lse: Tensor, rows: Tensor | slice, o_p: Tensor, lse_p: Tensor) -> None:
+    """Merge attention over a prefix into that of some rows over their own keys, in place."""
+    own = lse[rows]
+    share = torch.sigmoid(lse_p - own)[..., None]
+    o[rows] = torch.lerp(o[rows].float(), o_p.float(), share).to(o.dtype)
+    lse[rows] = torch.logaddexp(own, lse_p)
+
+
+def _at_once(q: Tensor, prefix: Prefix, groups: RowGroups | None) -> bool:
+    """Whether one pass over the prefixes of all memories is best: so few queries that the calls
+    would cost more than what they do, and no prefix that is shorter than the others."""
+    return (
+        groups is not None
+        and len(groups.order) > 0
+        and len(groups.slots) * q[0].numel() <= _FOLDED
+        and min(prefix.lengths.tolist()) == prefix.k.shape[2]
+    )
+
+
+def _add_prefixes_(
+    o: Tensor, lse: Tensor, q: Tensor, prefix: Prefix, groups: RowGroups, scale: float
+) -> None:
+    """Merge attention over the prefixes of all memories into that over the own keys, in place: the
+    rows of each memory are one sequence of queries, and the memories a batch."""
+    (memories, kv_heads), (_, heads, queries, width) = prefix.k.shape[:2], q.shape
+    folded = (memories, -1, kv_heads, heads // kv_heads, queries)
+    q = q if groups.aligned else q.index_select(0, groups.slots)
+    q = q.reshape(*folded, width).transpose(1, 2).reshape(memories, kv_heads, -1, width)
+    o_p, lse_p = flash(q, prefix.k.to(q.dtype), prefix.v.to(q.dtype), False, None, scale)
+    shape = (memories, kv_heads, -1, heads // kv_heads, queries)
+    o_p = o_p.reshape(*shape, width).transpose(1, 2).reshape(-1, heads, queries, width)
+    lse_p = lse_p.reshape(shape).transpose(1, 2).reshape(-1, heads, queries)
+    rows: Tensor | slice = slice(None)
+    if not groups.aligned:
+        rows = groups.order
+        o_p, lse_p = (x.index_select(0, groups.places) for x in (o_p, lse_p))
+    _merge_(o, lse, rows, o_p, lse_p)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix,
+    groups: RowGroups | None,
+    scale: float,
+    bounds: RowBounds | None,
+) -> tuple[Tensor, Tensor]:
+    """Return (o, lse), lse 0 where nothing is seen."""
+    o, lse = _attend_own(q, k, v, bounds, scale)
+    if _at_once(q, prefix, groups):
+        _add_prefixes_(o, lse, q, prefix, groups, scale)
+    else:
+        for m, rows, length in _groups(groups, q.shape[0], prefix.lengths):
+            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix.k, prefix.v))
+            for piece in _pieces(rows, q):
+                q_m = _fold(q[piece], k.shape[1])
+                o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
+                shape = lse[piece].shape
+                _merge_(o, lse, piece, _unfold(o_m, shape), _unfold(lse_m, shape))
+    return o, lse.masked_fill_(lse == -math.inf, 0.0)
+
+
 class _PrefixAttention(torch.autograd.Function):
     """CPU only; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, ids, scale, *bounds):
-        o, lse = _attend_own(q, k, v, RowBounds(*bounds) if bounds else None, scale)
-        for m, rows, length in _groups(ids, q.shape[0], lengths):
-            k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
-            for piece in _pieces(rows, q):
-                q_m = _fold(q[piece], k.shape[1])
-                o_m, lse_m = flash(q_m, k_m, v_m, False, None, scale)
-                own = lse[piece]
-                o_m, lse_m = _unfold(o_m, own.shape), _unfold(lse_m, own.shape)
-                share = torch.sigmoid(lse_m - own)[..., None]
-                o[piece] = torch.lerp(o[piece].float(), o_m.float(), share).to(o.dtype)
-                lse[piece] = torch.logaddexp(own, lse_m)
-        lse = lse.masked_fill(lse == -math.inf, 0.0)
-        ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, prefix_k, prefix_v, lengths, groups, scale, *bounds):
+        prefix, seen = Prefix(prefix_k, prefix_v, lengths), RowBounds(*bounds) if bounds else None
+        o, lse = _forward(q, k, v, prefix, groups, scale, seen)
+        ctx.save_for_backward(q, k, v, o, lse, prefix_k, prefix_v, lengths, *bounds)
+        ctx.groups, ctx.scale = groups, scale
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        q, k, v, o, lse, prefix_k, prefix_v, lengths, ids, *bounds = ctx.saved_tensors
+        q, k, v, o, lse, prefix_k, prefix_v, lengths, *bounds = ctx.saved_tensors
         dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
         if k.shape[2] == 0:
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -181,7 +237,7 @@ class _PrefixAttention(torch.autograd.Function):
                 args = (x[piece] for x in (do, q, k, v, o, lse))
                 part = flash_backward(*args, causal, seen, ctx.scale)
                 dq[piece], dk[piece], dv[piece] = part
-        for m, rows, length in _groups(ids, q.shape[0], lengths):
+        for m, rows, length in _groups(ctx.groups, q.shape[0], lengths):
             k_m, v_m = (x[m : m + 1, :, :length].to(q.dtype) for x in (prefix_k, prefix_v))
             dk_m, dv_m = (torch.zeros_like(x, dtype=torch.float32) for x in (k_m, v_m))
             for piece in _pieces(rows, q):
@@ -251,7 +307,7 @@ def run(
     k: Tensor,
     v: Tensor,
     prefix: Prefix | None,
-    memory_ids: Tensor | None,
+    memory_ids: Tensor | RowGroups | None,
     bounds: RowBounds | None,
     scale: float | None,
 ) -> Tensor:
@@ -261,17 +317,15 @@ def run(
         empty = q.new_zeros(1, k.shape[1], 1, q.shape[-1])
         prefix = Prefix(empty, empty, torch.zeros(1, dtype=torch.int64, device=q.device))
         memory_ids = None
-    memory_ids = known_ids(memory_ids, prefix.k.shape[0])
+    groups = known_rows(memory_ids, prefix.k.shape[0])
     eager_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if not eager_cpu or q.dtype == torch.float64 or 0 in q.shape:
-            return _concatenated(
-                q, *_seen(k, v, q.shape[2], bounds), prefix, memory_ids, bounds, scale
-            )
+            ids = None if groups is None else groups.ids
+            return _concatenated(q, *_seen(k, v, q.shape[2], bounds), prefix, ids, bounds, scale)
         k, v = _crop(k, v, bounds)
         bounds = _simplify(bounds, q.shape[2], k.shape[2])
         k, v = _seen(k, v, q.shape[2], bounds)
-        flags = bounds or ()
-        return _PrefixAttention.apply(
-            q, k, v, prefix.k, prefix.v, prefix.lengths, memory_ids, scale, *flags
-        )
+        if not torch.is_grad_enabled():
+            return _forward(q, k, v, prefix, groups, scale, bounds)[0]
+        return _PrefixAttention.apply(q, k, v, *prefix, groups, scale, *(bounds or ()))

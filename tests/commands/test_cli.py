@@ -91,6 +91,19 @@ def test_eval_measures_the_first_documents_alone(trained, tmp_path):
     assert invoke("eval", trained, "--max-tokens", 0).exit_code == 2
 
 
+def test_eval_swaps_the_halves_of_memories(trained, tmp_path):
+    file = tmp_path / "swaps.json"
+    shown = succeed("eval", trained, "--swaps", "--json", file, "--device", "cpu")
+    rows = json.loads(file.read_text("utf-8"))
+    assert [(r["lora"], r["kv"], r["domain"]) for r in rows[:3]] == [
+        ("en", "en", "en"), ("en", "en", "fr"), ("en", "fr", "en")
+    ]  # fmt: skip
+    assert len(rows) == 18 and {row["split"] for row in rows} == {"test"}
+    assert f"{rows[2]['perplexity']:.2f}" in shown and "LoRA of" in shown
+    line = fail("eval", trained, "--swaps", "--base")
+    assert "--swaps must stand alone, got --base too" in line
+
+
 def test_eval_finds_the_data_where_koff_data_says(root, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("KOFF_DATA", str(tmp_path))
     assert "en.test.jsonl must be an existing file" in fail("eval", trained)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support import activation_checkpointing
 from support.models import HYBRID, multimodal
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,13 @@ from koff.commands.recipe import (
     parse,
     shipped_recipes,
 )
-from koff.commands.train import check_model, check_output, last_checkpoint, load_base
+from koff.commands.train import (
+    check_model,
+    check_output,
+    last_checkpoint,
+    load_base,
+    training_arguments,
+)
 from koff.data.sources import Completion
 from koff.model import arch
 from koff.training.checkpoint import FACTS, STATE, WEIGHTS, seal
@@ -189,6 +196,16 @@ def test_overrides_read_yaml_and_leave_the_input_alone():
     assert values == {"train": {"steps": 5}}
 
 
+def test_overrides_leave_domains_and_general_parts_out():
+    values = {"data": {"en": {}, "fr": {}}, "general": {"math": {}}}
+    assert apply_overrides(values, ["data.fr=null", "general.math=null"]) == {
+        "data": {"en": {}}, "general": {}
+    }  # fmt: skip
+    assert list(values["data"]) == ["en", "fr"]
+    with pytest.raises(KeyError, match=r"leaves out must be one of \['en', 'fr'\], got 'es'"):
+        apply_overrides(values, ["data.es=null"])
+
+
 def test_paths_start_from_koff_data_or_the_recipe(tmp_path, monkeypatch):
     monkeypatch.delenv("KOFF_DATA", raising=False)
     path = tmp_path / "r.yaml"
@@ -240,6 +257,18 @@ def test_a_field_may_name_a_prompt_and_its_completion():
     assert parse(recipe.to_dict(), recipe.root) == recipe
     with pytest.raises(KeyError, match=r"general\.qa\.field\.completion must be given"):
         minimal(general={"qa": {"train": "a", "field": {"prompt": "x"}}})
+
+
+def test_activation_checkpointing_has_its_name_of_old_too(tmp_path):
+    """And reaches transformers under the name that this one knows, without a warning."""
+    assert not minimal().train.activation_checkpointing
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        recipe = minimal(train={name: True})
+        assert recipe.train.activation_checkpointing
+        assert getattr(training_arguments(recipe, tmp_path, "cpu"), activation_checkpointing.NAME)
+        assert name == "activation_checkpointing" or name not in recipe.to_dict()["train"]
+    with pytest.raises(KeyError, match="train.gradient_checkpointing must be one of the known"):
+        minimal(train={"activation_checkpointing": True, "gradient_checkpointing": False})
 
 
 def test_first_difference_names_the_key():

@@ -11,7 +11,7 @@ from support.run_folders import RunFolder
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton", "datasets", "tokenizers"}
 COMMANDS = (
     "train", "eval", "analyse", "generate", "info", "export", "add-memory", "import-memory",
-    "remove-memory", "push", "demo", "report",
+    "remove-memory", "push", "demo", "report", "reproduce",
 )  # fmt: skip
 
 # Runs `koff` with the arguments it gets, then prints its exit code and every module there is.

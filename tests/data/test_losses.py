@@ -1,109 +1,215 @@
-"""Losses of positions: against torch's own cross-entropy and divergence, each with its own
-log-softmax."""
+"""Losses of positions from hidden states: against torch's own cross-entropy and divergence of all
+logits, each with its own log-softmax."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from koff.data import losses as module
-from koff.data.losses import token_losses
+from koff.data.losses import Head, logits_in_pieces, token_losses
 
 IDS = torch.tensor([[3, 0, 4, 1], [2, 2, 0, 3]])
-# Both sides round the same fp32 sums over 5 entries of size ~1 in another order: a few 2^-24 each.
-FP32 = 8 * 2**-24
+SOME = torch.tensor([[3, -100, 4, 1], [-100, -100, -100, 3]])
+WIDTH, VOCAB = 6, 5
+# Both sides round the same fp32 sums, over at most 6 products of size ~1 forward and 5 backward, in
+# another order, and the log-softmax after them: a few 2^-24 each.
+FP32 = 16 * 2**-24
 
 
-def separately(logits, ids, teacher):
-    """Cross-entropy and divergence, each from the logits."""
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
-    log_q = F.log_softmax(logits[:, :-1].float(), -1)
-    log_p = F.log_softmax(teacher[:, :-1].float(), -1)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return losses.view(divergence.shape), divergence
+def states_and_teacher(dtype=torch.float32, width=WIDTH):
+    return torch.randn(2, 2, 4, width).to(dtype).unbind()
 
 
-# Rows of a piece: all 8, 3 (the last piece has 2), 1 (fewer elements than one row).
-@pytest.mark.parametrize("piece", [module.PIECE_CPU, 17, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_are_torchs_own_with_gradients(dtype, piece, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CPU", piece)
-    logits, teacher = (torch.randn(2, 4, 5).to(dtype) for _ in range(2))
-    results = []
-    for losses, leaf in ((token_losses, logits.clone()), (separately, logits.float())):
-        leaf.requires_grad_()
-        both = losses(leaf, IDS, teacher)
-        (0.3 * both[0].mean() + 0.7 * both[1].mean()).backward()
-        results.append((*both, leaf.grad))
-    (loss, divergence, grad), (wanted_loss, wanted_divergence, wanted_grad) = results
-    assert loss.dtype == divergence.dtype == torch.float32 and grad.dtype == dtype
-    assert torch.equal(loss, wanted_loss) and torch.equal(divergence, wanted_divergence)
-    one_rounding = 0.0 if dtype == torch.float32 else 2**-8
-    assert torch.allclose(grad.float(), wanted_grad, atol=FP32, rtol=one_rounding)
-    assert not grad[:, -1].any() and grad[:, :-1].any()
+def heads(dtype=torch.float32):
+    """One of each kind: a plain one, and with everything that an architecture may add."""
+    weight, bias = torch.randn(VOCAB, WIDTH).to(dtype), torch.randn(VOCAB).to(dtype)
+    return {
+        "plain": Head(weight),
+        "biased": Head(weight, bias),
+        "scaled": Head(weight, scale=1 / 6),
+        "capped": Head(weight, bias, 0.7, 1.5),
+    }
+
+
+def of_all_logits(states, head, labels, teacher=None, weight=0.0):
+    """The same sum and losses, of all logits at once, by autograd."""
+    logits, p = states, teacher
+    if head is not None:
+        logits = head.logits(states)
+        p = None if teacher is None else head.logits(teacher)
+    targets = labels[:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].mT.float(), targets, reduction="none")
+    total = (1 - weight) * losses.sum()
+    if p is not None:
+        counts = targets != -100
+        log_q, log_p = (x[:, :-1][counts].float().log_softmax(-1) for x in (logits, p))
+        total = total + weight * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total, losses.detach()
+
+
+def with_gradient(losses, states, *arguments):
+    leaf = states.clone().requires_grad_()
+    total, each = losses(leaf, *arguments)
+    assert not each.requires_grad
+    (gradient,) = torch.autograd.grad(3 * total, leaf)
+    return total.detach(), each, gradient
+
+
+# Logits of a product, and of a softmax: all at once; 3 rows, of which softmax takes 2 and 1; fewer
+# than a row.
+@pytest.mark.parametrize("sizes", [(2**25, 2**18), (17, 11), (4, 4)])
+@pytest.mark.parametrize("kind", ["none", "plain", "biased", "scaled", "capped"])
+@pytest.mark.parametrize("labels", [IDS, SOME], ids=["all", "some"])
+def test_token_losses_are_torchs_own_with_gradients(labels, kind, sizes, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", sizes[0])
+    monkeypatch.setattr(module, "PIECE_CPU", sizes[1])
+    head = heads().get(kind)
+    states, teacher = states_and_teacher(width=VOCAB if head is None else WIDTH)
+    before = states.clone(), teacher.clone()
+    for arguments in ((head, labels), (head, labels, teacher, 0.7), (head, labels, teacher, 1.0)):
+        got = with_gradient(token_losses, states, *arguments)
+        wanted = with_gradient(of_all_logits, states, *arguments)
+        for mine, theirs in zip(got, wanted, strict=True):
+            assert mine.dtype == torch.float32
+            # The sum is one of up to 6 losses of size ~1, the gradient is tripled.
+            assert torch.allclose(mine, theirs, atol=6 * FP32, rtol=FP32)
+        counts = labels[:, 1:] != -100
+        assert torch.equal(got[1] != 0, counts)
+        assert torch.equal(got[2].any(-1), F.pad(counts, (0, 1)))
+    assert torch.equal(states, before[0]) and torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "biased", "scaled", "capped"])
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+def test_gradients_are_those_of_finite_differences(kind, weight):
+    head = heads(torch.float64).get(kind)
+    states, teacher = states_and_teacher(torch.float64, VOCAB if head is None else WIDTH)
+
+    def total(states):
+        return token_losses(states, head, SOME, teacher if weight else None, weight)[0]
+
+    assert total(states).dtype == torch.float64
+    assert torch.autograd.gradcheck(total, (states.requires_grad_(),))
 
 
 def test_token_losses_are_the_definitions():
-    logits, teacher = torch.randn(2, 2, 4, 5, dtype=torch.float64).unbind()
-    losses, divergence = token_losses(logits, IDS, teacher)
-    p, q = teacher.softmax(-1), logits.softmax(-1)
+    states, teacher = states_and_teacher(torch.float64)
+    head = heads(torch.float64)["capped"]
+    cross, losses = token_losses(states, head, IDS, teacher, 0.0)
+    divergence, _ = token_losses(states, head, IDS, teacher, 1.0)
+    q, p = (
+        1.5 * torch.tanh(0.7 * (x @ head.weight.T + head.bias) / 1.5) for x in (states, teacher)
+    )
+    p, q = p.softmax(-1), q.softmax(-1)
     for row in range(2):
         for t in range(3):
             assert losses[row, t] == pytest.approx(-float(q[row, t, IDS[row, t + 1]].log()))
-    assert torch.allclose(divergence.double(), (p * (p / q).log()).sum(-1)[:, :-1], atol=1e-6)
-    assert not token_losses(teacher, IDS, teacher)[1].any()
+    assert cross == pytest.approx(float(losses.sum()))
+    assert divergence == pytest.approx(float((p * (p / q).log())[:, :-1].sum()))
+    assert token_losses(teacher, head, IDS, teacher, 1.0)[0] == 0
 
 
-def test_positions_that_do_not_count_have_neither_loss_nor_gradient():
-    labels = torch.tensor([[3, -100, 4, 1], [-100, -100, -100, 3]])
-    logits, teacher = torch.randn(2, 2, 4, 5)
-    whole = token_losses(logits, IDS, teacher)
-    leaf = logits.clone().requires_grad_()
-    losses = token_losses(leaf, labels, teacher)
-    counts = labels[:, 1:] != -100
-    for some, every in zip(losses, whole, strict=True):
-        assert torch.equal(some, every * counts) and every.all()
-    sum(part.sum() for part in losses).backward()
-    assert torch.equal(leaf.grad.any(-1), torch.cat([counts, torch.zeros(2, 1) > 0], 1))
-    wanted = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+def test_labels_on_the_states_own_device_leave_nothing_out_but_the_result():
+    """On a GPU every position is computed, also those that do not count, whatever is in them."""
+    states, teacher = states_and_teacher()
+    head = heads()["plain"]
+    wanted = with_gradient(token_losses, states, head, SOME, teacher, 0.7)
+    states, targets = states.flatten(0, 1), F.pad(SOME[:, 1:], (0, 1), value=-100).flatten()
+    states[targets == -100] = float("nan")
+
+    def every_row(leaf):
+        return module._TokenLosses.apply(leaf, targets, head, teacher.flatten(0, 1), 0.7)
+
+    total, losses, gradient = with_gradient(every_row, states)
+    assert torch.allclose(total, wanted[0], rtol=FP32)
+    assert torch.allclose(losses.view(2, 4)[:, :-1], wanted[1], rtol=FP32, atol=FP32)
+    assert torch.allclose(gradient.view(2, 4, -1), wanted[2], rtol=FP32, atol=6 * FP32)
+
+
+def test_a_head_that_is_trained_is_refused_and_measured_all_the_same():
+    states = torch.randn(2, 4, WIDTH)
+    head = Head(torch.randn(VOCAB, WIDTH, requires_grad=True))
+    with pytest.raises(ValueError, match="^token_losses: the head must be frozen, got one that"):
+        token_losses(states, head, IDS)
+    with torch.no_grad():
+        assert token_losses(states, head, IDS)[0] > 0
+    next(logits_in_pieces(states.flatten(0, 1), head))
+
+
+def test_no_position_counts():
+    states = torch.randn(2, 4, WIDTH)
+    total, losses, gradient = with_gradient(
+        token_losses, states, heads()["plain"], torch.full_like(IDS, -100)
     )
-    assert float((losses[0].sum() / counts.sum()).detach()) == pytest.approx(
-        float(wanted), rel=1e-6
-    )
+    assert total == 0 and not losses.any() and not gradient.any()
 
 
-def test_token_losses_without_a_teacher():
-    logits = torch.randn(2, 4, 5)
-    losses, divergence = token_losses(logits, IDS)
-    assert divergence is None
-    assert torch.equal(losses, token_losses(logits, IDS, torch.zeros(2, 4, 5))[0])
+@pytest.mark.parametrize("teacher", [False, True])
+def test_bf16_rounds_logits_and_their_gradient_once(teacher):
+    """As torch does, whose product with the head gives and takes bf16."""
+    head = heads(torch.bfloat16)["biased"]
+    states, other = states_and_teacher(torch.bfloat16)
+    arguments = (head, IDS, other, 0.7) if teacher else (head, IDS)
+    got = with_gradient(token_losses, states, *arguments)
+    wanted = with_gradient(of_all_logits, states, *arguments)
+    assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16]
+    # The logits, up to 8, may fall to another side of their rounding, 2^-8 of them, each once
+    # before and once after the bias: the losses move by twice as much at most.
+    assert torch.allclose(got[1], wanted[1], atol=4 * 8 * 2**-8, rtol=0)
+    assert torch.allclose(got[0], wanted[0], atol=6 * 4 * 8 * 2**-8, rtol=0)
+    assert (got[2] - wanted[2]).abs().max() < 0.05 * wanted[2].abs().max()
 
 
-def test_autocast_does_not_lower_the_losses():
-    logits, teacher = torch.randn(2, 2, 4, 500)
+def test_autocast_lowers_the_products_and_no_sum():
+    states, teacher = states_and_teacher()
+    head = heads()["biased"]
+    low = head.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        lowered = token_losses(logits, IDS, teacher)
-    assert all(map(torch.equal, lowered, token_losses(logits, IDS, teacher)))
+        got = with_gradient(token_losses, states, head, IDS, teacher, 0.7)
+    wanted = with_gradient(token_losses, states.bfloat16(), low, IDS, teacher.bfloat16(), 0.7)
+    assert got[2].dtype == torch.float32
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    # Of bf16 states the gradient is rounded once more, where it is scaled.
+    assert torch.allclose(got[2], wanted[2].float(), rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_one_loss_alone_has_its_gradient(which):
-    logits, teacher = torch.randn(2, 2, 4, 5)
-    grads = []
-    for losses in (token_losses, separately):
-        leaf = logits.clone().requires_grad_()
-        loss = losses(leaf, IDS, teacher)[which].sum()
-        grads.append(torch.autograd.grad(loss, leaf)[0])
-    assert torch.allclose(*grads, atol=FP32, rtol=0) and grads[0].any()
+def test_backward_twice_gives_the_same():
+    states, _ = states_and_teacher()
+    total, _ = token_losses(states.requires_grad_(), heads()["plain"], IDS)
+    first, second = (torch.autograd.grad(total, states, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
 
 
-def test_no_copy_of_all_logits_is_kept(monkeypatch):
-    """Autograd keeps the logits and the teacher's as they are, bf16, and no fp32 of their size."""
-    monkeypatch.setattr(module, "PIECE_CPU", 64)
-    logits, teacher = torch.randn(2, 2, 4, 64).bfloat16()
+def test_nothing_of_the_size_of_logits_is_kept():
+    """For the backward pass there is the gradient for the hidden states, and nothing else."""
+    states, teacher = torch.randn(2, 2, 4, WIDTH).bfloat16()
+    head = Head(torch.randn(64, WIDTH).bfloat16())
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        token_losses(logits.requires_grad_(), IDS, teacher)
-    assert {t.data_ptr() for t in kept if t.numel() > 8} == {logits.data_ptr(), teacher.data_ptr()}
+        token_losses(states.requires_grad_(), head, IDS, teacher, 0.5)
+    floating = [t for t in kept if t.is_floating_point()]
+    assert [(t.shape, t.dtype) for t in floating] == [((6, WIDTH), torch.bfloat16)]
+
+
+def test_without_a_gradient_none_is_computed(monkeypatch):
+    states, teacher = states_and_teacher()
+    products = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(1) or mm(*a, **k))
+    with torch.no_grad():
+        token_losses(states.requires_grad_(), heads()["plain"], IDS, teacher, 0.5)
+    assert len(products) == 2
+    token_losses(states, heads()["plain"], IDS, teacher, 0.5)
+    assert len(products) == 2 + 3
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "capped"])
+def test_logits_in_pieces_are_all_logits(kind, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 3 * VOCAB)
+    head = heads().get(kind)
+    states = torch.randn(8, VOCAB if head is None else WIDTH)
+    wanted = states if head is None else head.logits(states)
+    found = torch.empty_like(wanted)
+    for rows, logits in logits_in_pieces(states, head):
+        found[rows] = logits
+    assert torch.allclose(found, wanted, atol=FP32, rtol=FP32)

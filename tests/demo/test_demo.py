@@ -5,6 +5,7 @@ import torch
 from support.demo_settings import SMALL
 
 from koff.commands.train import check_model
+from koff.data.cache import default_cache
 from koff.demo import base_model as demo_base
 from koff.demo import corpus as demo_data
 from koff.demo.run import demo_recipe
@@ -79,10 +80,10 @@ def test_tokenizer_gives_back_any_text():
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("KOFF_CACHE", str(tmp_path / "a"))
-    assert demo_base.default_cache() == tmp_path / "a"
+    assert default_cache() == tmp_path / "a"
     monkeypatch.delenv("KOFF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert demo_base.default_cache() == tmp_path / "b" / "koff"
+    assert default_cache() == tmp_path / "b" / "koff"
 
 
 def test_pretraining_repeats_itself():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.quality.collect import over_languages
+from koff.commands.reproduce.collect import over_languages
 from koff.evaluation.measures import (
     Spread,
     Undefined,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.character_tokenizer import make_tokenizer
+from support.models import redraw
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import koff
@@ -34,13 +35,7 @@ def with_memories(**changes):
         kv=koff.KVConfig(num_tokens=4, init="normal"),
         **changes,
     )
-    model = koff.attach(tiny(), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for memory in model.koff.memories:
-            for parameter in memory.parameters():
-                parameter.normal_(std=0.3)
-    return model
+    return redraw(koff.attach(tiny(), config))
 
 
 def test_evaluate_agrees_with_the_definition(tokenizer):

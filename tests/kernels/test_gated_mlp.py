@@ -50,8 +50,8 @@ def test_gated_mlp_recompute_keeps_nothing_wide_and_gives_the_same_bits(parts):
 
     with recompute_hidden(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         assert_same(run(call, tensors), want)
-    assert not [shape for shape in saved if shape[-1] == 80 and len(shape) == 3 and shape[1] == 30]
-    assert any(tuple(shape) == (4, 30, 12) for shape in saved)
+    assert not [shape for shape in saved if shape.numel() >= 4 * 30 * 80]
+    assert any(shape.numel() == 4 * 30 * 12 for shape in saved)
 
 
 @pytest.mark.parametrize("dtype", LOW)

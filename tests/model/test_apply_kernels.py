@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from support import activation_checkpointing
 from support.models import VOCAB, tiny
 from torch import nn
 
@@ -262,7 +263,7 @@ def test_apply_kernels_under_bf16_autocast_and_checkpointing():
     """Beside the fp32 result, the kernels are not further away than PEFT itself is: each rounds
     every product once to bf16, so the two distances are of one size and vary by chance."""
     model = peft(of("llama"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    activation_checkpointing.enable(model)
     model.train()
     exact, exact_grads = step(model)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,10 +1,12 @@
 """What must be true of an architecture for koff to be right on it, for every entry of arch.py."""
 
+import copy
+
 import pytest
 import torch
 from peft import CartridgeConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import bare
+from support import activation_checkpointing, bare
 from support.character_tokenizer import make_tokenizer
 from support.models import NAMES, attached, tiny, tokens
 from support.trainings import LORA, trainer
@@ -118,7 +120,9 @@ def test_it_trains_is_pruned_on_the_way_and_learns(architecture, tmp_path):
     config = koff.KoffConfig(NAMES, target_sparsity=0.3, lora=LORA, kv=koff.KVConfig(3))
     model = koff.attach(base, config)
     before = {name: p.detach().clone() for name, p in model.koff.named_parameters()}
-    run = trainer(tmp_path, model, max_steps=4, fix_mask_at=0.5, gradient_checkpointing=True)
+    run = trainer(
+        tmp_path, model, max_steps=4, fix_mask_at=0.5, **activation_checkpointing.arguments()
+    )
     run.train()
     assert model.koff.gates.fixed and model.koff.gates.kept_first
     for name, p in model.koff.named_parameters():
@@ -132,11 +136,18 @@ def loss_of(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits.square().mean()
 
 
-def compare(ours, theirs):
+def compare(ours, theirs, exact=None):
+    """Gradients side by side; where they are known in fp64, ours may also be as far from them as
+    twice what theirs are: both are sums in some order, and behind a norm of q and k they cancel."""
     assert ours.keys() == theirs.keys() and ours
     for name, grad in ours.items():
         scale = theirs[name].abs().max()
-        assert scale > 0 and (grad - theirs[name]).abs().max() < 2e-5 * scale, name
+        assert scale > 0, name
+        if exact is None:
+            assert (grad - theirs[name]).abs().max() < 2e-5 * scale, name
+        else:
+            rounding = (theirs[name] - exact[name]).abs().max()
+            assert (grad - exact[name]).abs().max() < max(2e-5 * scale, 2 * rounding), name
 
 
 def peft_lora(architecture):
@@ -158,13 +169,17 @@ def test_a_lora_of_peft_computes_and_learns_the_same_here(architecture, tmp_path
     koff.import_memory(model, "de", lora=tmp_path / "lora")
     assert (model(ids, memory="de").logits - theirs(ids).logits).abs().max() < FP32
     loss_of(model, ids, memory="de").backward()
+    exact = copy.deepcopy(theirs).double()
     loss_of(theirs, ids).backward()
+    loss_of(exact, ids).backward()
     grads = {}
     for site, weights in model.koff.memories["de"].sites():
-        module = theirs.get_submodule(f"base_model.model.{arch.site_path(site, model)}")
-        for part, p, q in (("A", weights.a, module.lora_A), ("B", weights.b, module.lora_B)):
-            grads[f"{site} {part}"] = p.grad, q.default.weight.grad
-    compare(*({name: pair[i] for name, pair in grads.items()} for i in (0, 1)))
+        path = f"base_model.model.{arch.site_path(site, model)}"
+        layers = theirs.get_submodule(path), exact.get_submodule(path)
+        for part, p in (("lora_A", weights.a), ("lora_B", weights.b)):
+            others = [getattr(layer, part).default.weight.grad for layer in layers]
+            grads[f"{site} {part}"] = p.grad, *others
+    compare(*({name: three[i] for name, three in grads.items()} for i in range(3)))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import recorded_graph
+from support import activation_checkpointing, recorded_graph
 from support.models import HYBRID, NAMES, attached, tokens
 
 import koff
@@ -216,14 +216,6 @@ def test_captured_steps_in_threads_replay_their_own_graphs(monkeypatch):
     assert all(step.user is None for step in model.koff.graphs.steps.values())
 
 
-def enable_checkpointing(model, reentrant):
-    kwargs = {"use_reentrant": reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
 def gradients(model, name, backward=torch.Tensor.backward):
     """Those of one memory after a call with it."""
     memory = model.koff.memories[name]
@@ -240,7 +232,7 @@ def test_layers_recomputed_in_threads_see_their_own_call(reentrant):
     GPU."""
     names = tuple(f"m{i}" for i in range(THREADS))
     model = attached("llama", memories=names, target_sparsity=0).train()
-    enable_checkpointing(model, reentrant)
+    activation_checkpointing.enable(model, reentrant)
     wanted = [gradients(model, name) for name in names]
     with ThreadPoolExecutor(THREADS) as pool:
 
@@ -259,7 +251,7 @@ def test_layers_recomputed_in_threads_see_their_own_call(reentrant):
 def test_a_layer_recomputed_under_another_call_would_be_seen(reentrant):
     """Not by a race as above: torch's engine does not survive two threads in one memory."""
     model = attached("llama", target_sparsity=0).train()
-    enable_checkpointing(model, reentrant)
+    activation_checkpointing.enable(model, reentrant)
     wanted = gradients(model, "en")
 
     class OfAnotherCall:

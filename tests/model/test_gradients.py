@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support import activation_checkpointing
 from support.models import ARCHITECTURES, attached, tokens
 
 import koff
@@ -39,7 +40,7 @@ def test_checkpointed_gradients_equal_plain_ones(architecture, reentrant):
     plain = gradients(model)
     assert plain["gates.log_alpha.0"].abs().max() > 0
     model.zero_grad()
-    enable_checkpointing(model, reentrant)
+    activation_checkpointing.enable(model, reentrant)
     with koff.use_memory(model, "en"):
         loss = loss_of(model, ids, MIX)
     with koff.use_memory(model, ["en", "en", "es"]):  # changed since
@@ -47,14 +48,6 @@ def test_checkpointed_gradients_equal_plain_ones(architecture, reentrant):
         loss.backward()
     same(gradients(model), plain)
     del other
-
-
-def enable_checkpointing(model, reentrant):
-    kwargs = {"use_reentrant": reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def test_two_forwards_before_one_backward_equal_two_rounds():
@@ -65,7 +58,7 @@ def test_two_forwards_before_one_backward_equal_two_rounds():
     for checkpointed in (False, True):
         model.zero_grad()
         if checkpointed:
-            enable_checkpointing(model, False)
+            activation_checkpointing.enable(model, False)
         total = loss_of(model, ids, "en", seed=1) + loss_of(model, ids, MIX, seed=2)
         total.backward()
         same(gradients(model), wanted, tolerance=1e-5)  # the order of two fp32 additions

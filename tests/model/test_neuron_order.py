@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from support.mapped import mapped_from
 from support.models import ARCHITECTURES, attached, tiny, tokens
 from support.widths import spread
+from transformers import AutoModelForCausalLM
 
 import koff
 from koff.model import arch
@@ -85,6 +87,20 @@ def test_binarise_again_starts_from_the_original_order():
     assert torch.equal(model(ids, memory="en").logits, other(ids, memory="en").logits)
     wanted = raw(other)
     assert all(torch.equal(t, wanted[name]) for name, t in raw(model).items())
+
+
+def test_reordered_weights_leave_the_file_that_they_were_mapped_from(tmp_path):
+    """What is written to a mapped file's pages stays in memory until all tensors of it are gone: a
+    model that is compacted in place would hold each MLP twice."""
+    tiny("llama").save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = spread(koff.attach(base, koff.KoffConfig(memories=["en"], target_sparsity=0.4)))
+    before = arch.mlp_weights(arch.mlps(model)[0])
+    assert all(mapped_from(w) == str(tmp_path / "model.safetensors") for w in before)
+    koff.binarize(model, multiple_of=1)
+    after = arch.mlp_weights(arch.mlps(model)[0])
+    assert all(now is then for now, then in zip(after, before, strict=True))
+    assert [mapped_from(w) for w in after] == [None] * 3
 
 
 def test_reordering_twice_changes_nothing():

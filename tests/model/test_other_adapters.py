@@ -2,6 +2,8 @@
 refused; none is passed over."""
 
 import copy
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,16 @@ def masked():
     return model
 
 
-STAGES = {"soft": soft, "masked": masked, "compacted": lambda: koff.compact(masked())}
+def compacted():
+    return koff.compact(masked())
+
+
+def loaded():
+    with tempfile.TemporaryDirectory() as folder:
+        return koff.load(koff.save(compacted(), Path(folder, "out")))
+
+
+STAGES = {"soft": soft, "masked": masked, "compacted": compacted, "loaded": loaded}
 
 
 def adapted(model, *targets, seed=1):

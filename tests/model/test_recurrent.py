@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from support import activation_checkpointing
 from support.models import HYBRID, attached, multimodal, perturb, tiny, tokens
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -275,7 +276,7 @@ def test_checkpointed_gradients_equal_plain_ones(reentrant):
         assert (grad is not None) == name.startswith(tuple(used)), name
         assert grad is None or grad.abs().max() > 0, name
     model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    activation_checkpointing.enable(model, reentrant)
     with koff.use_memory(model, "en"):
         loss = loss_of(model, ids, MIX)
     loss.backward()

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
+from support import activation_checkpointing
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import koff
 from koff.model import arch
@@ -44,7 +45,8 @@ RUNS = {
     "accumulated": dict(gradient_accumulation_steps=2, batching="single"),
     # Rows count differently, and so do micro-batches and ranks.
     "labelled": dict(gradient_accumulation_steps=2, domains=ANSWERS),
-    "checkpointed": dict(gradient_checkpointing=True, fix_mask_at=0.75, max_grad_norm=0.1),
+    "checkpointed": activation_checkpointing.arguments()
+    | dict(fix_mask_at=0.75, max_grad_norm=0.1),
 }
 
 
@@ -59,6 +61,8 @@ def let_fsdp_shard_on_cpu() -> None:
         ACCELERATES(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = init
 
@@ -267,13 +271,21 @@ def own_loop(folder: Path, mode: str) -> dict[str, torch.Tensor]:
     return learned
 
 
+def check_that_losses_stay_fp32(folder: Path, mode: str) -> None:
+    run = make(folder, mode, bf16=True, max_steps=1)
+    run.train()
+    batch = next(iter(run.get_train_dataloader()))
+    with torch.no_grad():
+        loss = run.compute_loss(run.model_wrapped.eval(), batch)
+    assert loss.dtype == torch.float32
+
+
 def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
     if ranks() == 1:
         return
     if mode == "ddp":
         with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
-            kwargs = {"use_reentrant": True}
-            make(folder, mode, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+            make(folder, mode, **activation_checkpointing.arguments(use_reentrant=True))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AcceleratorState, "__init__", ACCELERATES)
             with pytest.raises(ValueError, match="FSDP must have an accelerator for each process"):
@@ -283,10 +295,6 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
             koff.detach(run.model)
         with pytest.raises(ValueError, match="cpu_ram_efficient_loading of FSDP must be False"):
             make(folder, mode, fsdp_config={"cpu_ram_efficient_loading": True})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PreTrainedModel, "is_quantized", True, raising=False)
-            with pytest.raises(ValueError, match="base of a run with FSDP must not be quantised"):
-                make(folder, mode)
     assert not folder.exists()
 
 
@@ -329,6 +337,7 @@ def train_all(folder: Path, mode: str) -> None:
             tensors |= {f"moved.{key}": t.contiguous() for key, t in learned(again).items()}
             check_saves(koff.compact(run.model).eval(), place)
             check_refusals(run, folder / "none", mode)
+            check_that_losses_stay_fp32(folder / f"{mode}{ranks()}-bf16", mode)
         tensors |= {f"before.{name}.{key}": t.contiguous() for key, t in before.items()}
         tensors |= {f"{name}.{key}": t.contiguous() for key, t in whole.items()}
         logs[name] = run.state.log_history

@@ -87,6 +87,16 @@ def perturb(model: PreTrainedModel, std: float = 0.2) -> PreTrainedModel:
     return model
 
 
+def redraw(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw what memories have learned anew, so that all differ from each other and from none."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for memory in model.koff.memories:
+            for parameter in memory.parameters():
+                parameter.normal_(std=0.3)
+    return model
+
+
 def attached(architecture: str, *, shift: bool = True, changes: dict | None = None, **config):
     """A tiny model with koff attached, in eval mode, its memories perturbed."""
     config = {

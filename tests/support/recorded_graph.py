@@ -7,6 +7,7 @@ values on the host, and copying new ones from it.
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import torch
@@ -126,5 +127,7 @@ def use(monkeypatch, on_capture=lambda: None, on_replay=lambda: None) -> None:
     monkeypatch.setattr(decode_graph, "capture", counting)
     monkeypatch.setattr(KoffModelMixin, "_valid_auto_compile_criteria", auto, raising=False)
     monkeypatch.setattr(forward_context, "_on_host", lambda ids: False)  # as with ids on a GPU
-    for module in (rows, lora_linear, prefix_attention, gated_mlp):
+    # The package has a function of this module's name.
+    group_rows = importlib.import_module("koffkernels.group_rows")
+    for module in (group_rows, rows, lora_linear, prefix_attention, gated_mlp):
         monkeypatch.setattr(module, "torch", _Traced())

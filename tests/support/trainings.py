@@ -85,7 +85,7 @@ def learned(model):
     return {name: t.clone() for name, t in model.koff.state_dict().items()}
 
 
-def tiny_run(folder, kind=koff.KoffTrainer, **changes):
+def tiny_run(folder, kind=koff.KoffTrainer, domains=None, general=None, **changes):
     """A trainer of one small layer for STEPS steps, with a checkpoint after each."""
     model = attached(
         "llama",
@@ -100,4 +100,5 @@ def tiny_run(folder, kind=koff.KoffTrainer, **changes):
     settings = dict(max_steps=STEPS, save_strategy="steps", save_steps=1, fix_mask_at=0.5)
     settings |= dict(block_size=4, per_device_train_batch_size=2, general_every=0)
     args = arguments(folder, **{**settings, **changes})
-    return kind(model, args, train_datasets={name: DOMAINS[name] for name in ("en", "es")})
+    domains = domains or {name: DOMAINS[name] for name in ("en", "es")}
+    return kind(model, args, train_datasets=domains, general_datasets=general)

@@ -44,6 +44,37 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(tmp_path, weight):
     assert len(set(counts.sum(1).tolist())) > 1, "rows count differently"
 
 
+@pytest.mark.parametrize("head", ["as it is", "with a hook"])
+def test_logits_are_made_where_somebody_asks_for_them(tmp_path, head):
+    """``return_outputs`` gives the model's own, also to a loss of somebody's own."""
+    run = trainer(tmp_path, distillation_weight=0.5)
+    batch = next(iter(run.get_train_dataloader()))
+    linear = run.model.get_output_embeddings()
+    if head == "with a hook":
+        linear.register_forward_hook(lambda module, inputs, output: output * 2)
+    run.model.train()
+    torch.manual_seed(0)
+    loss, outputs = run.compute_loss(run.model, batch, return_outputs=True)
+    torch.manual_seed(0)
+    wanted = run.model(batch["input_ids"], memory=batch["memory"]).logits
+    assert torch.allclose(outputs["logits"], wanted, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(0)
+    assert torch.allclose(run.compute_loss(run.model, batch), loss)
+    parameters = [p for p in run.model.koff.parameters() if p.requires_grad]
+    (outputs["logits"].mean() + loss).backward()
+    assert any(p.grad is not None and p.grad.any() for p in parameters)
+
+
+def test_a_step_makes_no_tensor_of_all_logits(tmp_path, monkeypatch):
+    run = trainer(tmp_path, distillation_weight=0.5, per_device_train_batch_size=6)
+    linear, forward, called = run.model.get_output_embeddings(), torch.nn.Linear.forward, []
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: called.append(self) or forward(self, x)
+    )
+    run.train()
+    assert called and not any(module is linear for module in called)
+
+
 def test_accumulated_micro_batches_are_one_batch(tmp_path):
     """The mean is over the tokens of the whole step, and not of the micro-batches' means."""
     found, logs = [], []

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from support import activation_checkpointing
 from support.models import NAMES, attached
 from support.trainings import DOMAINS, arguments, documents, fresh, learned, trainer
 from transformers import TrainerCallback
@@ -48,6 +49,21 @@ def test_constraint_reaches_the_target(tmp_path):
     assert not report.hard and report.mlp == pytest.approx(0.2, abs=0.05)
     limit = math.log(100) + 1e-6
     assert all(p.abs().max() <= limit for p in run.model.koff.gates.log_alpha)
+
+
+def test_noise_on_embeddings_is_for_the_student_alone(tmp_path):
+    run, seen = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0), []
+    real = run._teacher
+
+    def twice(model, ids):
+        seen.append([real(model, ids), real(model, ids), model(ids, memory="en").logits])
+        seen[-1].append(model(ids, memory="en").logits)
+        return seen[-1][0]
+
+    run._teacher = twice
+    run.train()
+    first, second, student, again = seen[0]
+    assert torch.equal(first, second) and not torch.equal(student, again)
 
 
 def test_two_runs_are_bit_equal_and_another_seed_is_not(tmp_path):
@@ -170,15 +186,11 @@ def test_compacted_models_train_on(tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_trains_the_same(tmp_path, reentrant):
+def test_activation_checkpointing_trains_the_same(tmp_path, reentrant):
     results = []
     for checkpointing in (False, True):
-        settings = (
-            dict(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            if checkpointing
-            else {}
-        )
-        run = trainer(tmp_path, gradient_checkpointing=checkpointing, max_steps=4, **settings)
+        settings = activation_checkpointing.arguments(use_reentrant=reentrant)
+        run = trainer(tmp_path, max_steps=4, **(settings if checkpointing else {}))
         run.train()
         results.append(learned(run.model))
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
@@ -194,7 +206,7 @@ def test_distillation_pulls_towards_the_frozen_model(tmp_path):
         run.train()
         with torch.no_grad():
             student = run.model.eval()(ids, memory="en").logits
-        gaps.append(float(token_losses(student, ids, teacher)[1].mean()))
+        gaps.append(float(token_losses(student, None, ids, teacher, 1.0)[0]))
     assert gaps[1] < 0.75 * gaps[0]  # 3.86 and 2.41 when this was written
     message = "distillation_weight must be None or lie in 0..1, got 1.5"
     with pytest.raises(ValueError, match=message):

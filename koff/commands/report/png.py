@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
+from ...errors import asker
 from .content import Intervals, Lines
 from .html import LIGHT
 
@@ -21,8 +23,8 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError(
-            "koff report: the pictures of a Markdown page must be drawn by matplotlib, got none "
-            "installed; pip install 'koff[report]', or write HTML, which needs none"
+            f"{asker()}: the pictures of a Markdown page must be drawn by matplotlib, got none "
+            "installed; pip install 'koff[report]' (koff report writes HTML without it)"
         ) from None
 
 
@@ -36,8 +38,12 @@ def draw(chart: Lines | Intervals, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    rows = len(chart.rows) if isinstance(chart, Intervals) else 0
-    figure = Figure(figsize=(5.5, 0.6 + 0.35 * rows if rows else 3.2), layout="constrained")
+    # Long names in several lines: beside one line there would be no room for the chart.
+    rows = chart.rows if isinstance(chart, Intervals) else []
+    names = [textwrap.fill(_text(row.name), 40) for row in rows]
+    lines = sum(name.count("\n") + 1 for name in names)
+    height = 0.6 + 0.2 * len(names) + 0.15 * lines if names else 3.2
+    figure = Figure(figsize=(5.5, height), layout="constrained")
     axes = figure.subplots()
     if isinstance(chart, Lines):
         for index, series in enumerate(chart.series):
@@ -58,11 +64,11 @@ def draw(chart: Lines | Intervals, path: Path) -> None:
         for index, row in enumerate(chart.rows):
             axes.plot([row.low, row.high], [-index, -index], color=_COLOURS[0])
             axes.plot([row.value], [-index], color=_COLOURS[0], marker="o")
-        axes.set_yticks(range(0, -rows, -1), [_text(row.name) for row in chart.rows])
+        axes.set_yticks(range(0, -len(names), -1), names)
         axes.tick_params(axis="y", labelsize="x-small")
         if chart.mark is not None:
             axes.axvline(chart.mark, color=LIGHT["dim"], linestyle=":")
-    axes.set_xlabel(_text(chart.x))
+    axes.set_xlabel(textwrap.fill(_text(chart.x), 50), fontsize="small")
     if chart.percent:
         axis = axes.yaxis if isinstance(chart, Lines) else axes.xaxis
         axis.set_major_formatter(PercentFormatter(1.0))

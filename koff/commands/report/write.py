@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import asked_by
 from ..tables import check_writable, write_text
+from .content import Page
 from .html import html
 from .markdown import markdown
 from .png import check_matplotlib, draw
@@ -56,9 +57,20 @@ def write_report(
     if output.suffix == ".md":
         check_matplotlib()
     page = make_page([read_finished(directory, split) for directory in directories], split)
+    write_page(page, output)
+    return output
+
+
+def write_page(page: Page, output: Path) -> None:
+    """Write a page: HTML that stands alone, or Markdown with its pictures in a folder beside it.
+
+    Args:
+        page: what it says.
+        output: an .html or .md file.
+    """
     if output.suffix == ".html":
         write_text(output, html(page))
-        return output
+        return
     figures = Path(f"{output.stem}-figures")
     text, pictures = markdown(page, figures)
     place = output.parent / figures
@@ -69,4 +81,3 @@ def write_report(
         for name in pictures:
             shutil.move(Path(temporary, name), place / name)
     write_text(output, text)
-    return output

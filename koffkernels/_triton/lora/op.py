@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._torch import lora_linear as plain
-from ...dispatch import compute_dtype
+from ...dispatch import compute_dtype, without_autocast
 from ...types import LoRA
 from ..shared.launch import Rows, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
@@ -98,7 +98,7 @@ def run(
     ids, tokens = rows_of(x, memory_ids)
     bias = None if bias is None else dense(bias.to(dtype))
     parts = tuple(dense(part) for part in lora)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         inputs = flat(x.to(dtype)), unit_stride(weight.to(dtype)), bias, *parts, ids, tokens
         y = _OPERATION(*inputs)[0] if needs_grad(x, *lora) else _INFERENCE(*inputs)
     return y.view(*x.shape[:-1], weight.shape[0])

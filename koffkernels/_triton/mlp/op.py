@@ -146,7 +146,7 @@ def run(
     if all(t is None for t in trained) or dtype == torch.float64:
         return plain.run(x, weights, gates, lora, memory_ids, activation)
     ids, tokens = rows_of(x, memory_ids)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x.device):
         inputs = (
             flat(x.to(dtype)),
             *(unit_stride(weight.to(dtype)) for weight in weights),

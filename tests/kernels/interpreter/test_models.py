@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import activation_checkpointing
 from support.models import ARCHITECTURES, attached, tokens
 from support.tolerances import rms_error
 from triton.runtime.interpreter import GridExecutor
@@ -76,7 +77,7 @@ def test_model_gradients(model, checkpointing, kernels):
     inputs = padded(tokens())
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        activation_checkpointing.enable(model)
     trained = [p for p in model.koff.parameters() if p.requires_grad]
 
     def gradients():

@@ -1,21 +1,25 @@
-"""bench.quality's child processes: side by side, with their threads and logs, and none left behind.
+"""koff reproduce's children: side by side, with their threads and logs, and none left behind.
 
 A small program stands in for `koff`.
 """
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from bench.quality import runner
-from bench.quality.plan import Plan, threads_of
-from bench.quality.runner import Runner, cores, tail
+from koff.commands.reproduce import display, runner
+from koff.commands.reproduce.plan import Plan, threads_of
+from koff.commands.reproduce.runner import Runner, cores, tail
 
 # argv: train RECIPE --output FOLDER ... | eval FOLDER --json FILE ...
 STAND_IN = """
@@ -50,7 +54,7 @@ elif mode != "forget":
 def plan(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "child", lambda command: [sys.executable, "-c", STAND_IN, *command])
     (tmp_path / "mode.txt").write_text("", "utf-8")
-    return Plan(Path("recipe.yaml"), tmp_path, (0.2,), (0,))
+    return Plan(Path("recipe.yaml"), tmp_path, (0.2,), (0,), questions=())
 
 
 def calls(plan: Plan) -> list[str]:
@@ -84,7 +88,7 @@ def test_runner_reports_what_failed_and_goes_on(plan, what):
     assert list(failures) == ["koff-0.2-seed0"]
     assert failures["koff-0.2-seed0"].endswith("a bar 2 %\nlast words of koff-0.2-seed0")
     assert ("eval koff-0.2-seed0" in calls(plan)) == (what == "eval")
-    assert plan.measured(plan.runs[0]) and plan.measured(plan.runs[2]) is True
+    assert not plan.left(plan.runs[0]) and not plan.left(plan.runs[2])
 
 
 def test_runner_does_not_believe_an_exit_code_alone(plan):
@@ -130,10 +134,11 @@ def test_runner_ends_its_children_when_it_is_ended(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from bench.quality import __main__ as command, plan, runner
+from koff.cli import app
+from koff.commands.reproduce import plan, runner
 runner.child = lambda arguments: [sys.executable, "-c", {STAND_IN!r}, *arguments]
 plan.Plan.check = lambda self: None
-sys.exit(command.main(["--recipe", "r.yaml", "--output", {str(tmp_path)!r}, "--seeds", "0"]))
+app(["reproduce", "r.yaml", "--output", {str(tmp_path)!r}, "--seeds", "0", "--only", "main"])
 """
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
@@ -146,6 +151,53 @@ sys.exit(command.main(["--recipe", "r.yaml", "--output", {str(tmp_path)!r}, "--s
     pid = int((tmp_path / "calls.txt").read_text().split()[3])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_runner_waits_for_a_process_that_makes_the_same_run(plan, monkeypatch, capsys):
+    """As one that outlived a command that was killed."""
+    folder = plan.folder(plan.runs[0])
+    code = "import sys, pathlib; from koff.storage.lock import locked\nwith locked(pathlib.Path("
+    code += "sys.argv[1])): print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    other.stdout.readline()
+    ends = threading.Timer(0.5, lambda: (folder.mkdir(), other.communicate()))
+    monkeypatch.setattr(Plan, "trained", lambda self, run: self.folder(run).is_dir())
+    ends.start()
+    assert Runner(plan, 1).execute() == {}
+    assert "dense-seed0: another process makes it; waiting for its end" in capsys.readouterr().out
+    assert calls(plan)[0] == "eval dense-seed0"  # the other one has trained it
+
+
+def test_display_tells_the_time_left(plan, monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    shown = io.StringIO()
+    show = display.Display(plan, 2, Console(file=shown, width=80))
+    dense, koff, gates = plan.runs
+    log = tmp_path / "a.log"
+    log.write_text("training 3/4  loss 9.9\n", "utf-8")  # of an earlier attempt
+    with show:
+        assert show.seconds_left() is None
+        with show.running(dense, ["train"], log) as doing:
+            now[0] += 10
+            assert doing.share() == 0.0 and show.seconds_left() is None
+            with log.open("a") as file:
+                file.write("training 1/4  loss 3.0\n")
+            # 40 seconds each of three trainings, of which 10 are over, by two jobs.
+            assert doing.share() == 0.25 and show.seconds_left() == 55
+            now[0] += 20
+        show.done(dense, doing)
+        with show.running(koff, ["train"], log):
+            assert show.seconds_left() == 30
+            table = Console(file=io.StringIO(), width=80, record=True)
+            table.print(show)
+            assert "koff-0.2-seed0" in table.export_text()
+    assert "dense-seed0: train done in 30 s; 0 of 3 runs, about 0:00:30 left" in shown.getvalue()
 
 
 def test_tail_is_the_end_without_what_bars_overwrote(tmp_path):

@@ -1,18 +1,21 @@
-"""The record as Markdown: per sparsity one table, the shares, the gains and the budget."""
+"""The record as a page: each claim with what the runs say to it, then every number."""
 
 from __future__ import annotations
 
-from koff.commands.tables import markdown
-from koff.evaluation.measures import Spread
+from collections.abc import Iterable, Iterator
 
-from .collect import Table
-from .plan import DENSE, GATES, KOFF
+from ...evaluation.measures import Spread, confidence, spread
+from ..report.content import Interval, Intervals, Page, Part, Section, Table, Text
+from .claims import NATS, SHARE, Claim, claims
+from .collect import Table as Cells
+from .collect import facts_of
+from .plan import DENSE, GATES, KOFF, Run
 
 OWN = "·"  # stands in the columns of single memories where the memory is the row's own
 
 
-def page(record: dict, table: Table) -> str:
-    """The whole text.
+def page(record: dict, table: Cells) -> Page:
+    """Return what the files with the answers say.
 
     Args:
         record: what `collect` returned.
@@ -23,39 +26,76 @@ def page(record: dict, table: Table) -> str:
     machine = f"{environment['device']}, {environment['processor']}, "
     machine += f"torch {environment['torch']}, transformers {environment['transformers']}"
     first = f", its first {record['max_tokens']} tokens" if record["max_tokens"] else ""
-    lines = [
-        f"# Quality of {table.plan.title}, {record['split']} split{first}",
-        "",
-        "Perplexity of the compacted model reloaded from disk; mean ± sample standard deviation "
-        f"over seeds {seeds}. {machine}.",
-    ]
-    for part in record["sparsities"]:
-        lines += ["", *_section(record, part, table)]
-    lines += ["", "Commands, in the order of the runs:", ""]
-    lines += [f"    {command}" for run in record["runs"] for command in run["commands"]]
-    return "\n".join(lines) + "\n"
+    text = f"{record['split']} split{first}; perplexities of compacted models reloaded from disk; "
+    text += f"mean ± sample standard deviation over seeds {seeds}. {machine}."
+    commands = [command for run in record["runs"] for command in run["commands"]]
+    return Page(
+        f"Knowledge offloading with {table.plan.recipe.stem}",
+        [
+            Section("The claims", [Text(text), *_claims(claims(table))]),
+            *(_sparsity(record, part, table) for part in record["sparsities"]),
+            *_swaps(table),
+            *_ablations(table),
+            Section("Commands", [Table(["command"], [[c] for c in commands])], folded=True),
+        ],
+    )
 
 
-def _section(record: dict, part: dict, table: Table) -> list[str]:
+def _claims(found: list[Claim]) -> Iterator[Part]:
+    lines = []
+    for claim in found:
+        at = f"{claim.sparsity:g}"
+        lines.append([claim.sentence, at, claim.measure, claim.text(), claim.verdict, claim.note])
+    note = "Above 0 a number speaks for its claim. Of several seeds a claim holds if the 95 % "
+    note += "interval of the mean, by Student's t, lies above 0."
+    yield Table(["claim", "pruned", "measured", "here", "verdict", "more"], lines, note=note)
+    what = "mean, with its 95 % interval over seeds"
+    for unit in (SHARE, NATS):
+        rows = [
+            interval(f"{claim.sparsity:g}: {claim.measure}", claim.values)
+            for claim in found
+            if claim.unit == unit and claim.values
+        ]
+        if rows:
+            title = f"The claims, {'as shares' if unit == SHARE else f'in {unit}'}"
+            yield Intervals(title, what, rows, percent=unit == SHARE, mark=0.0)
+
+
+def interval(name: str, values: Iterable[float]) -> Interval:
+    """Return a mean over seeds and its 95 % interval, which a single seed does not have.
+
+    Args:
+        name: of the row.
+        values: of each seed.
+    """
+    found = spread(values)
+    low, high = confidence(found) if found.count > 1 else (found.mean, found.mean)
+    return Interval(name, found.mean, low, high)
+
+
+def _sparsity(record: dict, part: dict, table: Cells) -> Section:
     sparsity = part["target_sparsity"]
     scope = {"mlp": "of the MLP neurons", "model": "of all weights"}
     what = scope[record["recipe"]["koff"]["sparsity_scope"]]
-    return [
-        f"## Target: {sparsity:g} {what}",
-        "",
-        _cells(table, sparsity).rstrip("\n"),
-        "",
-        f"- removed: {_removed(record, sparsity)}",
-        f"- {_budget(part['budget'])}",
-        f"- {_shares(part['share_won_back'])}",
-        f"- {_gain(part['offloading_gain_nats'])}",
-        f"- {_seconds(record, sparsity)}",
-        *_variants(part, table),
-        *_later(table, sparsity),
+    facts = [
+        f"removed: {_removed(record, sparsity)}",
+        _budget(part["budget"]),
+        _shares(part["share_won_back"]),
+        _gain(part["offloading_gain_nats"]),
+        _seconds(record, sparsity),
     ]
+    return Section(
+        f"Pruned to {sparsity:g} {what}",
+        [
+            _cells(table, sparsity),
+            *(Text(fact) for fact in facts),
+            *_variants(part, table),
+            *_later(table, sparsity),
+        ],
+    )
 
 
-def _variants(part: dict, table: Table) -> list[str]:
+def _variants(part: dict, table: Cells) -> list[Part]:
     """koff with other settings: one row each, beside koff itself."""
     if not part["variants"]:
         return []
@@ -73,12 +113,12 @@ def _variants(part: dict, table: Table) -> list[str]:
         gain = _nats(facts["offloading_gain_nats"]["mean"])
         lines.append([kind, size, *own, won, gain, *none])
     settings = [
-        f"- {name}: {' '.join(facts['overrides'])}" for name, facts in part["variants"].items()
+        f"{name}: {' '.join(facts['overrides'])}" for name, facts in part["variants"].items()
     ]
-    return ["", "### Other settings", "", markdown(header, lines).rstrip("\n"), "", *settings]
+    return [Text("Other settings:"), Table(header, lines, note="; ".join(settings))]
 
 
-def _later(table: Table, sparsity: float) -> list[str]:
+def _later(table: Cells, sparsity: float) -> list[Part]:
     """Memories added to finished models, and the same training on the dense one."""
     if not table.plan.later:
         return []
@@ -91,13 +131,15 @@ def _later(table: Table, sparsity: float) -> list[str]:
         for memory in (name, *table.languages, None):
             line.append(table.seeds(KOFF, sparsity, name, memory, name).text())
         lines.append(line)
-    return ["", "### Memories added later", "", markdown(header, lines).rstrip("\n")]
+    return [Text("Memories added later:"), Table(header, lines)]
 
 
-def _cells(table: Table, sparsity: float) -> str:
+def _cells(table: Cells, sparsity: float) -> Table:
     """Rows: domains and general parts; columns: every variant and memory."""
     memories = table.languages
+    parts = [kind for kind in ("lora", "kv") if kind in table.plan.kinds]
     header = ["", "dense", "dense, own memory", "gates only", "koff, own memory"]
+    header += [f"{ {'lora': 'LoRA', 'kv': 'KV'}[kind] } alone, own memory" for kind in parts]
     header += [*(f"koff, memory {name}" for name in memories), "koff, no memory"]
     lines = []
     for domain in table.domains:
@@ -105,19 +147,58 @@ def _cells(table: Table, sparsity: float) -> str:
         line = [domain, f"{table.dense(domain):.2f}"]
         line.append(table.seeds(DENSE, 0.0, domain, own).text() if own else "–")
         line.append(table.seeds(GATES, sparsity, domain, None).text())
-        line.append(table.seeds(KOFF, sparsity, domain, own).text() if own else "–")
+        for kind in (KOFF, *parts):
+            line.append(table.seeds(kind, sparsity, domain, own).text() if own else "–")
         for name in memories:
             line.append(OWN if name == own else table.seeds(KOFF, sparsity, domain, name).text())
         line.append(table.seeds(KOFF, sparsity, domain, None).text())
         lines.append(line)
-    return markdown(header, lines)
+    return Table(header, lines)
+
+
+def _swaps(table: Cells) -> Iterator[Section]:
+    if "swaps" not in table.plan.asked:
+        return
+    at = table.plan.sparsities[0]
+    found = [table.swapped(run) for run in table.plan.of(KOFF, at)]
+    lines = []
+    for pair in dict.fromkeys(cell[:2] for cell in found[0]):
+        values = [spread(cells[*pair, name] for cells in found) for name in table.languages]
+        lines.append([*(name or "none" for name in pair), *(value.text() for value in values)])
+    text = f"The LoRA of one memory beside the KV of another, pruned to {at:g}; perplexity of each "
+    yield Section("Swaps", [Text(f"{text}domain."), Table(["LoRA", "KV", *table.languages], lines)])
+
+
+def _ablations(table: Cells) -> Iterator[Section]:
+    """The kinds of run that were made at one sparsity and seed alone."""
+    plan = table.plan
+    at = plan.sparsities[0]
+    lines = []
+    for kind, facts in plan.kinds.items():
+        if facts.everywhere:
+            continue
+        for run in plan.of(kind, at):
+            memories = facts.has_memories
+            lines.append([kind, *(_own(table, run, domain, memories) for domain in table.domains)])
+    if lines:
+        text = f"Pruned to {at:g}, seed {plan.seeds[0]}: perplexity with the own memory; where a "
+        text += "domain or a run has none, with no memory."
+        yield Section("One thing changed", [Text(text), Table(["", *table.domains], lines)])
+
+
+def _own(table: Cells, run: Run, domain: str, memories: bool) -> str:
+    learned = table.plan.load(run).data
+    if domain in table.languages and domain not in learned:
+        return "–"
+    own = domain if memories and domain in learned else None
+    return f"{table.cell(run, domain, own):.2f}"
 
 
 def _removed(record: dict, sparsity: float) -> str:
     """What koff and gates alone really removed: they must be comparable."""
     parts = []
     for kind in (KOFF, GATES):
-        runs = _runs(record, kind, sparsity)
+        runs = facts_of(record["runs"], kind, sparsity)
         neurons, weights, inner = (
             _range([run["sparsity"][of] for run in runs])
             for of in ("mlp", "model", "non_embedding")
@@ -139,7 +220,7 @@ def _share(value: float, digits: int = 1) -> str:
 
 def _budget(found: dict) -> str:
     removed, limit = found["removed_parameters"], f"at most {_share(found['limit'], 0)}"
-    mark = "**EXCEEDED**, " if found["exceeded"] else ""
+    mark = "EXCEEDED, " if found["exceeded"] else ""
     if found["ratio"] is None:
         return f"budget: {mark}nothing was removed ({limit})"
     text = f"budget: {mark}{_share(found['ratio'])} of the {removed} parameters removed"
@@ -169,18 +250,12 @@ def _gain(found: dict) -> str:
 def _seconds(record: dict, sparsity: float) -> str:
     parts = []
     for kind, at in ((KOFF, sparsity), (GATES, sparsity), (DENSE, 0.0)):
-        runs = _runs(record, kind, at)
+        runs = facts_of(record["runs"], kind, at)
         longest = max(run["training_seconds"] for run in runs)
         resumed = sum(run["resumed"] for run in runs)
         note = f" ({resumed} resumed: the last piece alone)" if resumed else ""
         parts.append(f"{'gates only' if kind == GATES else kind} {longest:.0f} s{note}")
     return f"training, longest of the seeds: {', '.join(parts)}"
-
-
-def _runs(record: dict, kind: str, sparsity: float) -> list[dict]:
-    wanted = (kind, sparsity, None)
-    keys = ("kind", "target_sparsity", "added")
-    return [run for run in record["runs"] if tuple(run[key] for key in keys) == wanted]
 
 
 def _each(found: dict, show) -> str:

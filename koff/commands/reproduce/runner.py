@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from rich.console import Console
+
+from ...storage.lock import check_unlocked
+from .display import Display
 from .plan import Plan, Run, child, shown
 
 TAIL = 15  # lines of a log that say what went wrong: a traceback's end, and what led to it
+_STOPPED = "the time was up"
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return how many CPU cores this process may use."""
     there = getattr(os, "sched_getaffinity", None)
     return len(there(0)) if there else os.cpu_count() or 1
 
@@ -28,14 +33,18 @@ class Runner:
         plan: checked.
         jobs: child processes side by side.
         seconds: after which what still runs is ended, and nothing more is started; None: never.
+        console: where progress is shown; None: the standard output.
     """
 
-    def __init__(self, plan: Plan, jobs: int, seconds: float | None = None):
+    def __init__(
+        self, plan: Plan, jobs: int, seconds: float | None = None, console: Console | None = None
+    ):
         self.plan, self.jobs = plan, jobs
         self.threads = max(1, cores() // jobs)
+        self.display = Display(plan, jobs, console or Console())
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
-        self._stopped = False
+        self._stopped = threading.Event()
         # Counted from here, so that the checks of what is there belong to it.
         self._clock = None if seconds is None else threading.Timer(seconds, self._stop)
 
@@ -47,28 +56,27 @@ class Runner:
         """
         self.plan.output.mkdir(parents=True, exist_ok=True)
         waiting = [run for run in self.plan.runs if self.plan.left(run)]
-        finished = len(self.plan.runs) - len(waiting)
-        print(f"{len(self.plan.runs)} runs, {finished} finished before", flush=True)
         failures = {}
         pool = ThreadPoolExecutor(max_workers=self.jobs)
         if self._clock:
             self._clock.start()
-        try:
-            started: dict[Run, Future] = {}
-            for run in waiting:
-                # In order: what a run waits for is under way before it is.
-                parent = started.get(self.plan.parent(run))
-                started[run] = pool.submit(self._make, run, parent)
-            futures = {future: run for run, future in started.items()}
-            for future in as_completed(futures):
-                error = future.result()
-                if error is not None:
-                    failures[futures[future].name] = error
-        finally:
-            if self._clock:
-                self._clock.cancel()
-            self._stop()  # nothing is left but after an interruption
-            pool.shutdown(cancel_futures=True)
+        with self.display:
+            try:
+                started: dict[Run, Future] = {}
+                for run in waiting:
+                    # In order: what a run waits for is under way before it is.
+                    parent = started.get(self.plan.parent(run))
+                    started[run] = pool.submit(self._make, run, parent)
+                futures = {future: run for run, future in started.items()}
+                for future in as_completed(futures):
+                    error = future.result()
+                    if error is not None:
+                        failures[futures[future].name] = error
+            finally:
+                if self._clock:
+                    self._clock.cancel()
+                self._stop()  # nothing is left but after an interruption
+                pool.shutdown(cancel_futures=True)
         return {run.name: failures[run.name] for run in waiting if run.name in failures}
 
     def _make(self, run: Run, parent: Future | None) -> str | None:
@@ -77,22 +85,42 @@ class Runner:
         log = self.plan.log(run)
         if parent is not None and (error := parent.result()) is not None:
             return error
-        for command in self.plan.left(run):
-            if self._stopped:
-                return "the time was up"
-            started = time.monotonic()
-            print(f"{run.name}: {shown(command, self.threads)}", flush=True)
-            code = self._run(command, log)
-            took = f"{time.monotonic() - started:.0f} s"
-            if self._stopped and code != 0:
-                print(f"{run.name}: {command[0]} ended after {took}: the time was up", flush=True)
-                return "the time was up"
+        self._wait_for_others(run)
+        commands = self.plan.left(run)
+        self.display.expect(run, commands)
+        for command in commands:
+            if self._stopped.is_set():
+                return _STOPPED
+            with self.display.running(run, command, log) as doing:
+                self.display.say(f"{run.name}: {shown(command, self.threads)}", quiet=True)
+                code = self._run(command, log)
+                took = f"{doing.seconds():.0f} s"
+            if self._stopped.is_set() and code != 0:
+                self.display.say(f"{run.name}: {doing.what} ended after {took}: {_STOPPED}")
+                return _STOPPED
             if code != 0:
-                print(f"{run.name}: {command[0]} FAILED after {took}, exit {code}", flush=True)
+                self._wait_for_others(run)  # one that began just before this one keeps it out
+                if command not in self.plan.left(run):
+                    self.display.done(run, doing)
+                    continue
+                self.display.say(f"{run.name}: {doing.what} FAILED after {took}, exit {code}")
                 return tail(log)
-            print(f"{run.name}: {command[0]} done in {took}", flush=True)
+            self.display.done(run, doing)
         left = self.plan.left(run)
         return f"finished, but not there: koff {left[0][0]}\n{tail(log)}" if left else None
+
+    def _wait_for_others(self, run: Run) -> None:
+        """Wait while another process makes the same run: one that was started beside this one, or
+        that outlived a command that was killed."""
+        said = False
+        while not self._stopped.is_set():
+            with contextlib.suppress(ValueError):
+                check_unlocked(self.plan.folder(run))
+                return
+            if not said:
+                self.display.say(f"{run.name}: another process makes it; waiting for its end")
+                said = True
+            self._stopped.wait(1.0)
 
     def _run(self, command: list[str], log: Path) -> int:
         threads = str(self.threads)
@@ -102,7 +130,7 @@ class Runner:
             file.flush()
             # Under the lock: a child is known to _stop as soon as there is one.
             with self._lock:
-                if self._stopped:
+                if self._stopped.is_set():
                     return -1
                 process = subprocess.Popen(
                     child(command),
@@ -121,13 +149,13 @@ class Runner:
     def _stop(self) -> None:
         """End the children and start no more."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             for process in self._children:
                 process.terminate()
 
 
 def tail(log: Path, lines: int = TAIL) -> str:
-    """The last lines of a log, what progress bars overwrote left out."""
+    """Return the last lines of a log, what progress bars overwrote left out."""
     text = log.read_text("utf-8", errors="replace")
     written = [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     return "\n".join(written[-lines:])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
 
-from koff.commands.saved import count_saved, eval_sources
-from koff.commands.train import LOG_FILE
-from koff.errors import asked_by
-from koff.evaluation.measures import (
+from ...errors import asked_by
+from ...evaluation.measures import (
     Cells,
     Spread,
     Undefined,
@@ -24,18 +23,33 @@ from koff.evaluation.measures import (
     share_won_back,
     spread,
 )
-from koff.model import arch
-from koff.storage.files import File
-from koff.storage.layout import CONFIG, MEMORIES
-from koff.storage.saved_folder import open_saved
-
-from .. import timing
-from .plan import DENSE, GATES, KOFF, WHERE, Plan, Run, read_rows, shown, threads_of
+from ...model import arch
+from ...storage.files import File
+from ...storage.layout import CONFIG, MEMORIES
+from ...storage.saved_folder import open_saved
+from ..machine import environment
+from ..recipe import LOG_FILE
+from ..saved import count_saved, eval_sources
+from .claims import claims
+from .plan import (
+    DENSE,
+    GATES,
+    KOFF,
+    SWAP_KEYS,
+    WHERE,
+    Kind,
+    Plan,
+    Run,
+    read_neurons,
+    read_rows,
+    shown,
+    threads_of,
+)
 
 # A memory may have so many of the parameters that pruning removed: with as many or more, the
 # neurons might as well have stayed.
 BUDGET = 0.4
-ROOT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[2]
 
 
 class Table:
@@ -53,13 +67,13 @@ class Table:
         recipe = plan.load(plan.runs[0])
         self.languages = list(recipe.data)
         self.domains = list(eval_sources(recipe, plan.split))
-        rows = {run: read_rows(plan.scores(run)) for run in plan.runs if plan.measured(run)}
-        missing = [run.name for run in plan.runs if run not in rows]
-        if missing:
+        left = [run.name for run in plan.runs if plan.left(run)]
+        if left:
             raise ValueError(
-                f"{WHERE}: every run must be finished for a table, got none of "
-                f"{', '.join(missing)}; run the plan again"
+                f"{WHERE}: every run must be finished for the answers, got none of "
+                f"{', '.join(left)}; run the plan again"
             )
+        rows = {run: read_rows(plan.scores(run)) for run in plan.runs}
         self._cells: dict[Run, Cells] = {run: cells(found, "koff") for run, found in rows.items()}
         self._base: Cells = {}
         for run in plan.runs:
@@ -67,11 +81,36 @@ class Table:
                 self._base |= cells(rows[run], "base")
         _check_tokens(rows)
         for run in plan.runs:  # a hole is found here, and not once a table shows it
+            own = plan.load(run)
+            memories = list(own.data) if plan.kinds.get(run.kind, Kind()).has_memories else []
             later = [run.added] if run.added else []
-            for domain in (*self.domains, *later):
+            for domain in (*eval_sources(own, plan.split), *later):
                 self.dense(domain)
-                for memory in (None, *(self.languages if run.kind != GATES else ()), *later):
+                for memory in (None, *memories, *later):
                     self.cell(run, domain, memory)
+
+    def swapped(self, run: Run) -> dict[tuple[str | None, str | None, str], float] | None:
+        """Return {(LoRA of, KV of, domain): perplexity} of a run with swapped halves, None of one
+        without."""
+        file = self.plan.swaps(run)
+        if file is None:
+            return None
+        found = {}
+        for row in read_rows(file, SWAP_KEYS) or []:
+            cell = row["lora"], row["kv"], row["domain"]
+            found[cell] = finite(row["perplexity"], f"{run.name}: the perplexity of {cell}")
+        for cell in product(self.languages, self.languages, self.languages):
+            if cell not in found:
+                raise ValueError(
+                    f"{WHERE}: {run.name}: the LoRA of {cell[0]} with the KV of {cell[1]} must "
+                    f"have been measured on {cell[2]}, got no such row; remove {file}"
+                )
+        return found
+
+    def neurons(self, run: Run) -> dict | None:
+        """Return what is known of the neurons that a run's mask takes, None where nobody asked."""
+        file = self.plan.neurons(run)
+        return None if file is None else read_neurons(file)
 
     def dense(self, domain: str) -> float:
         """The dense base: one number, it has no seed."""
@@ -94,15 +133,29 @@ class Table:
         return spread(self.cell(run, domain, memory) for run in runs)
 
     def per_seed(
-        self, sparsity: float, function: Callable[..., float], kind: str = KOFF
+        self,
+        sparsity: float,
+        function: Callable[..., float],
+        kind: str = KOFF,
+        gates: str = GATES,
+        languages: Sequence[str] | None = None,
     ) -> dict[str, list[float]]:
-        """language -> per seed ``function(dense, dense_own, gates, own)`` of perplexities; own: of
-        koff or of a variant."""
-        kinds = (self.plan.of(DENSE), self.plan.of(GATES, sparsity), self.plan.of(kind, sparsity))
-        found: dict[str, list[float]] = {name: [] for name in self.languages}
+        """language -> per seed ``function(dense, dense_own, gates, own)`` of perplexities.
+
+        Args:
+            sparsity: of the runs.
+            function: as above.
+            kind: whose own memory is taken: koff, a variant, ...
+            gates: what is pruned without memories.
+            languages: of the runs, if not all; a kind of one seed is compared with that seed alone.
+        """
+        kinds = (self.plan.of(DENSE), self.plan.of(gates, sparsity), self.plan.of(kind, sparsity))
+        seeds = {run.seed for run in kinds[1]} & {run.seed for run in kinds[2]}
+        kinds = tuple([run for run in runs if run.seed in seeds] for runs in kinds)
+        found: dict[str, list[float]] = {name: [] for name in languages or self.languages}
         for name, values in found.items():
-            for dense, gates, own in zip(*kinds, strict=True):
-                dense_own, pruned = self.cell(dense, name, name), self.cell(gates, name, None)
+            for dense, bare, own in zip(*kinds, strict=True):
+                dense_own, pruned = self.cell(dense, name, name), self.cell(bare, name, None)
                 try:
                     own_memory = self.cell(own, name, name)
                     values.append(function(self.dense(name), dense_own, pruned, own_memory))
@@ -188,19 +241,28 @@ def run_facts(plan: Plan, run: Run, threads: int) -> dict:
         "training_seconds": finite(log["seconds"], f"{run.name}: training seconds"),
         "resumed": log["resumed_from"] is not None,
         "rows": read_rows(plan.scores(run)),
+        "swaps": read_rows(swaps, SWAP_KEYS) if (swaps := plan.swaps(run)) else None,
+        "neurons": read_neurons(neurons) if (neurons := plan.neurons(run)) else None,
     }
 
 
+def facts_of(runs: list[dict], kind: str, sparsity: float) -> list[dict]:
+    """Return the facts of the runs of a kind and sparsity, none of a memory that was added."""
+    wanted = (kind, sparsity, None)
+    keys = ("kind", "target_sparsity", "added")
+    return [run for run in runs if tuple(run[key] for key in keys) == wanted]
+
+
 def public(command: list[str], plan: Plan) -> list[str]:
-    """A command without the folders of this machine: the output by its name, the recipe by its path
-    in the checkout or its name.
+    """A command without the folders of this machine: output and recipe by their names.
 
     Args:
         command: arguments of ``koff``.
         plan: the plan.
     """
     recipe = plan.recipe.resolve()
-    name = str(recipe.relative_to(ROOT)) if recipe.is_relative_to(ROOT) else recipe.name
+    inside = recipe.is_relative_to(_PACKAGE)
+    name = recipe.stem if inside else recipe.name  # koff's own go by their name
     shorter = []
     for part in command:
         if part == str(plan.recipe):
@@ -248,13 +310,11 @@ def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
 
         def won(kind: str, sparsity: float = sparsity) -> dict:
             """What memories do, in koff or in a variant."""
-            wanted = (kind, sparsity, None)
-            keys = ("kind", "target_sparsity", "added")
             gains = table.per_seed(sparsity, offloading_gain, kind)
             return {
                 "share_won_back": won_back(table, sparsity, kind),
                 "offloading_gain_nats": over_languages(gains),
-                "budget": budget([run for run in runs if tuple(run[k] for k in keys) == wanted]),
+                "budget": budget(facts_of(runs, kind, sparsity)),
             }
 
         found.append(
@@ -270,12 +330,13 @@ def collect(plan: Plan, threads: int) -> tuple[dict, Table]:
     values = recipe.to_dict()
     del values["seed"], values["koff"]["seed"], values["koff"]["target_sparsity"]
     record = {
-        "environment": timing.environment(threads) | {"device": _device(plan)},
+        "environment": environment(threads) | {"device": _device(plan)},
         "split": plan.split,
         "max_tokens": plan.max_tokens,
         "seeds": list(plan.seeds),
         "overrides": list(plan.overrides),
         "recipe": values,
+        "claims": [claim.to_dict() for claim in claims(table)],
         "sparsities": found,
         "runs": runs,
     }
