@@ -1,44 +1,47 @@
-"""One rank of tests/training/test_loading_in_shards.py: how much memory does loading take?
+"""One rank of tests/training/test_loading_in_shards.py: what does a base take in this process?
 
-Usage: shards_worker.py BASE whole|shards, under torchrun. Prints the growth of this process's own
-memory at its peak, in bytes.
+Usage: shards_worker.py BASE whole|shards, under torchrun. Writes a line of JSON: bytes of the base
+that stay here, and the most that torch allocates at once while it is loaded and attached, and
+beyond that in a step of few tokens.
 """
 
+import faulthandler
+import json
 import sys
-import threading
-from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import koff
+from bench.memory import peak_bytes
 from koff.model.sharding import in_shards
 
 
-def own_memory() -> int:
-    """Bytes that are this process's own; pages of the file that it maps are the system's to take
-    back."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def main() -> None:
+    faulthandler.dump_traceback_later(120, exit=True)
     dist.init_process_group("gloo")
     how = in_shards(dist.get_world_size()) if sys.argv[2] == "shards" else {}
-    before, seen, done = own_memory(), [0], threading.Event()
+    config = koff.KoffConfig(("en",), target_sparsity=0.2, kv=None)
+    found = {}
 
-    def watch() -> None:
-        while not done.wait(0.002):
-            seen[0] = max(seen[0], own_memory())
+    def load() -> None:
+        # In another dtype than the file's: weights in that are pages of the file, which the
+        # system may take back, and which nobody allocates.
+        found["model"] = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16", **how)
+        koff.attach(found["model"], config)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    # In another dtype than the file's: weights in that are pages of the file, whosever process.
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16", **how)
-    koff.attach(model, koff.KoffConfig(("en",), target_sparsity=0.2, kv=None))
-    done.set()
-    watcher.join()
-    print(f"peak {seen[0] - before}", flush=True)
+    def step() -> None:
+        ids = torch.arange(4)[None]
+        model.train()(input_ids=ids, labels=ids, memory="en", use_cache=False).loss.backward()
+
+    loading = peak_bytes(load)
+    model = found["model"]
+    base = [p for name, p in model.named_parameters() if not name.startswith("koff.")]
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in base]
+    stays = sum({t.data_ptr(): t.nbytes for t in local}.values())
+    line = json.dumps({"stays": stays, "loading": loading, "step": peak_bytes(step)})
+    print(line, flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
