@@ -73,11 +73,12 @@ class Setting:
 
     @property
     def weights(self) -> int:
-        """Bytes of the base on one device. Sharded, one layer is whole while it runs, the next one
-        is on its way, and the head stays whole from the forward to the end of the backward."""
+        """Bytes of the base on one device. Sharded, three layers are whole at once, one that runs,
+        what it came in and the next one, and the head is whole from its first use to the end of a
+        step."""
         if not self.sharded:
             return self.sizes.weights
-        return self.shard + 2 * self.sizes.layer + self.sizes.head
+        return self.shard + 3 * self.sizes.layer + self.sizes.tail
 
     @property
     def shard(self) -> int:
@@ -101,12 +102,14 @@ class Setting:
         there = self.weights + self.learned
         if self.sharded:
             # The narrow model is made on the CPU; a device gathers one tensor after the other.
-            kept = self.shard + self.learned + self.optimiser
+            kept = self.shard + self.learned
+            # The head comes first where it is tied, and is there twice until it is unpacked.
+            first = kept + 2 * sizes.tail
             return Peaks(
-                attach=there + self.counted.prefill,
-                step=there + self.optimiser + self.counted.peak,
-                compact=kept + max(sizes.matrix, sizes.head),
-                save=kept,
+                attach=max(first, there + self.counted.prefill),
+                step=self.optimiser + max(first, there + self.counted.peak),
+                compact=self.optimiser + kept + max(sizes.matrix, sizes.tail),
+                save=self.optimiser + kept,
             )
         # DDP reduces gradients in buckets of its own.
         buckets = self.learned if self.devices > 1 else 0
