@@ -112,6 +112,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="train.steps")] = None,
     seed: Annotated[int | None, typer.Option(help="seed")] = None,
     device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Share the base among the processes of torchrun.")
+    ] = False,
 ) -> None:
     """Train what a recipe describes, prune, and save the small model with its memories."""
     from .commands.recipe import load_recipe
@@ -124,7 +127,7 @@ def train(
     from .commands.train import run
     from .storage.processes import is_first
 
-    folder = run(checked, output, device=device)
+    folder = run(checked, output, device=device, fsdp=fsdp)
     if is_first():
         next_step = f"koff eval {folder} --base --card, and koff report {folder}"
         Console().print(f"saved to {folder}; next: {next_step}", markup=False)
@@ -139,6 +142,9 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="What each device has, as 24GB or 24GiB.")
     ] = None,
     devices: Annotated[int, typer.Option(help="How many train together.")] = 1,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="They share the base, as with koff train --fsdp.")
+    ] = False,
     tflops: Annotated[
         float | None,
         typer.Option(help="What a device does, 10^12 operations a second; default: measured here."),
@@ -169,7 +175,9 @@ def plan(
     if json is not None:
         check_writable(json)
     rate = None if tflops is None else tflops * 1e12
-    found = planning.plan(checked, check_model(checked), memory=size, devices=devices, rate=rate)
+    found = planning.plan(
+        checked, check_model(checked), memory=size, devices=devices, rate=rate, fsdp=fsdp
+    )
     if json is not None:
         write_json(json, found.to_dict())
     console = Console()

@@ -73,11 +73,17 @@ class Setting:
 
     @property
     def weights(self) -> int:
-        """Bytes of the base on one device. Sharded, one layer is whole while it runs, and the next
-        one is on its way."""
+        """Bytes of the base on one device. Sharded, three layers are whole at once, one that runs,
+        what it came in and the next one, and the head is whole from its first use to the end of a
+        step."""
         if not self.sharded:
             return self.sizes.weights
-        return self.sizes.weights // self.devices + 2 * self.sizes.layer
+        return self.shard + 3 * self.sizes.layer + self.sizes.tail
+
+    @property
+    def shard(self) -> int:
+        """Bytes of the base that a device holds all the time."""
+        return -(-self.sizes.weights // (self.devices if self.sharded else 1))
 
     @property
     def learned(self) -> int:
@@ -94,8 +100,19 @@ class Setting:
         """The peaks of one device."""
         sizes, prefix = self.sizes, 4 * self.sizes.prefix
         there = self.weights + self.learned
+        if self.sharded:
+            # The narrow model is made on the CPU; a device gathers one tensor after the other.
+            kept = self.shard + self.learned
+            # The head comes first where it is tied, and is there twice until it is unpacked.
+            first = kept + 2 * sizes.tail
+            return Peaks(
+                attach=max(first, there + self.counted.prefill),
+                step=self.optimiser + max(first, there + self.counted.peak),
+                compact=self.optimiser + kept + max(sizes.matrix, sizes.tail),
+                save=self.optimiser + kept,
+            )
         # DDP reduces gradients in buckets of its own.
-        buckets = self.learned if self.devices > 1 and not self.sharded else 0
+        buckets = self.learned if self.devices > 1 else 0
         narrow = sizes.dense - sizes.removed * sizes.dtype
         # Matrix by matrix: each is there twice for a moment, when the mask orders the neurons.
         # Narrowed, the second one is smaller.
@@ -165,12 +182,21 @@ class Plan:
         """Return it as names and values, ready to print."""
         sizes, shape, peaks = self.setting.sizes, self.setting.shape, self.setting.peaks
         whole, part = map(size_text, self.kept)
+        sharded = {}
+        if self.setting.sharded:
+            # Every process gathers the base there and narrows its own copy.
+            gathered = sizes.weights + sizes.matrix + self.setting.learned
+            sharded = {
+                "of these, its shard": size_text(self.setting.shard),
+                "CPU memory of each process, in the end": size_text(gathered),
+            }
         return {
             "parameters, base": f"{sizes.parameters:,}",
             "parameters, removed at the target": f"{sizes.removed:,}",
             "parameters, each memory": f"{sizes.memory:,} x {sizes.memories}",
             "parameters, gates": f"{sizes.gates:,}",
             "weights": size_text(self.setting.weights),
+            **sharded,
             "gates and memories, fp32": size_text(self.setting.learned),
             "of these, learned caches": size_text(4 * sizes.prefix * sizes.memories),
             "optimiser": size_text(self.setting.optimiser),
@@ -214,6 +240,7 @@ class Plan:
         return {
             "model": self.model,
             "devices": setting.devices,
+            "fsdp": setting.sharded,
             "parameters": {
                 "base": setting.sizes.parameters,
                 "removed": setting.sizes.removed,
@@ -224,6 +251,7 @@ class Plan:
             },
             "bytes": {
                 "weights": setting.weights,
+                "shard": setting.shard,
                 "learned": setting.learned,
                 "prefix": 4 * setting.sizes.prefix * setting.sizes.memories,
                 "optimiser": setting.optimiser,
@@ -275,6 +303,7 @@ def plan(
     memory: int | None = None,
     devices: int = 1,
     rate: float | None = None,
+    fsdp: bool = False,
 ) -> Plan:
     """Count what a recipe will take; no weights and no data are loaded.
 
@@ -285,12 +314,22 @@ def plan(
         devices: how many train together, each on rows of its own.
         rate: floating-point operations per second of one device; None: that of a matrix product on
             this machine.
+        fsdp: whether they share the base, as ``koff train --fsdp`` has them.
 
     Raises:
         TypeError, ValueError: a recipe that cannot be attached to such a model.
     """
     if devices < 1:
         raise ValueError(f"koff plan: --devices must be at least 1, got {devices}; raise it")
+    if fsdp and devices == 1:
+        raise ValueError(
+            "koff plan: --fsdp must have several --devices to share the base, got 1; raise it"
+        )
+    if fsdp and recipe.quantization is not None:
+        raise ValueError(
+            "koff plan: --fsdp must have a plain base, got quantization: "
+            f"{recipe.quantization}; leave one of them out"
+        )
     train = recipe.train
     dtype = _dtype(recipe, config)
     saved = saved_dtype(recipe, config)  # now: transformers writes a model's dtype into its config
@@ -308,7 +347,7 @@ def plan(
     counted = count_step(config, recipe.koff, dtype, shape)
     other = replace(shape, checkpointing=not shape.checkpointing)
     kept = [counted.kept, kept_by_forward(config, recipe.koff, dtype, other)]
-    setting = Setting(sizes, shape, counted, devices)
+    setting = Setting(sizes, shape, counted, devices, fsdp)
     micro_batches = train.steps * train.gradient_accumulation
     flops = micro_batches * counted.flops
     if train.fix_mask_at is not None and recipe.koff.target_sparsity:
@@ -388,7 +427,8 @@ def _changes(
             f"train.batch_size={rows} train.gradient_accumulation={times}",
             "smaller matrix products; a step stays the same",
         )
-    if not fits() and recipe.quantization is None and recipe.gguf_file is None:
+    is_plain = recipe.quantization is None and recipe.gguf_file is None
+    if not fits() and is_plain and not now.sharded:
         # Only where it is enough: nothing can be sharded with it.
         few = with_shape(few_bits=True)
         for name, bits in (("int8", "8"), ("nf4", "4")):
@@ -419,9 +459,9 @@ def _changes(
         rank, now = largest([r for r in ranks if r >= _LOWEST_RANK] or [_LOWEST_RANK], with_rank)
         alpha = recipe.koff.lora.alpha * rank / recipe.koff.lora.r
         took(f"koff.lora.r={rank} koff.lora.alpha={alpha:g}", "memories that hold less")
-    if not fits() and not now.shape.few_bits:
-        counts = [n for n in (2**i for i in range(1, 7)) if now.devices < n <= _MOST_DEVICES]
-        counts = [now.devices, *counts] if now.devices > 1 else counts
+    counts = [n for n in (2**i for i in range(1, 7)) if now.devices < n <= _MOST_DEVICES]
+    counts = [now.devices, *counts] if now.devices > 1 and not now.sharded else counts
+    if not fits() and counts and not now.shape.few_bits:
         for devices in counts:
             now = replace(now, devices=devices, sharded=True)
             if fits():

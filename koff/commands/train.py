@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+import os
 import shutil
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from rich.console import Console
 from transformers import (
     AutoConfig,
@@ -33,6 +35,7 @@ from ..errors import Stopped, asked_by
 from ..evaluation.perplexity import evaluate
 from ..model import arch
 from ..model.attach import attach
+from ..model.sharding import in_shards
 from ..model.state import count_weights
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
@@ -92,6 +95,7 @@ def run(
     device: str | None = None,
     label: str = "training",
     stops_on_signals: bool = True,
+    fsdp: bool = False,
 ) -> Path:
     """Train what a recipe describes and save the pruned model with its memories.
 
@@ -105,6 +109,7 @@ def run(
         label: what stands before the progress bar.
         stops_on_signals: end behind a step, with a checkpoint, on SIGTERM and Ctrl-C; in another
             thread than the main one nothing does, since signals are not heard there.
+        fsdp: share the base among the processes; each loads its shard alone.
 
     Returns:
         The folder: backbone, tokenizer, koff.json, memories/, recipe.json, train_log.json,
@@ -117,21 +122,32 @@ def run(
             command, given again, saves it. Stopped: by a signal, with a checkpoint.
     """
     output = Path(output)
+    if fsdp:
+        _check_fsdp(recipe, device)
     prepared = prepare(recipe, check_output(output, recipe))
-    arguments = training_arguments(recipe, output / CHECKPOINTS, device)
+    # The processes find each other here, which they must before they load a base in shards.
+    arguments = training_arguments(recipe, output / CHECKPOINTS, device, fsdp=fsdp)
     # Python hears signals in its main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
     arguments.enable_jit_checkpoint = stops_on_signals and in_main
+    fsdp = fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
     if recipe.quantization is None:
-        base = load_base(recipe)
+        base = load_base(recipe, arguments.world_size if fsdp else 1)
     else:
         # Where it is to train: transformers' Trainer does not move what bitsandbytes holds.
         base = load_quantised(recipe, arguments.device)
     model = attach(base, recipe.koff)
     trainer = make_trainer(model, prepared, arguments, label)
     if trainer.is_world_process_zero() and model.num_parameters() >= plan.WORTH_COUNTING:
-        expected = plan.plan(recipe, check_model(recipe), devices=arguments.world_size).headline()
-        Console().print(f"{label}: {expected}", markup=False, highlight=False, soft_wrap=True)
+        expected = plan.plan(
+            recipe,
+            check_model(recipe),
+            devices=arguments.world_size,
+            fsdp=fsdp and arguments.world_size > 1,
+        )
+        Console().print(
+            f"{label}: {expected.headline()}", markup=False, highlight=False, soft_wrap=True
+        )
     with contextlib.ExitStack() as held, asked_by("koff train"):
         # From here on files are written: by one process of a distributed run alone.
         with one_writes(f"koff train {output}") as writes:
@@ -521,11 +537,13 @@ def _base_config(recipe: Recipe) -> PreTrainedConfig:
     return config
 
 
-def load_base(recipe: Recipe) -> PreTrainedModel:
-    """Load the dense base model of a recipe, on the CPU, in its own dtype or the recipe's."""
+def load_base(recipe: Recipe, processes: int = 1) -> PreTrainedModel:
+    """Load the dense base model of a recipe, on the CPU, in its own dtype or the recipe's; or,
+    shared by several processes, in shards where they train."""
     config = _base_config(recipe)
     if recipe.gguf_file is None:
-        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype)
+        shards = in_shards(processes) if processes > 1 else {}
+        return _load(recipe, AutoModelForCausalLM, config=config, dtype=recipe.dtype, **shards)
     model = _load(recipe, AutoModelForCausalLM, config=config, dtype="float32")
     return _plain(model, torch.float32 if recipe.dtype == "auto" else getattr(torch, recipe.dtype))
 
@@ -566,8 +584,32 @@ def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
         ) from error
 
 
+def _check_fsdp(recipe: Recipe, device: str | None) -> None:
+    """Refuse to share a base that cannot be shared, before its data are read."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError(
+            "koff train: --fsdp must have several processes to share the base, got one; start them "
+            "with torchrun (docs/scale.md), or leave it out"
+        )
+    if device == "cpu":
+        raise ValueError(
+            "koff train: --fsdp must have a GPU for each process, got --device cpu; leave one of "
+            "them out"
+        )
+    if recipe.quantization is not None:
+        raise ValueError(
+            "koff train: --fsdp must have a plain base, got quantization: "
+            f"{recipe.quantization}; leave one of them out"
+        )
+    if recipe.gguf_file is not None:
+        raise ValueError(
+            "koff train: --fsdp must have a base in safetensors, of which each process can read "
+            f"its part alone, got gguf_file: {recipe.gguf_file!r}; leave one of them out"
+        )
+
+
 def training_arguments(
-    recipe: Recipe, folder: str | Path, device: str | None = None
+    recipe: Recipe, folder: str | Path, device: str | None = None, *, fsdp: bool = False
 ) -> KoffTrainingArguments:
     """Return the arguments of a recipe's training.
 
@@ -575,6 +617,7 @@ def training_arguments(
         recipe: the recipe.
         folder: where checkpoints go.
         device: "cpu" keeps training off an accelerator; None leaves it to transformers.
+        fsdp: share the base among the processes.
 
     Raises:
         ValueError: another device.
@@ -605,6 +648,7 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,
+        fsdp=fsdp,
         **{checkpointing_name(KoffTrainingArguments): train.activation_checkpointing},
         **own,
     )

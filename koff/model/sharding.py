@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from .attach import install
 from .memory_argument import KoffModelMixin
@@ -18,6 +20,19 @@ def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP spreads the parameters over several processes."""
     # Not by the parameters: those of the last layers stay whole for a while after a forward.
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def in_shards(processes: int) -> dict[str, Any]:
+    """Return the argument by which ``from_pretrained`` reads a model in shards, one per process:
+    each reads its own part of every weight from the file, and never holds the whole.
+
+    The process group must be there. Everything that follows, ``attach`` first, then finds the
+    shards: caches are filled and gates started on them, and nothing is sharded again.
+
+    Args:
+        processes: how many share the model.
+    """
+    return {"distributed_config": DistributedConfig(fsdp_size=processes)}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -40,8 +55,11 @@ def whole_model(model: PreTrainedModel) -> PreTrainedModel:
     # A sharded model cannot be copied, so a new one is made of its class as it was before attach.
     classes = type(model).__mro__
     base = classes[classes.index(KoffModelMixin) + 1]
+    config = copy.deepcopy(model.config)
+    # The copy is in no shards: transformers would wait for the others whenever it is saved.
+    vars(config).pop("distributed_config", None)
     with torch.device("meta"):
-        copied = base(copy.deepcopy(model.config))
+        copied = base(config)
     tensors = {
         name: whole(tensor).cpu()
         for name, tensor in model.state_dict().items()

@@ -94,8 +94,9 @@ def room_kept(size: int, folder: Path) -> Iterator[None]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return how many bytes tensors have, shared ones once."""
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+    """Return how many bytes tensors have, shared ones once; of tensors in shards, the whole."""
+    # Of a DTensor only the shard lies somewhere.
+    return sum({getattr(t, "_local_tensor", t).data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def _free(folder: Path) -> int:

@@ -235,6 +235,8 @@ class Sizes:
         layer: of one decoder layer of the base, the largest.
         matrix: of the largest matrix of an MLP.
         mlp: parameters of the MLPs' linear layers.
+        tail: of what FSDP keeps whole through a step: the output head, and the embeddings beside it
+            where they are the same.
     """
 
     parameters: int
@@ -249,6 +251,7 @@ class Sizes:
     layer: int
     matrix: int
     mlp: int
+    tail: int
 
     @property
     def trained(self) -> int:
@@ -333,7 +336,15 @@ def sizes_of(
             layer=layer,
             matrix=matrix * saved.itemsize,
             mlp=counts["mlp"],
+            tail=_tail(model),
         )
+
+
+def _tail(model: PreTrainedModel) -> int:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    # transformers puts tied embeddings into a group of FSDP's, and the head into the model's own,
+    # and each of them gathers the weight for itself.
+    return _bytes(head.parameters()) * (2 if head.weight is embeddings.weight else 1)
 
 
 def kept_by_forward(

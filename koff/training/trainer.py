@@ -13,13 +13,14 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import synchronize_rng_states
+from accelerate.utils import str_to_bool, synchronize_rng_states
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -32,6 +33,7 @@ from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
+from ..model.sharding import is_sharded
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.scores import neuron_magnitude, random_scores
@@ -136,6 +138,7 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainer: gates or memories must require gradients, got all of them frozen; "
                 "call model.koff.requires_grad_(True) (PEFT freezes whatever is not its own)"
             )
+        self._refuse_other_shards(model, args)
         self.mixture = build_mixture(
             model,
             self.settings,
@@ -208,6 +211,20 @@ class KoffTrainer(CheckpointingTrainer):
                 FEW_GATE_STEPS,
             )
 
+    def _refuse_other_shards(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+        """Refuse what FSDP and the model would make of each other, before anything is made."""
+        with_fsdp = bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+        self._loaded_in_shards = is_sharded(model)
+        if self._loaded_in_shards:
+            if not with_fsdp:
+                raise ValueError(
+                    "KoffTrainer: a model that was loaded in shards must be trained with FSDP, got "
+                    "a run without; give fsdp=True"
+                )
+            # transformers' Trainer writes no checkpoints of such a model, since its optimiser's
+            # state would lie in shards. Here that state is of what is learned, whole everywhere.
+            model._is_distributed_loading_by_transformers = False
+
     def create_accelerator_and_postprocess(self) -> None:
         """As transformers', and let FSDP shard the frozen base alone.
 
@@ -226,6 +243,11 @@ class KoffTrainer(CheckpointingTrainer):
                     f"KoffTrainer: {name}_size of parallelism_config must be 1, got a larger one; "
                     "use DDP or FSDP"
                 )
+        if self.args.fsdp and not self.is_fsdp_enabled:  # on CPUs, where accelerate has none
+            raise ValueError(
+                "KoffTrainer: FSDP must have an accelerator for each process, got CPUs; leave fsdp "
+                "out, and each process holds the base"
+            )
         if not self.is_fsdp_enabled:
             return
         if self._few_bits:
@@ -242,9 +264,13 @@ class KoffTrainer(CheckpointingTrainer):
         if plugin.cpu_ram_efficient_loading:
             raise ValueError(
                 "KoffTrainer: cpu_ram_efficient_loading of FSDP must be False (what is learned is "
-                "not sharded, and must be there on every rank), got True; leave it out"
+                "not sharded, and must be there on every rank), got True; leave it out, and load "
+                "the base in shards: from_pretrained(..., distributed_config=...)"
             )
         plugin.ignored_modules = "koff"  # by its name: the accelerator comes before the model
+        if self._loaded_in_shards:
+            # Nothing is left to wrap, and accelerate would not find the layers by their names.
+            plugin.auto_wrap_policy = None
         if plugin.mixed_precision_policy is not None:
             # The forward returns losses, which stay in fp32 however low its products are.
             plugin.mixed_precision_policy = dataclasses.replace(

@@ -136,6 +136,23 @@ def test_more_devices_see_more_tokens(config_alone):
     assert two.setting.peaks.step - one.setting.peaks.step == one.setting.learned
 
 
+def test_shared_a_base_takes_its_shard_and_what_is_whole(config_alone, tmp_path):
+    """Against the shards of two processes: tests/training/test_loading_in_shards.py."""
+    options = ("--devices", 4, "--tflops", 1, "--json", tmp_path / "plan.json")
+    out = succeed("plan", config_alone, *options, "--fsdp")
+    assert "its shard" in out and "CPU memory of each process" in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    succeed("plan", config_alone, *options)
+    alone = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fsdp"] is True and alone["fsdp"] is False
+    layer = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
+    head = 4 * 512 * 64
+    assert found["bytes"]["shard"] == alone["bytes"]["weights"] // 4
+    assert found["bytes"]["weights"] == found["bytes"]["shard"] + 3 * layer + head
+    assert alone["bytes"]["shard"] == alone["bytes"]["weights"]
+    assert found["tokens"] == alone["tokens"] and found["disk"] == alone["disk"]
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("1.5 t", 15 * 10**11), ("800mb", 8 * 10**8)],
@@ -148,6 +165,7 @@ def test_bad_input_is_one_line(config_alone, tmp_path):
     assert "--memory must be a size" in fail("plan", config_alone, "--memory", "much")
     assert "--memory must be a size" in fail("plan", config_alone, "--memory", "0GB")
     assert "--devices must be at least 1" in fail("plan", config_alone, "--devices", 0)
+    assert "--fsdp must have several --devices" in fail("plan", config_alone, "--fsdp")
     assert "--tflops must be positive" in fail("plan", config_alone, "--tflops", 0)
     assert "must be an existing file" in fail("plan", tmp_path / "none.yaml")
     assert "existing folder" in fail("plan", config_alone, "--json", tmp_path / "no" / "x.json")

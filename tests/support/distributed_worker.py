@@ -20,18 +20,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import activation_checkpointing
 from support.models import NAMES, tiny, tokens
 from support.trainings import ANSWERS, DOMAINS, GENERAL, LORA, arguments
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import koff
+from koff.data.losses import Head
 from koff.model import arch
-from koff.model.sharding import is_sharded
+from koff.model.head import measured
+from koff.model.sharding import in_shards, is_sharded
+from koff.storage.space import bytes_of
 from koff.training.optim import average_gradients
 
 ROWS = 12  # of a micro-batch, over all ranks
@@ -49,13 +52,15 @@ RUNS = {
 }
 
 
+ACCELERATES = AcceleratorState.__init__
+
+
 def let_fsdp_shard_on_cpu() -> None:
     """accelerate shards on accelerators only. Its code runs as well over gloo, once its state says
     that it may."""
-    original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        ACCELERATES(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
             if self.mixed_precision != "no":
@@ -76,9 +81,9 @@ class DrawsAlone(TrainerCallback):
             torch.rand(3)
 
 
-def make(folder: Path, mode: str, domains=DOMAINS, **changes) -> koff.KoffTrainer:
+def make(folder: Path, mode: str, domains=DOMAINS, base=None, **changes) -> koff.KoffTrainer:
     config = koff.KoffConfig(NAMES, target_sparsity=0.4, lora=LORA, kv=koff.KVConfig(5, "text"))
-    model = koff.attach(tiny("llama", initializer_range=0.3), config)
+    model = koff.attach(tiny("llama", initializer_range=0.3) if base is None else base, config)
     args = arguments(folder)  # from here on there is a process group
     settings = dict(
         max_steps=STEPS,
@@ -104,6 +109,13 @@ def check_how_it_ran(run: koff.KoffTrainer, mode: str) -> None:
     weights = [w for mlp in arch.mlps(run.model) for w in arch.mlp_weights(mlp)]
     assert all(isinstance(w, DTensor) == sharded for w in weights)
     assert not any(isinstance(p, DTensor) for p in run.model.koff.parameters())
+    # Losses come from hidden states and a whole head, and nobody makes all logits.
+    with torch.no_grad():
+        assert measured(run.model, has_whole_head, input_ids=tokens(2, 9))
+
+
+def has_whole_head(states: torch.Tensor, head: Head | None) -> bool:
+    return head is not None and not isinstance(head.weight, DTensor)
 
 
 def same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
@@ -118,6 +130,25 @@ def same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
 
 def learned(run: koff.KoffTrainer) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in run.model.koff.state_dict().items()}
+
+
+def check_checkpoint(run: koff.KoffTrainer, folder: Path) -> None:
+    """It holds what is learned, the optimiser's two moments of it, and nothing of the base."""
+    numbers = [""] if ranks() == 1 else [f"_{rank}" for rank in range(ranks())]
+    small = {f"rng_state{number}.pth" for number in numbers} | {"scheduler.pt"}
+    small |= {"koff_state.json", "koff_checkpoint.json", "trainer_state.json"}
+    large = {"koff_state.safetensors", "optimizer.pt"}
+    assert {path.name for path in folder.iterdir()} == small | large
+    tensors = load_file(folder / "koff_state.safetensors")
+    own = run.koff.tensors()
+    assert {n: t.nbytes for n, t in tensors.items()} == {n: t.nbytes for n, t in own.items()}
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    learned = list(run.koff.parameters())
+    moments = [t for moment in state.values() for t in moment.values() if t.dim()]
+    assert sum(t.nbytes for t in moments) <= 2 * bytes_of(learned)
+    # The others have room for logs and random states, and for no base.
+    base = sum(p.numel() for n, p in run.model.named_parameters() if not n.startswith("koff."))
+    assert sum((folder / name).stat().st_size for name in small) < base
 
 
 def check_saves(narrow: torch.nn.Module, folder: Path) -> None:
@@ -167,6 +198,37 @@ def check_exports(narrow: torch.nn.Module, saved: Path, folder: Path) -> None:
         everyones = [None] * ranks()
         dist.all_gather_object(everyones, addresses)
         assert everyones == [addresses] * ranks()
+
+
+def check_loaded_in_shards(whole: dict[str, torch.Tensor], folder: Path, changes: dict) -> None:
+    """A base of which each rank has read its shard alone trains, goes on and is saved as one that
+    was sharded later."""
+
+    def loaded():
+        return AutoModelForCausalLM.from_pretrained(folder / "base", **in_shards(ranks()))
+
+    if dist.get_rank() == 0:
+        tiny("llama", initializer_range=0.3).save_pretrained(folder / "base")
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_USE_FSDP", raising=False)  # of the runs before
+        with pytest.raises(ValueError, match="loaded in shards must be trained with FSDP, got a"):
+            make(folder / "none", "ddp", base=loaded(), **changes)
+    place = folder / "loaded"
+    run = make(place, "fsdp", base=loaded(), save_strategy="steps", save_steps=3, **changes)
+    run.train()
+    check_how_it_ran(run, "fsdp")
+    check_checkpoint(run, place / "checkpoint-3")
+    again = make(place, "fsdp", base=loaded(), **changes)
+    again.train(resume_from_checkpoint=str(place / "checkpoint-3"))
+    for found in (learned(run), learned(again)):
+        differ = [name for name, t in whole.items() if not torch.equal(t, found[name])]
+        assert not differ
+    narrow = koff.compact(run.model).eval()
+    out, ids = koff.save(narrow, place / "out"), tokens(3, 9)
+    assert "distributed" not in (out / "config.json").read_text()
+    wanted = narrow(ids, memory="en").logits
+    assert torch.equal(koff.load(out)(ids, memory="en").logits, wanted)
 
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:
@@ -234,6 +296,10 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
     if mode == "ddp":
         with pytest.raises(ValueError, match="use_reentrant .* must be False on several processes"):
             make(folder, mode, **activation_checkpointing.arguments(use_reentrant=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AcceleratorState, "__init__", ACCELERATES)
+            with pytest.raises(ValueError, match="FSDP must have an accelerator for each process"):
+                make(folder, mode, fsdp=True)
     else:
         with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
             koff.detach(run.model)
@@ -267,6 +333,9 @@ def train_all(folder: Path, mode: str) -> None:
         whole = learned(run)
         same_everywhere(whole)
         if name == "mixed":
+            check_checkpoint(run, place / f"checkpoint-{STEPS}")
+            if mode == "fsdp" and ranks() > 1:
+                check_loaded_in_shards(whole, place, changes)
             for step in (1, 3):  # before and after the mask is fixed
                 again = make(place, mode, **changes)
                 again.train(resume_from_checkpoint=str(place / f"checkpoint-{step}"))
