@@ -192,6 +192,7 @@ def test_train_says_that_it_starts_from_the_beginning(root, trained, tmp_path, c
         (("--set", "data.en.field=body"), "line 1 must have the field 'body', got ['text']"),
         (("--set", "model=./none"), "model must be an existing folder or a hub id"),
         (("--set", "model=no/such"), "koff: the base model must be a folder (below"),
+        (("--fsdp",), "--fsdp must have several processes to share the base, got one"),
         (("--device", "cdu"), "device must be cpu (or left out), got 'cdu'"),
         (("--set", "train.block_size=5000"), "positions, got 5000 + 4"),
         (("--set", "koff.kv.num_tokens=100", "--set", "train.block_size=60"), "got 60 + 100"),
@@ -205,6 +206,21 @@ def test_train_errors_are_one_line_and_write_nothing(root, tmp_path, options, me
     output = tmp_path / "deep" / "out"
     assert message in fail("train", root / "recipe.yaml", "--output", output, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "cpu"), "--fsdp must have a GPU for each process, got --device cpu"),
+        (("--set", "gguf_file=base.gguf"), "--fsdp must have a base in safetensors"),
+        (("--set", "quantization=nf4"), "--fsdp must have a plain base, got quantization: nf4"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(root, tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = tmp_path / "out"
+    line = fail("train", root / "recipe.yaml", "--output", output, "--fsdp", *options)
+    assert message in line and not output.exists()
 
 
 def test_train_in_bf16_needs_no_accelerator_and_no_option(root, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command_line import succeed
-from support.distributed import run, torchrun
+from support.distributed import TESTS, run, torchrun
 from support.readme import prepare
 
 import koff
@@ -62,6 +62,28 @@ def test_a_base_in_few_bits_trains_on_two_processes(name, root, tmp_path):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, atol=1e-4, rtol=1e-3)
+    assert koff.load(output).koff.memory_names == ("en", "fr")
+
+
+def test_koff_train_fsdp_saves_what_one_process_saves(root, tmp_path, monkeypatch):
+    alone, output = tmp_path / "alone", tmp_path / "out"
+    # Gates that start alike: saliency depends on the rows of a process.
+    alike = "train.saliency_batches=0"
+    succeed(*options(root, alone, 4, alike))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shared = [text for text in options(root, output, 2, alike) if text not in ("--device", "cpu")]
+    text = run([*torchrun(2), str(TESTS / "support" / "fsdp_command.py"), *shared, "--fsdp"])
+    assert text.count("saved to") == 1 and " on 2 processes; " in text
+    names, facts = [], []
+    for folder in (alone, output):
+        names.append({p.relative_to(folder).as_posix() for p in folder.rglob("*")})
+        facts.append(json.loads((folder / "koff.json").read_text()))
+    assert names[0] == names[1] and facts[0]["kept"] == facts[1]["kept"]
+    for file in ("model.safetensors", "memories/en/lora/adapter_model.safetensors"):
+        ours, theirs = (load_file(folder / file) for folder in (output, alone))
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():  # the bound: tests/training/test_distributed.py
+            torch.testing.assert_close(ours[name], value, atol=1e-4, rtol=1e-3)
     assert koff.load(output).koff.memory_names == ("en", "fr")
 
 
