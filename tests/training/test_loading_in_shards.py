@@ -54,5 +54,7 @@ def test_a_process_holds_its_shard_and_what_runs(tied, tmp_path):
 def test_a_process_that_does_not_share_takes_the_whole(tmp_path):
     """So the test above can fail."""
     _, sizes = saved_base(tmp_path, tied=False)
-    for process in measured(tmp_path, "whole"):
+    found = measured(tmp_path, "whole")
+    print(f"base {sizes.weights}: {found}")
+    for process in found:
         assert process["stays"] == sizes.weights < process["loading"]
