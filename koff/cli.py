@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -666,6 +666,10 @@ def push(
 
 @_command
 def demo(
+    model: Annotated[
+        Literal["small", "smollm2"],
+        typer.Option(help="One that is pretrained now, in minutes; or SmolLM2-135M, fetched."),
+    ] = "small",
     output: Annotated[Path | None, typer.Option(help="Keep the model here.")] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of the demo's base model; default $KOFF_CACHE.")
@@ -675,7 +679,7 @@ def demo(
     """Run the whole path on a small model of its own: pretrain, learn, prune, save, compare."""
     from .demo.run import run_demo
 
-    if not run_demo(output=output, cache=cache, seed=seed):
+    if not run_demo(model=model, output=output, cache=cache, seed=seed):
         raise typer.Exit(1)
 
 

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import hashlib
 import json
+import os
 import random
 import sys
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +76,29 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
         for split, documents in splits.items():
             lines = (json.dumps({"text": document}) + "\n" for document in documents)
             (folder / f"{domain}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def prepare_corpus(cache: Path) -> Path:
+    """Write the corpus into the cache, or find it there.
+
+    Args:
+        cache: folder of caches.
+
+    Returns:
+        A folder with ``<domain>.<split>.jsonl``.
+    """
+    corpus = build_corpus()
+    # Named by what it holds: another Python carries other sources.
+    name = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / f"demo-corpus-{name}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Made beside its place and renamed: what is there is whole, also after an interruption.
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".demo-") as temporary:
+            write_corpus(corpus, Path(temporary) / "corpus")
+            with contextlib.suppress(OSError):  # another demo finished first
+                os.replace(Path(temporary) / "corpus", folder)
+    return folder
 
 
 def separate(source: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""``koff demo``: the whole path on a small model of its own, without network or other files."""
+"""``koff demo``: the whole path on a small model of its own, without network or other files; or on
+SmolLM2-135M, a real pretrained one."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..commands.recipe import Recipe, parse
-from ..commands.saved import count_saved
+from ..commands.saved import count_saved, first_documents
 from ..commands.tables import facts_table, millions, sparsity_facts
 from ..commands.train import load_base, run
 from ..data.cache import default_cache
@@ -25,57 +27,132 @@ from ..evaluation.perplexity import evaluate
 from ..pruning.binarize import sparsity
 from ..storage.save_load import load
 from .base_model import SETTINGS, prepare_base
-from .corpus import DOMAINS
-
-# Two runs with this schedule, pretraining and evaluation take about five minutes on two cores.
-TRAIN: dict[str, Any] = {
-    "steps": 300,
-    "batch_size": 9,
-    "block_size": SETTINGS["block_size"],
-    "general_every": 8,
-    "gate_learning_rate": 0.1,
-    "lora_learning_rate": 3e-3,
-    "kv_learning_rate": 5e-3,
-    "fix_mask_at": 0.6,
-    "logging_every": 20,
-}
-KOFF: dict[str, Any] = {
-    "target_sparsity": 0.4,  # of 0.2 this small model would hardly notice the loss
-    "lora": {"r": 8, "alpha": 16},
-    "kv": {"num_tokens": 16, "init": "text"},
-}
+from .corpus import DOMAINS, prepare_corpus
+from .smollm2 import prepare_smollm2
 
 
-def demo_recipe(folder: Path, *, seed: int = 0, gates_only: bool = False) -> Recipe:
-    """Return the recipe of the demo.
+@dataclass(frozen=True)
+class Demo:
+    """A base model, and what suits it.
 
     Args:
-        folder: what ``prepare_base`` returned; relative paths start there.
+        prepare: from the folder of caches, the folders of the base and of the corpus.
+        dtype: of the base.
+        koff: what is learned, as in a recipe.
+        train: of a recipe.
+        tokens: of each domain's test split, only the first documents that hold so many; None: all.
+    """
+
+    prepare: Callable[[Path], tuple[Path, Path]]
+    dtype: str
+    koff: dict[str, Any]
+    train: dict[str, Any]
+    tokens: int | None = None
+
+
+def _small(cache: Path) -> tuple[Path, Path]:
+    folder = prepare_base(cache)
+    return folder / "base", folder / "data"
+
+
+def _smollm2(cache: Path) -> tuple[Path, Path]:
+    return prepare_smollm2(cache), prepare_corpus(cache)
+
+
+DEMOS = {
+    # Two runs with this schedule, pretraining and evaluation take about five minutes on two cores.
+    "small": Demo(
+        _small,
+        "float32",
+        koff={
+            "target_sparsity": 0.4,  # of 0.2 this small model would hardly notice the loss
+            "lora": {"r": 8, "alpha": 16},
+            "kv": {"num_tokens": 16, "init": "text"},
+        },
+        train={
+            "steps": 300,
+            "batch_size": 9,
+            "block_size": SETTINGS["block_size"],
+            "general_every": 8,
+            "gate_learning_rate": 0.1,
+            "lora_learning_rate": 3e-3,
+            "kv_learning_rate": 5e-3,
+            "fix_mask_at": 0.6,
+            "logging_every": 20,
+        },
+    ),
+    # The recipe smollm2, but for the sparsity and half of its steps.
+    "smollm2": Demo(
+        _smollm2,
+        "bfloat16",
+        koff={
+            "target_sparsity": 0.4,
+            "lora": {"r": 16, "alpha": 32},
+            "kv": {"num_tokens": 32, "init": "text"},
+        },
+        train={
+            "steps": 80,
+            "batch_size": 6,
+            "block_size": 128,
+            "general_every": 8,
+            "gate_learning_rate": 0.1,
+            "lora_learning_rate": 1e-3,
+            "kv_learning_rate": 1e-2,
+            "fix_mask_at": 0.5,
+            "logging_every": 10,
+        },
+        tokens=5000,
+    ),
+}
+
+
+def demo_recipe(
+    base: Path,
+    corpus: Path,
+    *,
+    demo: Demo = DEMOS["small"],
+    seed: int = 0,
+    gates_only: bool = False,
+) -> Recipe:
+    """Return the recipe of a demo.
+
+    Args:
+        base, corpus: folders, as ``demo.prepare`` returns them.
+        demo: which one.
         seed: seed of the initialisation and of the data order.
         gates_only: the same schedule without memories.
     """
+    base, corpus = base.resolve(), corpus.resolve()
     splits = ("train", "validation", "test")
     data = {
-        domain: {split: f"data/{domain}.{split}.jsonl" for split in splits} for domain in DOMAINS
+        domain: {split: str(corpus / f"{domain}.{split}.jsonl") for split in splits}
+        for domain in DOMAINS
     }
     parts = {"lora": None, "kv": None} if gates_only else {}
     values = {
-        "model": "base",
-        "dtype": "float32",
+        "model": str(base),
+        "dtype": demo.dtype,
         "data": data,
         # General rows go with any memory, so that the gates meet every domain with every memory.
         "general": data,
-        "koff": KOFF | parts,
-        "train": TRAIN,
+        "koff": demo.koff | parts,
+        "train": demo.train,
         "seed": seed,
     }
-    return parse(values, folder.resolve())
+    return parse(values, base.parent)
 
 
-def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int = 0) -> bool:
-    """Pretrain (or find) a base, train koff and gates alone, prune, save, reload, compare.
+def run_demo(
+    *,
+    model: str = "small",
+    output: Path | None = None,
+    cache: Path | None = None,
+    seed: int = 0,
+) -> bool:
+    """Make (or find) a base, train koff and gates alone, prune, save, reload, compare.
 
     Args:
+        model: one of ``DEMOS``.
         output: folder to keep the model in; None uses a temporary one.
         cache: folder of the base model; None is $KOFF_CACHE, else the user's cache directory.
         seed: seed of both trainings.
@@ -91,15 +168,16 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="koff-demo-") as temporary:
         place = Path(temporary)
-        folder = prepare_base(cache or default_cache())
-        recipe = demo_recipe(folder, seed=seed)
-        alone = demo_recipe(folder, seed=seed, gates_only=True)
+        demo = DEMOS[model]
+        folders = demo.prepare(cache or default_cache())
+        recipe = demo_recipe(*folders, demo=demo, seed=seed)
+        alone = demo_recipe(*folders, demo=demo, seed=seed, gates_only=True)
         # Stopped, it would not go on: it begins anew each time.
         how = dict(device="cpu", stops_on_signals=False)
         gates = run(alone, place / "gates", label="gates only", **how)
         koff_folder = run(recipe, output or place / "koff", label="gates and memories", **how)
         console.print("loading what was saved, and measuring")
-        better = _compare(console, recipe, gates, koff_folder)
+        better = _compare(console, recipe, gates, koff_folder, demo.tokens)
     console.print(f"took {time.perf_counter() - started:.0f} s")
     if output is not None:
         step = f"next: koff generate {output} --memory math 'Question:'"
@@ -107,9 +185,16 @@ def run_demo(*, output: Path | None = None, cache: Path | None = None, seed: int
     return better
 
 
-def _compare(console: Console, recipe: Recipe, gates_folder: Path, koff_folder: Path) -> bool:
+def _compare(
+    console: Console, recipe: Recipe, gates_folder: Path, koff_folder: Path, tokens: int | None
+) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(koff_folder)
-    texts = {name: load_documents(source) for name, source in recipe.sources("test").items()}
+    texts = {
+        name: load_documents(source)
+        if tokens is None
+        else first_documents(source, tokenizer, tokens)
+        for name, source in recipe.sources("test").items()
+    }
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str | None], float]:
         rows = evaluate(model, tokenizer, texts, block_size=recipe.train.block_size, batch_size=16)
@@ -120,7 +205,7 @@ def _compare(console: Console, recipe: Recipe, gates_folder: Path, koff_folder: 
     dense, gates, own = measure(dense_model), measure(load(gates_folder)), measure(small)
     console.print(_quality_table(dense, gates, own))
     facts = {
-        "dense model": f"{millions(count_saved(recipe.root / 'base'))} parameters",
+        "dense model": f"{millions(count_saved(Path(recipe.model)))} parameters",
         "pruned backbone": f"{millions(count_saved(koff_folder, deep=False))} parameters",
         "each memory": f"{millions(count_saved(koff_folder / 'memories' / DOMAINS[0]))} parameters",
         **sparsity_facts(sparsity(small)),
@@ -169,7 +254,7 @@ def speed_up(
         memory: active memory of the pruned model, or None.
         repeats: forwards of each, on 8 rows of 128 tokens; three more to warm up.
     """
-    # The first three ids are <s>, </s> and <pad>.
+    # The first three ids are special ones.
     ids = torch.randint(3, dense.config.vocab_size, (8, 128), generator=torch.Generator())
 
     def seconds(forward: Callable[[], Any]) -> float:

@@ -1,14 +1,18 @@
 """The demo's corpus and base model, at a size that takes seconds."""
 
+import dataclasses
+
 import pytest
 import torch
 from support.demo_settings import SMALL
 
+import koff
 from koff.commands.train import check_model
 from koff.data.cache import default_cache
 from koff.demo import base_model as demo_base
 from koff.demo import corpus as demo_data
-from koff.demo.run import demo_recipe
+from koff.demo import run as demo_run
+from koff.demo.run import demo_recipe, run_demo
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +58,30 @@ def test_base_is_trained_once_and_cached(tmp_path, monkeypatch):
     assert demo_base.prepare_base(tmp_path / "cache", settings=SMALL) == folder
     assert (folder / "base" / "model.safetensors").read_bytes() == before
     for gates_only in (False, True):
-        recipe = demo_recipe(folder, seed=3, gates_only=gates_only)
+        places = folder / "base", folder / "data"
+        recipe = demo_recipe(*places, seed=3, gates_only=gates_only)
         recipe.check_files()
         assert check_model(recipe).model_type == "llama"
         assert recipe.koff.memories == (() if gates_only else demo_data.DOMAINS)
+
+
+def test_the_real_model_is_trained_on_the_same_corpus(tmp_path, monkeypatch):
+    """Of a small model in its place: fetched, trained, pruned, measured on the first documents."""
+    folder = demo_base.prepare_base(tmp_path / "cache", settings=SMALL)
+    monkeypatch.setattr(demo_run, "prepare_smollm2", lambda cache: folder / "base")
+    smollm2 = demo_run.DEMOS["smollm2"]
+    short = smollm2.train | {"steps": 4, "block_size": 32, "saliency_batches": 2}
+    short |= {"width_multiple_of": 1}
+    small = dataclasses.replace(smollm2, dtype="float32", train=short, tokens=100)
+    monkeypatch.setitem(demo_run.DEMOS, "smollm2", small)
+    monkeypatch.setattr(demo_run, "speed_up", lambda *_: 1.0)
+    output = tmp_path / "out"
+    run_demo(model="smollm2", output=output, cache=tmp_path / "cache")
+    model = koff.load(output)
+    assert model.koff.memory_names == demo_data.DOMAINS
+    assert koff.sparsity(model).mlp == pytest.approx(0.4, abs=0.01)
+    corpora = [item for item in (tmp_path / "cache").iterdir() if "corpus" in item.name]
+    assert [demo_data.prepare_corpus(tmp_path / "cache")] == corpora
 
 
 def test_an_interrupted_pretraining_leaves_no_cache(tmp_path, monkeypatch):

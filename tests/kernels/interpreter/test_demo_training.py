@@ -23,7 +23,7 @@ RELATIVE = 1e-4
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data, "SIZES", {"train": 30_000, "validation": 4_000, "test": 4_000})
     folder = demo_base.prepare_base(tmp_path / "cache", settings=copy.deepcopy(SMALL))
-    made = demo_recipe(folder)
+    made = demo_recipe(folder / "base", folder / "data")
     few = {"steps": STEPS, "batch_size": 3, "block_size": 32, "general_every": 2}
     made = dataclasses.replace(made, train=dataclasses.replace(made.train, logging_every=1, **few))
     made.root = folder
