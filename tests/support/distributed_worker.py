@@ -298,6 +298,8 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
             make(folder, mode, **activation_checkpointing.arguments(use_reentrant=True))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AcceleratorState, "__init__", ACCELERATES)
+            # What asks for FSDP says so to the whole process, which the next run is not to hear.
+            patch.setenv("ACCELERATE_USE_FSDP", "false")
             with pytest.raises(ValueError, match="FSDP must have an accelerator for each process"):
                 make(folder, mode, fsdp=True)
     else:
