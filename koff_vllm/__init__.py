@@ -71,7 +71,7 @@ def options(directory: str | Path, *, verify: bool = True) -> dict[str, Any]:
             f"koff_vllm: vLLM takes LoRA up to rank {_RANKS[-1]}, got {largest}; retrain the memory"
         )
     at_once = min(max(len(ranks), 1), _AT_ONCE)
-    return {
+    found = {
         "model": str(saved.path.absolute()),
         "enable_lora": True,
         "max_lora_rank": next(rank for rank in _RANKS if rank >= largest),
@@ -79,14 +79,16 @@ def options(directory: str | Path, *, verify: bool = True) -> dict[str, Any]:
         "max_cpu_loras": max(len(ranks), at_once) + _MORE,
         # No room for LoRA on embedding and head, which no memory has.
         "lora_target_modules": list(_LINEARS),
-        "kv_transfer_config": {
+    }
+    if not saved.is_recurrent():
+        found["kv_transfer_config"] = {
             "kv_connector": "MemoryConnector",
             "kv_connector_module_path": "koff_vllm.connector",
             "kv_role": "kv_consumer",
             # Recomputing would be to take placeholders for text.
             "kv_load_failure_policy": "fail",
-        },
-    }
+        }
+    return found
 
 
 def memory(directory: str | Path, name: str | None) -> LoRARequest | None:

@@ -32,6 +32,9 @@ COMMITTED = ".koff-committed"
 SEALED = "format config memories dense_widths widths kept sparsity backbone_sha256 files".split()
 # The families whose layers may differ in width in vLLM: classes in configs.py and models.py.
 NARROW = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "Phi3")
+# The families with recurrent layers. vLLM keeps their state beside keys and values, and then takes
+# no KV connector; what a memory has learned of such a state has no way in.
+RECURRENT = ("qwen3_5_text",)
 # Beside each copied memory: what the other processes of vLLM need to know of it.
 STAGED, KV_FILE = "koff_vllm.json", "kv.safetensors"
 
@@ -162,10 +165,11 @@ class SavedModel:
                 self._checked(name)
 
     def check_family(self) -> None:
-        """Refuse a backbone that vLLM has no model for.
+        """Refuse a backbone that vLLM has no model for, and memories that have no way into it.
 
         Raises:
-            ValueError: layers of different widths in a family without a narrow model.
+            ValueError: layers of different widths in a family without a narrow model; or learned
+                keys and states for a family with recurrent layers.
         """
         known = [f"koff_{family.lower()}" for family in NARROW]
         got = self._checked_json("config.json").get("model_type")
@@ -174,6 +178,17 @@ class SavedModel:
                 f"koff_vllm: layers of different widths must be of {', '.join(known)}, got {got}; "
                 "prune to equal widths (per_layer='uniform'), which vLLM serves of all families"
             )
+        learned = [n for n in self.memories if f"memories/{n}/kv/adapter_config.json" in self.files]
+        if self.is_recurrent() and learned:
+            raise ValueError(
+                f"koff_vllm: memories for {got} must be LoRA alone, got learned keys and states in "
+                f"{learned[0]!r}: vLLM takes none beside recurrent layers; train with kv: null, or "
+                "serve it by koff.load and generate"
+            )
+
+    def is_recurrent(self) -> bool:
+        """Whether the backbone has recurrent layers."""
+        return self._checked_json("config.json").get("model_type") in RECURRENT
 
     def rank(self, name: str) -> int:
         """Return the rank of a memory's LoRA; 1, that of zeros, if it has none."""

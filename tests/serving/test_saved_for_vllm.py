@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.bare import ROOT
 from support.damage import HOUSE, cut, edit, flip, reseal, reshape
-from support.widths import compacted
+from support.models import attached
+from support.widths import compacted, spread
 
 import koff
 import koff_vllm
@@ -198,3 +199,19 @@ def test_a_family_without_a_narrow_model_is_refused(tmp_path):
     narrow = compacted("olmo2", memories=("en",))
     with pytest.raises(ValueError, match="must be of koff_llama, .*, got koff_olmo2"):
         koff_vllm.options(koff.save(narrow, tmp_path / "out"))
+
+
+def equally_narrow(architecture, **config):
+    model = spread(attached(architecture, target_sparsity=0.4, **config))
+    koff.binarize(model, per_layer="uniform", multiple_of=1)
+    return koff.compact(model, inplace=True)
+
+
+def test_recurrent_layers_take_memories_of_lora_alone(tmp_path):
+    """vLLM has no KV connector beside them, and no way in for a learned state."""
+    both = equally_narrow("qwen3_5_text", memories=("en",))
+    with pytest.raises(ValueError, match="must be LoRA alone, got learned keys and states in 'en'"):
+        koff_vllm.options(koff.save(both, tmp_path / "both"))
+    lora = equally_narrow("qwen3_5_text", memories=("en",), kv=None)
+    options = koff_vllm.options(koff.save(lora, tmp_path / "lora"))
+    assert options["enable_lora"] and "kv_transfer_config" not in options
