@@ -49,8 +49,10 @@ def test_a_process_holds_its_shard_and_what_runs(tied, tmp_path):
         assert process["stays"] == setting.shard == sizes.weights // 2
         # A half of it, gates and LoRA, and what is read on the way.
         assert process["loading"] < 0.75 * sizes.weights
-        # Beside what is there before.
-        assert process["step"] == pytest.approx(setting.peaks.step - there, rel=0.02)
+        # Beside what is there before. A process that runs ahead has asked for one layer more before
+        # gloo has let go of the one before it.
+        planned = setting.peaks.step - there
+        assert 0.98 * planned < process["step"] < 1.02 * planned + sizes.layer
 
 
 def test_a_process_that_does_not_share_takes_the_whole(tmp_path):
