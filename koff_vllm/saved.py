@@ -178,11 +178,14 @@ class SavedModel:
                 f"koff_vllm: layers of different widths must be of {', '.join(known)}, got {got}; "
                 "prune to equal widths (per_layer='uniform'), which vLLM serves of all families"
             )
-        learned = [n for n in self.memories if f"memories/{n}/kv/adapter_config.json" in self.files]
-        if self.is_recurrent() and learned:
+        for name in self.memories if self.is_recurrent() else ():
+            place = f"memories/{name}/"
+            own = {file for file in self.files if file.startswith(place)}
+            if all(f.startswith(f"{place}lora/") or f == f"{place}memory.json" for f in own):
+                continue
             raise ValueError(
                 f"koff_vllm: memories for {got} must be LoRA alone, got learned keys and states in "
-                f"{learned[0]!r}: vLLM takes none beside recurrent layers; train with kv: null, or "
+                f"{name!r}: vLLM takes none beside recurrent layers; train with kv: null, or "
                 "serve it by koff.load and generate"
             )
 
