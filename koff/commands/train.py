@@ -122,17 +122,19 @@ def run(
             command, given again, saves it. Stopped: by a signal, with a checkpoint.
     """
     output = Path(output)
-    if fsdp:
-        _check_fsdp(recipe, device)
+    # `accelerate launch` asks for it in the environment, and means several processes alone.
+    by_accelerate = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
+    shared = fsdp or (by_accelerate and _processes() > 1)
+    if shared:
+        _check_fsdp(recipe, device, "--fsdp" if fsdp else "accelerate's --use_fsdp")
     prepared = prepare(recipe, check_output(output, recipe))
     # The processes find each other here, which they must before they load a base in shards.
     arguments = training_arguments(recipe, output / CHECKPOINTS, device, fsdp=fsdp)
     # Python hears signals in its main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
     arguments.enable_jit_checkpoint = stops_on_signals and in_main
-    fsdp = fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
     if recipe.quantization is None:
-        base = load_base(recipe, arguments.world_size if fsdp else 1)
+        base = load_base(recipe, arguments.world_size if shared else 1)
     else:
         # Where it is to train: transformers' Trainer does not move what bitsandbytes holds.
         base = load_quantised(recipe, arguments.device)
@@ -143,7 +145,7 @@ def run(
             recipe,
             check_model(recipe),
             devices=arguments.world_size,
-            fsdp=fsdp and arguments.world_size > 1,
+            fsdp=shared,
         )
         Console().print(
             f"{label}: {expected.headline()}", markup=False, highlight=False, soft_wrap=True
@@ -584,26 +586,36 @@ def _load(recipe: Recipe, cls: Any, **options: Any) -> Any:
         ) from error
 
 
-def _check_fsdp(recipe: Recipe, device: str | None) -> None:
-    """Refuse to share a base that cannot be shared, before its data are read."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def _processes() -> int:
+    """How many were started together; before they have found each other."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_fsdp(recipe: Recipe, device: str | None, option: str) -> None:
+    """Refuse to share a base that cannot be shared, before its data are read.
+
+    Args:
+        recipe, device: as ``run``.
+        option: by which it was asked for.
+    """
+    if _processes() == 1:
         raise ValueError(
-            "koff train: --fsdp must have several processes to share the base, got one; start them "
-            "with torchrun (docs/scale.md), or leave it out"
+            f"koff train: {option} must have several processes to share the base, got one; start "
+            "them with torchrun (docs/scale.md), or leave it out"
         )
     if device == "cpu":
         raise ValueError(
-            "koff train: --fsdp must have a GPU for each process, got --device cpu; leave one of "
-            "them out"
+            f"koff train: {option} must have a GPU for each process, got --device cpu; leave one "
+            "of them out"
         )
     if recipe.quantization is not None:
         raise ValueError(
-            "koff train: --fsdp must have a plain base, got quantization: "
+            f"koff train: {option} must have a plain base, got quantization: "
             f"{recipe.quantization}; leave one of them out"
         )
     if recipe.gguf_file is not None:
         raise ValueError(
-            "koff train: --fsdp must have a base in safetensors, of which each process can read "
+            f"koff train: {option} must have a base in safetensors, of which each process can read "
             f"its part alone, got gguf_file: {recipe.gguf_file!r}; leave one of them out"
         )
 

@@ -243,10 +243,13 @@ class KoffTrainer(CheckpointingTrainer):
                     f"KoffTrainer: {name}_size of parallelism_config must be 1, got a larger one; "
                     "use DDP or FSDP"
                 )
-        if self.args.fsdp and not self.is_fsdp_enabled:  # on CPUs, where accelerate has none
+        if (self.args.fsdp or self._loaded_in_shards) and not self.is_fsdp_enabled:
+            # accelerate passes over FSDP on CPUs, and in a single process.
+            count = self.args.world_size
             raise ValueError(
-                "KoffTrainer: FSDP must have an accelerator for each process, got CPUs; leave fsdp "
-                "out, and each process holds the base"
+                "KoffTrainer: FSDP must have several processes with an accelerator each, got "
+                f"{count} {'process' if count == 1 else 'processes'} on {self.args.device.type}; "
+                "leave fsdp out, load the base whole, and each process holds it"
             )
         if not self.is_fsdp_enabled:
             return

@@ -217,10 +217,13 @@ def test_train_errors_are_one_line_and_write_nothing(root, tmp_path, options, me
     ],
 )
 def test_what_processes_cannot_share_is_refused(root, tmp_path, monkeypatch, options, message):
+    """Whether koff or accelerate is asked for FSDP, which says so in the environment."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    output = tmp_path / "out"
-    line = fail("train", root / "recipe.yaml", "--output", output, "--fsdp", *options)
-    assert message in line and not output.exists()
+    command = ("train", root / "recipe.yaml", "--output", tmp_path / "out", *options)
+    assert message in fail(*command, "--fsdp")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert f"accelerate's {message.replace('--fsdp', '--use_fsdp')}" in fail(*command)
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_in_bf16_needs_no_accelerator_and_no_option(root, tmp_path, monkeypatch):

@@ -214,6 +214,11 @@ def check_loaded_in_shards(whole: dict[str, torch.Tensor], folder: Path, changes
         patch.delenv("ACCELERATE_USE_FSDP", raising=False)  # of the runs before
         with pytest.raises(ValueError, match="loaded in shards must be trained with FSDP, got a"):
             make(folder / "none", "ddp", base=loaded(), **changes)
+        # Asked for by accelerate's environment, which accelerate itself passes over on CPUs.
+        patch.setattr(AcceleratorState, "__init__", ACCELERATES)
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="FSDP must have several processes with an acc"):
+            make(folder / "none", "ddp", base=loaded(), **changes)
     place = folder / "loaded"
     run = make(place, "fsdp", base=loaded(), save_strategy="steps", save_steps=3, **changes)
     run.train()
@@ -300,7 +305,8 @@ def check_refusals(run: koff.KoffTrainer, folder: Path, mode: str) -> None:
             patch.setattr(AcceleratorState, "__init__", ACCELERATES)
             # What asks for FSDP says so to the whole process, which the next run is not to hear.
             patch.setenv("ACCELERATE_USE_FSDP", "false")
-            with pytest.raises(ValueError, match="FSDP must have an accelerator for each process"):
+            match = f"must have several .* an accelerator each, got {ranks()} processes on cpu"
+            with pytest.raises(ValueError, match=match):
                 make(folder, mode, fsdp=True)
     else:
         with pytest.raises(ValueError, match="detach: the model must be as attach left it"):
