@@ -29,13 +29,20 @@ KERNELS = "koffkernels._triton"
 def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     """Yield forward and backward on the vendor's GEMMs: the narrow kernels as really called."""
     k, n = at.model.hidden, at.inner
-    lora, weight = at.lora(k, n), at.empty(n, k)
-    for m in (1, 8192):  # the shrink in several splits, and in one
-        x, dy, s, rows = at.empty(m, k), at.empty(m, n), at.empty(m, at.r), at.rows(m)
-        run = functools.partial(module.linear_forward, x, weight, None, lora, rows)
-        yield Case(f"forward M={m}", _vendor(run))
-    run = functools.partial(module.linear_backward, dy, x, s, weight, lora, rows, (True,) * 4)
-    yield Case(f"backward M={m}", _vendor(run))
+    sizes = {"": (n,), "q, k, v ": (at.model.heads * at.model.head_dim, *[at.model.kv_width] * 2)}
+    for name, widths in sizes.items():
+        layers = [module.Linear(at.empty(n, k), None, LoRA(*at.lora(k, n))) for n in widths]
+        if at.plain and name:  # ... of which one has no update
+            layers[1] = layers[1]._replace(lora=None)
+        updates = sum(layer.lora is not None for layer in layers)
+        for m in (1, 8192):  # the shrink in several splits, and in one
+            x, s, rows = at.empty(m, k), at.empty(m, updates * at.r), at.rows(m)
+            run = functools.partial(module.linears_forward, x, layers, rows)
+            yield Case(f"{name}forward M={m}", _vendor(run))
+        needs = True, [(layer.lora is not None,) * 3 for layer in layers]
+        dys = [at.empty(m, n) for n in widths]
+        run = functools.partial(module.linears_backward, dys, x, s, layers, rows, needs)
+        yield Case(f"{name}backward M={m}", _vendor(run))
 
 
 def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:

@@ -92,7 +92,7 @@ def _shrink() -> Iterator[Op]:
         used = x.view(len(IDS), -1)[[i for i, m in enumerate(IDS) if m >= 0 or not mixed]]
         others = (used, rows.ids) if mixed else (x,)
         weights = tuple(lora.a[m] for m in lora.used)
-        yield Op(name, lambda x=x, a=lora.a, r=rows: shrink(x, a, None, r), weights, others)
+        yield Op(name, lambda x=x, a=lora.a, r=rows: shrink(x, [a], r), weights, others)
 
 
 def _decode() -> Iterator[Op]:

@@ -32,7 +32,8 @@ Strides count elements, and each name means one step everywhere:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,6 +47,14 @@ class LowRank(NamedTuple):
     stride_memory: int
     stride_rank: int
     stride_wide: int
+
+
+class Wide(NamedTuple):
+    """A matrix [M, width] whose columns lie side by side: the second or third of its kind."""
+
+    ptr: Tensor
+    stride_token: int
+    width: int
 
 
 class DeltaOperand(NamedTuple):
@@ -112,6 +121,17 @@ class Delta(NamedTuple):
 def operand(delta: Delta | None) -> DeltaOperand | None:
     """Return ``Delta.operand``, or None for no update."""
     return None if delta is None else delta.operand()
+
+
+def wide(x: Tensor | None) -> Wide | None:
+    """Return a matrix [M, W] as an operand, or None for none."""
+    return None if x is None else Wide(x, x.stride(0), x.shape[1])
+
+
+def up_to_three(given: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return one to three things that a kernel takes, and None for those that are not there."""
+    first, second, third = (*given, None, None)[: max(3, len(given))]
+    return first, second, third
 
 
 def largest_rank(*deltas: Delta | None) -> int:

@@ -154,7 +154,8 @@ def test_lora_linear_opcheck(frozen):
     tensors, weights = linear_inputs.make(((2, 3), 8, 12, 2, 3), torch.float32)
     lora = [tensors[f"lora.{f}"].requires_grad_(f != frozen) for f in ("a", "b", "scaling")]
     x = tensors["x"].flatten(0, 1).requires_grad_()
-    args = (x, weights["w"], torch.randn(12), *lora, torch.tensor([1, -1]), 3)
+    none = [None] * 5
+    args = (x, weights["w"], torch.randn(12), *lora, *none, *none, torch.tensor([1, -1]), 3)
     torch.library.opcheck(torch.ops.koffkernels.lora_linear, args)
 
 
