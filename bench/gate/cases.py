@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import pkgutil
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -82,17 +81,31 @@ def _vendor(call: Callable[[], object]) -> Callable[[], object]:
 
 def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     hidden, inner = at.model.hidden, at.inner
-    weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
     first = next(iter(module.CONFIGS.values()))
-    for (config, labels), (name, (k, n)) in itertools.product(
-        configs(module.CONFIGS), weights.items()
-    ):
-        calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
+
+    def layer(k: int, n: int, bias: bool = False, lora: bool = True) -> module.Linear:
+        given = LoRA(*at.lora(k, n)) if lora else None
+        return module.Linear(at.empty(n, k), at.empty(n) if bias else None, given)
+
+    query = hidden, at.model.heads * at.model.head_dim
+    key = hidden, at.model.kv_width
+    layers = {
+        "down": [layer(inner, hidden)],
+        "query": [layer(*query)],
+        "q, k, v": [layer(*query), layer(*key), layer(*key)],
+    }
+    for config, labels in configs(module.CONFIGS):
+        calls = [(name, m, found) for name, found in layers.items() for m in (1, 32, 64)]
         if at.plain and config is first:
-            calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
-        for m, bias, lora in calls:
-            args = at.empty(m, k), at.empty(n, k), bias, lora, at.rows(m), config
-            yield Case(f"{name} M={m}", functools.partial(module.decode_linear, *args), **labels)
+            calls += [("query, bias", 1, [layer(*query, bias=True)])]
+            calls += [("query, no LoRA", 1, [layer(*query, bias, False)]) for bias in (True, False)]
+            with_bias = [layer(*query, bias=True), layer(*key, lora=False), layer(*key, bias=True)]
+            calls += [("q, k, v, LoRA of q and v", 1, with_bias)]
+            calls += [("k, v, LoRA of v", 1, [layer(*key, lora=False), layer(*key)])]
+        for name, m, found in calls:  # 1, 32 and 64 are the three sizes of a token tile
+            x = at.empty(m, found[0].weight.shape[1])
+            run = functools.partial(module.decode_linears, x, found, at.rows(m), config)
+            yield Case(f"{name} M={m}", run, **labels)
 
 
 def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:

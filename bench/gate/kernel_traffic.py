@@ -56,11 +56,13 @@ class _Memories:
     """LoRA of a k -> n layer: one memory, or MEMORIES of which 0 and 2 are in use."""
 
     def __init__(self, k: int, n: int, mixed: bool = False):
+        from koffkernels import LoRA
+
         count, self.used = (MEMORIES, [0, 2]) if mixed else (1, [0])
         self.a = _normal(count, RANK, k, dtype=torch.float32)
         self.b = _normal(count, n, RANK, dtype=torch.float32)
         self.scaling = torch.ones(count)
-        self.lora = self.a, self.b, self.scaling
+        self.lora = LoRA(self.a, self.b, self.scaling)
 
     def needed(self) -> tuple[Tensor, ...]:
         """Return what the used memories hold."""

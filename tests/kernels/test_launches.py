@@ -65,9 +65,9 @@ def mlp_of(at: Setting, rows: common.Rows) -> Layer:
 
 
 @pytest.mark.parametrize("memories", [1, 8])
-@pytest.mark.parametrize("batch, most", [(1, 15), (64, 14)])
+@pytest.mark.parametrize("batch, most", [(1, 11), (64, 10)])
 def test_launches_of_a_layer_that_decodes(batch, most, memories):
-    """Two for each of the four linear layers of attention, four for the MLP, two for attention;
+    """Two for q, k and v, two for o, four for the MLP, two for attention;
     and one more there to merge the splits of a batch that does not fill the GPU."""
     at = setting(memories)
     rows = at.rows(batch)

@@ -125,13 +125,13 @@ def _expand_fwd_kernel(
                 y_ptr, stride_y, N, first, None, None, strip, memory, begin, end,
                 BLOCK_M, BLOCK_N, BLOCK_R, MORE, PRECISION, STAGES,
             )  # fmt: skip
-        elif strip < strips1:
+        if (strip >= strips0) & (strip < strips1):  # no elif: see shrink
             _expand_strip(
                 y1.ptr, y1.stride_token, y1.width, second, None, None, strip - strips0,
                 memory, begin, end, BLOCK_M, BLOCK_N, BLOCK_R, MORE, PRECISION, STAGES,
             )  # fmt: skip
-        else:
-            if y2 is not None:
+        if y2 is not None:
+            if strip >= strips1:
                 _expand_strip(
                     y2.ptr, y2.stride_token, y2.width, third, None, None, strip - strips1,
                     memory, begin, end, BLOCK_M, BLOCK_N, BLOCK_R, MORE, PRECISION, STAGES,

@@ -123,14 +123,14 @@ def _lora_grad_kernel(
                 p_ptr, stride_p, q_ptr, stride_q, out_ptr, K, R, block, pid_r, chunk, m,
                 first, last, ids_ptr, memories, tokens, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
             )  # fmt: skip
-        elif block < blocks1:
+        if (block >= blocks0) & (block < blocks1):  # no elif: see shrink
             _lora_grad_block(
                 second.p, second.stride_p, second.q, second.stride_q, second.out, second.width,
                 second.rank, block - blocks0, pid_r, chunk, m, first, last, ids_ptr, memories,
                 tokens, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
             )  # fmt: skip
-        else:
-            if third is not None:
+        if third is not None:
+            if block >= blocks1:
                 _lora_grad_block(
                     third.p, third.stride_p, third.q, third.stride_q, third.out, third.width,
                     third.rank, block - blocks1, pid_r, chunk, m, first, last, ids_ptr, memories,
@@ -193,5 +193,8 @@ def lora_grads(
         PRECISION=precision(first.q.dtype),
         num_warps=4,
         num_stages=3,
+        # Four blocks on a multiprocessor, or three: with fewer registers sm_80 spills, and with the
+        # code of three products and 64 ranks it needs them all.
+        most_registers=128 if block_r < 64 else 168 if len(pairs) == 1 else 255,
     )
     return [MatrixSum(product.out, memories) for product in products]

@@ -8,7 +8,6 @@ all: x is read once for every s, and one launch adds every update.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +16,15 @@ from torch import Tensor
 from ... import routes
 from ...types import LoRA
 from ..shared.launch import Rows
-from ..shared.operands import Delta
+from ..shared.operands import Delta, Linear
 from ..shared.reduce import MatrixSum, totals
 from .decode import CONFIGS as DECODE
-from .decode import decode_linear
+from .decode import decode_linears
 from .expand import expand_, expand_each_
 from .gemm import CONFIGS as FUSED
 from .gemm import gemm_linear
 from .grad import lora_grad, lora_grads
 from .shrink import shrink, shrink_each
-
-
-class Linear(NamedTuple):
-    """A layer as it is called: weight [N, K], bias [N] or None, and its update or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora: LoRA | None = None
 
 
 def route_of(stage: str, x: Tensor, weights: Sequence[Tensor], rows: Rows) -> routes.Route:
@@ -91,8 +82,7 @@ def linears_inference(x: Tensor, layers: Sequence[Linear], rows: Rows) -> list[T
     """Return the ys of ``linears_forward``, where nothing is saved for backward."""
     route = route_of("forward", x, [layer.weight for layer in layers], rows)
     if route.name == "decode":
-        config = routes.find(DECODE, route)
-        return [decode_linear(x, *layer, rows, config) for layer in layers]
+        return decode_linears(x, layers, rows, routes.find(DECODE, route))
     return linears_forward(x, layers, rows)[0]
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.launch import (
+    SMALLEST_TILE,
     Rows,
     cdiv,
     dot,
@@ -164,19 +165,21 @@ def _shrink_fwd_kernel(
         )  # fmt: skip
     else:
         # K is split for the widest x. Where a narrower one ends before, 0 is what is to be added.
+        # No elif: Triton gives branches that lie inside of an else more registers, and in the
+        # decode kernels shared memory of their own.
         if which == 0:
             _shrink_tile(
                 x_ptr, stride_x, K, first, None, None, s_ptr, width, memory, offs_r, begin,
                 tl.where(begin < K, blocks, 0), M, BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
             )  # fmt: skip
-        elif which == 1:
+        if which == 1:
             _shrink_tile(
                 x1.ptr, x1.stride_token, x1.width, second, None, None, s_ptr + first.rank, width,
                 memory, offs_r, begin, tl.where(begin < x1.width, blocks, 0), M,
                 BLOCK_M, BLOCK_K, BLOCK_R, PRECISION,
             )  # fmt: skip
-        else:
-            if x2 is not None:
+        if x2 is not None:
+            if which == 2:
                 _shrink_tile(
                     x2.ptr, x2.stride_token, x2.width, third, None, None,
                     s_ptr + first.rank + second.rank, width, memory, offs_r, begin,
@@ -253,5 +256,8 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
         PRECISION=precision(x.dtype),
         num_warps=8 if block_r == 64 else 4,
         num_stages=3,
+        # Of one x, ptxas takes 120 to 178 by itself; with the code of three it took a few more, and
+        # a multiprocessor fewer blocks.
+        most_registers=128 if len(xs) > 1 and block_r == SMALLEST_TILE else 255,
     )
     return s[0] if splits == 1 else sum_partials(s, x.dtype)

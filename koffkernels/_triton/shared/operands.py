@@ -37,6 +37,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...types import LoRA
+
 
 class LowRank(NamedTuple):
     """One half of a low-rank update, of all memories: A [n, r, K] or B [n, N, r], however it
@@ -118,6 +120,14 @@ class Delta(NamedTuple):
         return DeltaOperand(s, b, scaling, b.shape[2], s.stride(0), *b.stride())
 
 
+class Linear(NamedTuple):
+    """A linear layer as it is called: weight [N, K], bias [N] or None, and its update or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora: LoRA | None = None
+
+
 def operand(delta: Delta | None) -> DeltaOperand | None:
     """Return ``Delta.operand``, or None for no update."""
     return None if delta is None else delta.operand()
@@ -129,8 +139,8 @@ def wide(x: Tensor | None) -> Wide | None:
 
 
 def up_to_three(given: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Return one to three things that a kernel takes, and None for those that are not there."""
-    first, second, third = (*given, None, None)[: max(3, len(given))]
+    """Return up to three things that a kernel takes, and None for those that are not there."""
+    first, second, third = (*given, *[None] * (3 - len(given)))
     return first, second, third
 
 

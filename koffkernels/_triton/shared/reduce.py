@@ -125,14 +125,14 @@ def _sum_matrix_kernel(
                 part_ptr, stride_split, stride_memory, out_ptr, scaling_ptr, RANK, WIDE, block,
                 ids_ptr, splits, per_row, TRANSPOSED, BLOCK_R, BLOCK_W,
             )  # fmt: skip
-        elif block < blocks1:
+        if (block >= blocks0) & (block < blocks1):
             _sum_matrix_tile(
                 second.part, second.stride_split, second.stride_memory, second.out, second.scaling,
                 second.rank, second.wide, block - blocks0, ids_ptr, splits, per_row,
                 TRANSPOSED, BLOCK_R, BLOCK_W,
             )  # fmt: skip
-        else:
-            if third is not None:
+        if third is not None:
+            if block >= blocks1:
                 _sum_matrix_tile(
                     third.part, third.stride_split, third.stride_memory, third.out, third.scaling,
                     third.rank, third.wide, block - blocks1, ids_ptr, splits, per_row,

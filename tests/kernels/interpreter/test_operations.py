@@ -200,7 +200,7 @@ def test_any_strides(route, train):
 @pytest.mark.parametrize("case", [mlp_case, linear_case])
 def test_compiled_inference_takes_the_decode_kernels_too(case, monkeypatch):
     call, tensors = case(((5, 3), 64, 96, 3, 8), "mixed", torch.float32)
-    where, name = (mlp, "decode_mlp_up") if case is mlp_case else (linear, "decode_linear")
+    where, name = (mlp, "decode_mlp_up") if case is mlp_case else (linear, "decode_linears")
     real, seen = getattr(where, name), []
     monkeypatch.setattr(where, name, lambda *args: seen.append(1) or real(*args))
     with koffkernels.force_route("decode"), torch.no_grad():
