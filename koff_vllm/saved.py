@@ -30,8 +30,11 @@ MARKER, FORMAT = "koff.json", 1
 COMMITTED = ".koff-committed"
 # The fields of koff.json under its checksum.
 SEALED = "format config memories dense_widths widths kept sparsity backbone_sha256 files".split()
-# The families whose layers may differ in width in vLLM: classes in configs.py and models.py.
-NARROW = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "Phi3")
+# The families whose layers may differ in width in vLLM (configs.py): those that it has a model of
+# its own for (models.py), and those that it takes from transformers (base_models.py).
+OWN = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "Phi3")
+FROM_TRANSFORMERS = ("Olmo2", "SmolLM3")
+NARROW = OWN + FROM_TRANSFORMERS
 # The families with recurrent layers. vLLM keeps their state beside keys and values, and then takes
 # no KV connector; what a memory has learned of such a state has no way in.
 RECURRENT = ("qwen3_5_text",)

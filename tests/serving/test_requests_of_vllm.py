@@ -7,7 +7,7 @@ import pytest
 from support.widths import compacted
 
 import koff
-from koff_vllm import plugin, requests
+from koff_vllm import configs, plugin, requests
 from koff_vllm.saved import SavedModel
 
 
@@ -130,3 +130,18 @@ def test_a_missing_hook_is_said_where_a_memory_is_served(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", Thing(__version__="9.9"))
     with pytest.raises(RuntimeError, match="must be one of 0.32 with the plugin koff, got 9.9"):
         plugin.check_hooks("vllm.v1.engine.core")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [([8, 6], 4), ([8], 1)], ids=["not shared by ranks", "a layer short"]
+)
+def test_widths_that_do_not_fit_are_refused(monkeypatch, sizes, ranks):
+    distributed = Thing(get_tensor_model_parallel_world_size=lambda: ranks)
+    monkeypatch.setitem(sys.modules, "vllm", Thing(distributed=distributed))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    config = Thing(intermediate_sizes=sizes, num_hidden_layers=2)
+    message = f"must hold 2 widths that {ranks} tensor-parallel ranks can share, got"
+    with pytest.raises(ValueError, match=message):
+        configs.widths_of(config)
+    config.intermediate_sizes = [8, 4]
+    assert configs.widths_of(config) == [8, 4]

@@ -17,7 +17,14 @@ import koff
 import koff_vllm
 from koff.model import arch
 from koff.storage import manifest
-from koff_vllm.saved import NARROW, SEALED, SavedModel, is_inside_a_memory, staged_memory
+from koff_vllm.saved import (
+    FROM_TRANSFORMERS,
+    OWN,
+    SEALED,
+    SavedModel,
+    is_inside_a_memory,
+    staged_memory,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -186,18 +193,22 @@ def test_a_damaged_folder_is_refused(saved, cache, case):
 
 
 def test_families_with_narrow_models_have_their_classes():
-    source = {name: (ROOT / f"koff_vllm/{name}.py").read_text() for name in ("configs", "models")}
-    for family in NARROW:
+    files = ("configs", "models", "base_models")
+    source = {name: (ROOT / f"koff_vllm/{name}.py").read_text() for name in files}
+    for family in (*OWN, *FROM_TRANSFORMERS):
         assert family.lower() in arch.ARCHITECTURES
         assert f"class Koff{family}Config({family}Config)" in source["configs"]
-        assert (
-            f"class Koff{family}ForCausalLM(NarrowMixin, {family}ForCausalLM)" in source["models"]
-        )
+    for file, families, kind in (
+        ("models", OWN, "ForCausalLM"),
+        ("base_models", FROM_TRANSFORMERS, "Model"),
+    ):
+        for family in families:
+            assert f"class Koff{family}{kind}(NarrowMixin, {family}{kind})" in source[file]
 
 
 def test_a_family_without_a_narrow_model_is_refused(tmp_path):
-    narrow = compacted("olmo2", memories=("en",))
-    with pytest.raises(ValueError, match="must be of koff_llama, .*, got koff_olmo2"):
+    narrow = compacted("qwen3_5_text", memories=("en",))
+    with pytest.raises(ValueError, match="must be of koff_llama, .*, got koff_qwen3_5_text"):
         koff_vllm.options(koff.save(narrow, tmp_path / "out"))
 
 

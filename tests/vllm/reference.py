@@ -29,7 +29,7 @@ PROMPT_LENGTHS = (1, 9, 17, 40)
 # vLLM's own models, and two families that it takes from transformers.
 MATRIX = [*itertools.product(("llama", "qwen2", "qwen3"), ("uniform", "global"))]
 MATRIX += [("mistral", "global"), ("granite", "global"), ("phi3", "global")]
-MATRIX += [("olmo2", "uniform"), ("smollm3", "uniform")]
+MATRIX += itertools.product(("olmo2", "smollm3"), ("uniform", "global"))
 LATER = {"many": 40, "eight": 8}
 
 

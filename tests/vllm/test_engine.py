@@ -18,7 +18,7 @@ from koff_vllm.connector import MemoryConnector
 
 MATRIX = [*itertools.product(("llama", "qwen2", "qwen3"), ("uniform", "global"))]
 MATRIX += [("mistral", "global"), ("granite", "global"), ("phi3", "global")]
-MATRIX += [("olmo2", "uniform"), ("smollm3", "uniform")]
+MATRIX += itertools.product(("olmo2", "smollm3"), ("uniform", "global"))
 
 
 def run(llm, folder, rows, **sampling):
@@ -127,7 +127,7 @@ def test_more_memories_than_slots(engine, root, expected):
     check(run(llm, root / "many", mixed[::-1]), mixed[::-1])
 
 
-@pytest.mark.parametrize("name", ["llama-global", "qwen2-uniform"])
+@pytest.mark.parametrize("name", ["llama-global", "qwen2-uniform", "olmo2-global"])
 def test_tensor_parallel(engine, root, expected, name, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     llm, rows = engine(name, tensor_parallel_size=2), jobs(expected[name])
