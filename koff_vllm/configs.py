@@ -16,6 +16,7 @@ from transformers import (
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -78,6 +79,13 @@ class KoffSmolLM3Config(SmolLM3Config):
     intermediate_sizes: list | None = None
 
 
+class KoffQwen3_5TextConfig(Qwen3_5TextConfig):
+    """Qwen3_5TextConfig with one MLP width per layer."""
+
+    model_type = "koff_qwen3_5_text"
+    intermediate_sizes: list | None = None
+
+
 CONFIGS = (
     KoffLlamaConfig,
     KoffQwen2Config,
@@ -87,6 +95,7 @@ CONFIGS = (
     KoffPhi3Config,
     KoffOlmo2Config,
     KoffSmolLM3Config,
+    KoffQwen3_5TextConfig,
 )
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .requests import backbone_of, check_request, memory_of, with_placeholders
-from .saved import FROM_TRANSFORMERS, OWN
+from .saved import NARROW
 from .server import check_model, init_static_loras, show_available_models
 
 TESTED = ("0.32",)  # the versions of vLLM that tests/vllm ran with
@@ -28,7 +28,7 @@ def register() -> None:
 
     configs.register()
     _when_imported("vllm.model_executor.models.registry", _add_models)
-    _when_imported("vllm.model_executor.models.transformers", _add_base_models)
+    _when_imported("vllm.model_executor.models.config", _add_settings)
     for module in _HOOKS:
         _when_imported(module, _hook)
 
@@ -55,19 +55,21 @@ def check_hooks(*modules: str) -> None:
 
 
 def _add_models(module: ModuleType) -> None:
-    for family in OWN:
-        name = f"Koff{family}ForCausalLM"
-        module.ModelRegistry.register_model(name, f"koff_vllm.models:{name}")
-    # As vLLM registers the families themselves.
-    for family in FROM_TRANSFORMERS:
-        backend = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-        module.ModelRegistry.register_model(f"Koff{family}ForCausalLM", backend)
+    for place in NARROW.values():
+        module.ModelRegistry.register_model(_name(place), place)
 
 
-def _add_base_models(module: ModuleType) -> None:
-    from . import base_models
+def _add_settings(module: ModuleType) -> None:
+    """Where vLLM has settings for the models of a family, give the narrow ones the same."""
+    settings = module.MODELS_CONFIG_MAP
+    for name in map(_name, NARROW.values()):
+        family = name.removeprefix("Koff")
+        if family in settings:
+            settings[name] = settings[family]
 
-    base_models.register()
+
+def _name(place: str) -> str:
+    return place.partition(":")[2]
 
 
 # ---- hooks: each takes the method it stands before ----

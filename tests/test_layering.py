@@ -51,10 +51,11 @@ DIRECTION = {
     ),
     "koff_vllm": (
         ("koff_vllm.saved", "koff_vllm.samples", "koff_vllm.configs"),
-        ("koff_vllm.requests", "koff_vllm.base_models"),
+        ("koff_vllm.requests",),
         ("koff_vllm.server",),
         ("koff_vllm.plugin",),
-        ("koff_vllm.connector", "koff_vllm.models"),
+        ("koff_vllm.connector", "koff_vllm.models", "koff_vllm.transformers_models"),
+        ("koff_vllm.qwen3_5",),
         ("koff_vllm",),
     ),
 }
@@ -120,7 +121,9 @@ def test_layering_imports(path):
     if package == "koff_vllm":
         # vLLM's processes load it, which have a transformers of their own.
         outside = top(names) - set(sys.stdlib_module_names)
-        classes = {"transformers"} if path.name in ("configs.py", "base_models.py") else set()
+        classes = (
+            {"transformers"} if path.name in ("configs.py", "transformers_models.py") else set()
+        )
         assert outside <= {"safetensors", "torch", "vllm", "koff_vllm"} | classes
     if package == "koff":
         assert "bench" not in top(names)

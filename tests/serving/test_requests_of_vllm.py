@@ -8,7 +8,7 @@ from support.widths import compacted
 
 import koff
 from koff_vllm import configs, plugin, requests
-from koff_vllm.saved import SavedModel
+from koff_vllm.saved import LINEARS, SavedModel
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,9 @@ def made(saved, memory="en", **changes):
     )
     for name, value in changes.items():
         setattr(request, name, value)
-    return Thing(kv_transfer_config=transfer, model_config=model), request
+    config = Thing(kv_transfer_config=transfer, model_config=model)
+    config.lora_config = Thing(target_modules=list(LINEARS))
+    return config, request
 
 
 def another():
@@ -124,6 +126,16 @@ def test_the_backbone_is_the_one_that_was_loaded(saved):
     later = made(saved)[1]
     with pytest.raises(ValueError, match="must be served on its backbone"):
         requests.check_request(config, later)
+
+
+def test_a_lora_that_would_lose_a_part_is_refused(saved):
+    config, request = made(saved)
+    config.lora_config.target_modules = ["q_proj", "v_proj"]
+    message = "must have all linear layers of memory 'en@.*', got none of down_proj, gate_proj, k_p"
+    with pytest.raises(ValueError, match=message):
+        requests.check_request(config, request)
+    config.lora_config.target_modules = None  # vLLM's word for all
+    requests.check_request(config, request)
 
 
 def test_a_missing_hook_is_said_where_a_memory_is_served(monkeypatch):

@@ -11,6 +11,7 @@ import copy
 from typing import Any
 
 from transformers import AutoModel, Olmo2Model, SmolLM3Model
+from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from .configs import KoffOlmo2Config, KoffSmolLM3Config, widths_of
 
@@ -39,7 +40,8 @@ class KoffSmolLM3Model(NarrowMixin, SmolLM3Model):
     config_class = KoffSmolLM3Config
 
 
-def register() -> None:
-    """Have ``AutoModel`` build them."""
-    for model in (KoffOlmo2Model, KoffSmolLM3Model):
-        AutoModel.register(model.config_class, model, exist_ok=True)
+for model in (KoffOlmo2Model, KoffSmolLM3Model):
+    AutoModel.register(model.config_class, model, exist_ok=True)
+
+# As vLLM has it for these families: one class for all, which builds what the config says.
+KoffOlmo2ForCausalLM = KoffSmolLM3ForCausalLM = TransformersForCausalLM
