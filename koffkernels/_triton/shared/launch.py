@@ -193,6 +193,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@functools.cache
 def rank_block(r: int, limit: int = 64) -> int:
     """Return the tile width for a rank r: a power of two in 16..limit; larger ranks go in several
     steps."""
