@@ -133,7 +133,8 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
     blocks = cdiv(cdiv(k, _BLOCK_K), splits)
     splits = cdiv(k, blocks * _BLOCK_K)  # none is empty
     dtype = x.dtype if splits == 1 else torch.float32
-    s = x.new_empty(splits, m, r0 + r1, dtype=dtype)
+    shape = (m, r0 + r1) if splits == 1 else (splits, m, r0 + r1)
+    s = x.new_empty(shape, dtype=dtype)
     launch(
         _shrink_fwd_kernel,
         (*tiles, splits),
@@ -155,4 +156,4 @@ def shrink(x: Tensor, a0: Tensor, a1: Tensor | None, rows: Rows) -> Tensor:
         num_warps=8 if block_r == 64 else 4,
         num_stages=3,
     )
-    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+    return s if splits == 1 else sum_partials(s, x.dtype)
