@@ -3,7 +3,12 @@
 No GPU is needed: triton's driver is one that launches nothing and notes what it is given. Triton's
 own launch code says which variant it would compile."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +16,15 @@ import triton
 from torch.nn import Parameter
 from triton import knobs
 
-from bench.gate.cases import cases
+from bench.gate.cases import all_kernels, cases
 from bench.gate.host import empty_driver
 from bench.gate.settings import settings
 from koffkernels._triton.shared import direct
 from koffkernels._triton.shared import launch as common
 from koffkernels._triton.shared.launch import Launch
 
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 # Where Triton draws lines: 1, multiples of 16, 32 bits; and what equals one of these in Python.
 NUMBERS = [0, 1, 2, 16, 17, -1, -16, 2**31 - 1, 2**31, 2**31 + 15, -(2**31), -(2**31) - 1]
 NUMBERS += [True, 1.0, None]
@@ -328,3 +335,27 @@ def test_shapes_that_are_ever_new_do_not_fill_the_memory(one, launched, monkeypa
 def test_an_empty_grid_launches_nothing(one, launched):
     common.launch(one.kernel, (0,), **one.args)
     assert launched == []
+
+
+@pytest.mark.slow
+def test_the_driver_is_told_the_same(tmp_path):
+    """By Triton's real launcher, of compiled kernels: grid, threads, shared memory, function,
+    stream and every parameter, before a CUDA driver that launches nothing."""
+    library = tmp_path / "libcuda.so.1"
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
+    subprocess.run(["cc", *options, SUPPORT / "libcuda.c", "-o", library], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    environment = os.environ | {"TRITON_LIBCUDA_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, SUPPORT / "driver_worker.py", library]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {name for _, name in all_kernels()}
+    for row in rows:
+        by_triton, first, later = row["launched"]
+        assert by_triton[2:] == first[2:] == later[2:] and any(later[-1])
+        # launches, and how often Triton bound arguments for them
+        assert [by_triton[:2], first[:2], later[:2]] == [[1, 1], [1, 1], [1, 0]]
