@@ -11,7 +11,8 @@ vLLM wants another transformers than koff does.
 
     saved.py      a saved folder, and a memory laid out for vLLM
     configs.py    backbones whose layers differ in width: their configs,
-    models.py     and vLLM's models with such layers
+    models.py     and vLLM's models with such layers (qwen3_5.py, transformers_models.py: of
+                  families that need more)
     connector.py  learned keys and values on their way into vLLM's cache
     plugin.py     what of vLLM is hooked, and when
     requests.py   what a request with a memory must be
@@ -25,17 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .plugin import register
-from .saved import SavedModel
+from .saved import LINEARS, SavedModel
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 __all__ = ["memory", "options", "register"]
 
-# All linear layers of a decoder layer; some families have the three of attention, or gate and up,
-# in one.
-_LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
-_LINEARS += ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # Ranks that vLLM makes room for (``vllm.config.lora.MaxLoRARanks``).
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Room in vLLM's buffers for memories that one batch uses at the same time; each holds one LoRA of
@@ -78,7 +75,7 @@ def options(directory: str | Path, *, verify: bool = True) -> dict[str, Any]:
         "max_loras": at_once,
         "max_cpu_loras": max(len(ranks), at_once) + _MORE,
         # No room for LoRA on embedding and head, which no memory has.
-        "lora_target_modules": list(_LINEARS),
+        "lora_target_modules": list(LINEARS),
     }
     if not saved.is_recurrent():
         found["kv_transfer_config"] = {

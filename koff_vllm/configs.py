@@ -6,14 +6,19 @@ Classes of a module, since vLLM pickles configs from process to process. koff ha
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -60,6 +65,27 @@ class KoffPhi3Config(Phi3Config):
     intermediate_sizes: list | None = None
 
 
+class KoffOlmo2Config(Olmo2Config):
+    """Olmo2Config with one MLP width per layer."""
+
+    model_type = "koff_olmo2"
+    intermediate_sizes: list | None = None
+
+
+class KoffSmolLM3Config(SmolLM3Config):
+    """SmolLM3Config with one MLP width per layer."""
+
+    model_type = "koff_smollm3"
+    intermediate_sizes: list | None = None
+
+
+class KoffQwen3_5TextConfig(Qwen3_5TextConfig):
+    """Qwen3_5TextConfig with one MLP width per layer."""
+
+    model_type = "koff_qwen3_5_text"
+    intermediate_sizes: list | None = None
+
+
 CONFIGS = (
     KoffLlamaConfig,
     KoffQwen2Config,
@@ -67,6 +93,9 @@ CONFIGS = (
     KoffMistralConfig,
     KoffGraniteConfig,
     KoffPhi3Config,
+    KoffOlmo2Config,
+    KoffSmolLM3Config,
+    KoffQwen3_5TextConfig,
 )
 
 
@@ -75,3 +104,25 @@ def register() -> None:
     for config in CONFIGS:
         if config.model_type not in CONFIG_MAPPING:
             AutoConfig.register(config.model_type, config)
+
+
+def widths_of(config: Any) -> list[int]:
+    """Return the MLP width of each layer.
+
+    Args:
+        config: of a backbone whose layers differ in width.
+
+    Raises:
+        ValueError: another number of widths than layers, or one that tensor parallelism cannot
+            split.
+    """
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    sizes, ranks = config.intermediate_sizes, get_tensor_model_parallel_world_size()
+    if any(size % ranks for size in sizes) or len(sizes) != config.num_hidden_layers:
+        raise ValueError(
+            f"koff_vllm: intermediate_sizes must hold {config.num_hidden_layers} widths that "
+            f"{ranks} tensor-parallel ranks can share, got {sizes}; take fewer ranks, or prune "
+            f"with multiple_of={64 * ranks}"
+        )
+    return sizes

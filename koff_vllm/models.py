@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.granite import GraniteForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -15,20 +14,15 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from .configs import widths_of
+
 
 class NarrowMixin:
     """Gives each layer an MLP of its own width."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any):
         config = vllm_config.model_config.hf_config
-        sizes, ranks = config.intermediate_sizes, get_tensor_model_parallel_world_size()
-        odd = [size for size in sizes if size % ranks]
-        if odd or len(sizes) != config.num_hidden_layers:
-            raise ValueError(
-                f"koff_vllm: intermediate_sizes must hold {config.num_hidden_layers} widths that "
-                f"{ranks} tensor-parallel ranks can share, got {sizes}; take fewer ranks, or prune "
-                f"with multiple_of={64 * ranks}"
-            )
+        sizes = widths_of(config)
         widest, config.intermediate_size = config.intermediate_size, min(sizes)
         try:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)

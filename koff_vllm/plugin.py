@@ -28,6 +28,7 @@ def register() -> None:
 
     configs.register()
     _when_imported("vllm.model_executor.models.registry", _add_models)
+    _when_imported("vllm.model_executor.models.config", _add_settings)
     for module in _HOOKS:
         _when_imported(module, _hook)
 
@@ -54,9 +55,21 @@ def check_hooks(*modules: str) -> None:
 
 
 def _add_models(module: ModuleType) -> None:
-    for family in NARROW:
-        name = f"Koff{family}ForCausalLM"
-        module.ModelRegistry.register_model(name, f"koff_vllm.models:{name}")
+    for place in NARROW.values():
+        module.ModelRegistry.register_model(_name(place), place)
+
+
+def _add_settings(module: ModuleType) -> None:
+    """Where vLLM has settings for the models of a family, give the narrow ones the same."""
+    settings = module.MODELS_CONFIG_MAP
+    for name in map(_name, NARROW.values()):
+        family = name.removeprefix("Koff")
+        if family in settings:
+            settings[name] = settings[family]
+
+
+def _name(place: str) -> str:
+    return place.partition(":")[2]
 
 
 # ---- hooks: each takes the method it stands before ----

@@ -47,6 +47,25 @@ def has_connector(config: VllmConfig) -> bool:
     return named == CONNECTOR
 
 
+def check_lora_has_room(config: VllmConfig, memory: StagedMemory) -> None:
+    """Refuse a memory of whose LoRA this engine would leave a part out, and say nothing.
+
+    Args:
+        config: of the engine.
+        memory: that a request asks for.
+
+    Raises:
+        ValueError: linear layers that ``lora_target_modules`` lacks.
+    """
+    room = config.lora_config.target_modules  # None: every layer
+    missing = [] if room is None else sorted({*memory.linears} - {*room})
+    if missing:
+        raise ValueError(
+            f"koff_vllm: lora_target_modules must have all linear layers of memory "
+            f"{memory.label!r}, got none of {', '.join(missing)}; leave the option out"
+        )
+
+
 def check_request(config: VllmConfig, request: EngineCoreRequest) -> None:
     """Refuse a request whose memory could not be served whole.
 
@@ -73,6 +92,7 @@ def check_request(config: VllmConfig, request: EngineCoreRequest) -> None:
             f"koff_vllm: memory {memory.label!r} must be served on its backbone, got another "
             f"model, {config.model_config.model}; give both from one folder"
         )
+    check_lora_has_room(config, memory)
     if memory.num_tokens == 0:
         return
     if not has_connector(config):

@@ -30,11 +30,26 @@ MARKER, FORMAT = "koff.json", 1
 COMMITTED = ".koff-committed"
 # The fields of koff.json under its checksum.
 SEALED = "format config memories dense_widths widths kept sparsity backbone_sha256 files".split()
-# The families whose layers may differ in width in vLLM: classes in configs.py and models.py.
-NARROW = ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "Phi3")
+# Backbones whose layers differ in width: model_type -> where vLLM finds its model of the family.
+NARROW = {
+    "koff_llama": "koff_vllm.models:KoffLlamaForCausalLM",
+    "koff_qwen2": "koff_vllm.models:KoffQwen2ForCausalLM",
+    "koff_qwen3": "koff_vllm.models:KoffQwen3ForCausalLM",
+    "koff_mistral": "koff_vllm.models:KoffMistralForCausalLM",
+    "koff_granite": "koff_vllm.models:KoffGraniteForCausalLM",
+    "koff_phi3": "koff_vllm.models:KoffPhi3ForCausalLM",
+    "koff_qwen3_5_text": "koff_vllm.qwen3_5:KoffQwen3_5ForCausalLM",
+    "koff_olmo2": "koff_vllm.transformers_models:KoffOlmo2ForCausalLM",
+    "koff_smollm3": "koff_vllm.transformers_models:KoffSmolLM3ForCausalLM",
+}
 # The families with recurrent layers. vLLM keeps their state beside keys and values, and then takes
 # no KV connector; what a memory has learned of such a state has no way in.
-RECURRENT = ("qwen3_5_text",)
+RECURRENT = ("qwen3_5_text", "koff_qwen3_5_text")
+# All linear layers of a decoder layer, which are all that a memory's LoRA may be on; some families
+# have the three of attention, or gate and up, in one. Those of a recurrent layer come last.
+LINEARS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+LINEARS += ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+LINEARS += ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
 # Beside each copied memory: what the other processes of vLLM need to know of it.
 STAGED, KV_FILE = "koff_vllm.json", "kv.safetensors"
 
@@ -66,6 +81,7 @@ class StagedMemory:
         backbone_sha256: of the backbone that it was trained with.
         num_tokens: P, the number of learned keys; 0 without a KV part.
         num_layers, num_heads, head_dim: of the learned keys.
+        linears: names of the linear layers that its LoRA is on; empty without a LoRA.
         files: name -> sha256 of what lies in its folder.
     """
 
@@ -76,6 +92,7 @@ class StagedMemory:
     num_layers: int
     num_heads: int
     head_dim: int
+    linears: list[str]
     files: dict[str, str]
 
     @property
@@ -171,11 +188,10 @@ class SavedModel:
             ValueError: layers of different widths in a family without a narrow model; or learned
                 keys and states for a family with recurrent layers.
         """
-        known = [f"koff_{family.lower()}" for family in NARROW]
         got = self._checked_json("config.json").get("model_type")
-        if isinstance(got, str) and got.startswith("koff_") and got not in known:
+        if isinstance(got, str) and got.startswith("koff_") and got not in NARROW:
             raise ValueError(
-                f"koff_vllm: layers of different widths must be of {', '.join(known)}, got {got}; "
+                f"koff_vllm: layers of different widths must be of {', '.join(NARROW)}, got {got}; "
                 "prune to equal widths (per_layer='uniform'), which vLLM serves of all families"
             )
         for name in self.memories if self.is_recurrent() else ():
@@ -254,11 +270,11 @@ class SavedModel:
         if not self.files.keys() & {lora, kv}:
             raise _damaged(f"memory {name!r} must have a LoRA or a KV part, got none")
         (folder / "lora").mkdir()
-        weights, num_tokens = folder / "lora/adapter_model.safetensors", 0
+        weights, num_tokens, linears = folder / "lora/adapter_model.safetensors", 0, []
         layers, heads, width = self._kv_shape()
         if lora in self.files:
             settings = self._lora_settings(f"{place}/lora/adapter_config.json")
-            self._check_lora(lora, settings["r"])
+            linears = self._check_lora(lora, settings["r"])
             shutil.copyfile(self._checked(lora), weights)
             _check_finite(weights, lora)
         else:
@@ -288,6 +304,7 @@ class SavedModel:
             num_layers=layers,
             num_heads=heads,
             head_dim=width,
+            linears=linears,
             files={path.relative_to(folder).as_posix(): _sha256(path) for path in found},
         )
         (folder / STAGED).write_text(json.dumps(asdict(staged)), encoding="utf-8")
@@ -312,11 +329,18 @@ class SavedModel:
         kept = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
         return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"} | kept
 
-    def _check_lora(self, name: str, rank: int) -> None:
-        """Compare each A [r, in] and B [out, r] with its weight [out, in] in the backbone."""
-        backbone = self._backbone_header()
+    def _check_lora(self, name: str, rank: int) -> list[str]:
+        """Compare each A [r, in] and B [out, r] with its weight [out, in] in the backbone; return
+        the names of the linear layers that they are on."""
+        backbone, linears = self._backbone_header(), set()
         for key, shape in self._header(name).items():
             path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+            linear = path.rpartition(".")[2]
+            if linear not in LINEARS:  # vLLM would leave it out, and say nothing
+                raise ValueError(
+                    f"koff_vllm: a LoRA must be on {', '.join(LINEARS)}, got one on {path} in "
+                    f"{name}; retrain the memory"
+                )
             weight = backbone.get(f"{path}.weight", ())
             want = {"A.weight": (rank, *weight[1:]), "B.weight": (*weight[:1], rank)}.get(part)
             if len(weight) != 2 or shape != want:
@@ -324,6 +348,8 @@ class SavedModel:
                     f"koff_vllm: {key} must have the shape {want} on this backbone, got {shape}; "
                     "copy the folder again"
                 )
+            linears.add(linear)
+        return sorted(linears)
 
     def _write_zeros(self, path: Path) -> dict[str, Any]:
         """Write a LoRA that changes nothing, on one matrix of the backbone; its settings."""

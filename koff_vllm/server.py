@@ -17,7 +17,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from .requests import backbone_of, has_connector
+from .requests import backbone_of, check_lora_has_room, has_connector
 from .samples import VARIABLE, read_samples
 from .saved import COMMITTED, MARKER, SavedModel, StagedMemory, staged_memory
 
@@ -97,6 +97,7 @@ class ServedFolder:
                 "--max-model-len"
             )
         config = self.models.engine_client.vllm_config
+        check_lora_has_room(config, staged)
         if staged.num_tokens and not has_connector(config):
             raise ValueError(
                 f"koff_vllm: memory {staged.label!r} has learned keys, which need "

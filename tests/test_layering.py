@@ -54,7 +54,8 @@ DIRECTION = {
         ("koff_vllm.requests",),
         ("koff_vllm.server",),
         ("koff_vllm.plugin",),
-        ("koff_vllm.connector", "koff_vllm.models"),
+        ("koff_vllm.connector", "koff_vllm.models", "koff_vllm.transformers_models"),
+        ("koff_vllm.qwen3_5",),
         ("koff_vllm",),
     ),
 }
@@ -120,8 +121,10 @@ def test_layering_imports(path):
     if package == "koff_vllm":
         # vLLM's processes load it, which have a transformers of their own.
         outside = top(names) - set(sys.stdlib_module_names)
-        configs = {"transformers"} if path.name == "configs.py" else set()
-        assert outside <= {"safetensors", "torch", "vllm", "koff_vllm"} | configs
+        classes = (
+            {"transformers"} if path.name in ("configs.py", "transformers_models.py") else set()
+        )
+        assert outside <= {"safetensors", "torch", "vllm", "koff_vllm"} | classes
     if package == "koff":
         assert "bench" not in top(names)
         if "koff_vllm" in top(names):

@@ -17,6 +17,7 @@ from types import ModuleType
 from torch import Tensor
 
 from koffkernels import routes
+from koffkernels._triton.shared.operands import Delta
 from koffkernels.types import GatedMLPLoRA, LoRA
 
 from . import cases_attention
@@ -67,6 +68,22 @@ def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
         with_gates = "no gates" if gates is None else "gates"
         run = functools.partial(train, gates, lora)
         yield Case(f"training M={m} {with_gates}, LoRA: {parts or 'none'}", _vendor(run))
+
+
+def _hidden_backward(module: ModuleType, at: Setting) -> Iterator[Case]:
+    """Yield what has a configuration for each chip: ranks above 32, updates on all three layers."""
+    if at.r <= 32:
+        return
+    m, i = 8192, at.inner
+    b, scaling = at.lora(at.model.hidden, i)[1:]
+    a_down = at.lora(i, at.model.hidden)[0]
+    wide, narrow = at.empty(m, 2 * i), at.empty(m, 2 * at.r)
+    gate, up = (Delta(s, b, scaling) for s in narrow.chunk(2, dim=1))
+    deltas = module.HiddenDeltas(gate, up, Delta(gate.s, a_down.transpose(1, 2), scaling))
+    args = at.empty(m, i), wide.chunk(2, dim=1), at.master(i), deltas, at.rows(m), "silu"
+    for config, labels in configs(module.RANK_64_CONFIGS):
+        ways = {"needs_gates": True, "overwrite": True, "config": config}
+        yield Case(f"M={m}", functools.partial(module.mlp_hidden_bwd, *args, **ways), **labels)
 
 
 def _vendor(call: Callable[[], object]) -> Callable[[], object]:
@@ -160,6 +177,7 @@ def _gemm_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
 FILES: dict[str, Callable[[ModuleType, Setting], Iterator[Case]]] = {
     "lora.linear": _linear,
     "mlp.mlp": _mlp,
+    "mlp.hidden_bwd": _hidden_backward,
     "lora.decode": _decode_linear,
     "mlp.decode": _decode_mlp,
     "lora.gemm": _gemm_linear,

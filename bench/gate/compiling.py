@@ -61,7 +61,7 @@ class Contract(NamedTuple):
     accumulators: int | None = None
 
 
-class _Chip:
+class Chip:
     """What triton asks of its driver before it compiles."""
 
     def __init__(self, arch: str, device: int):
@@ -81,14 +81,14 @@ class _Chip:
 
 
 @contextlib.contextmanager
-def _chip(arch: str, caches: int) -> Iterator[_Chip]:
+def _chip(arch: str, caches: int) -> Iterator[Chip]:
     """Let triton take ``arch`` ("sm_90") for the current device; no GPU or driver is touched.
 
     triton keeps a kernel's variants per number of a device: ``caches`` is one that no GPU has.
     """
     driver = triton.runtime.driver
     before = driver._active
-    driver.set_active(_Chip(arch, caches + int(arch[3:])))
+    driver.set_active(Chip(arch, caches + int(arch[3:])))
     try:
         yield driver.active
     finally:

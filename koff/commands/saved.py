@@ -169,7 +169,7 @@ def evaluate_run(
 
     tokenizer = open_saved(directory).load_tokenizer()
     # Packed here and not by evaluate: once for both models, and errors name the split.
-    packed = _packed(sources, tokenizer, size, split, max_tokens)
+    packed = pack_sources(sources, tokenizer, size, split, max_tokens)
     rows = []
     options: dict[str, Any] = {"block_size": size, "batch_size": batch_size, "split": split}
     if base:  # without a name of its own: it is gone before the other model needs its memory
@@ -209,14 +209,14 @@ def evaluate_run_swaps(
     from ..storage.save_load import load
 
     tokenizer = open_saved(directory).load_tokenizer()
-    packed = _packed(sources, tokenizer, size, split, max_tokens)
+    packed = pack_sources(sources, tokenizer, size, split, max_tokens)
     model = load(directory, device=device)
     return evaluate_swaps(
         model, tokenizer, packed, block_size=size, batch_size=batch_size, split=split
     )
 
 
-def _packed(
+def pack_sources(
     sources: dict[str, DataSource],
     tokenizer: Any,
     size: int,
@@ -348,7 +348,7 @@ def analyse_neurons(
     from .train import load_base
 
     tokenizer, size = saved.load_tokenizer(), recipe.train.block_size
-    packed = _packed(sources, tokenizer, size, split, max_tokens)
+    packed = pack_sources(sources, tokenizer, size, split, max_tokens)
     with asked_by("koff analyse"):
         kept = saved.manifest.kept_neurons()
         pruned = []

@@ -62,7 +62,8 @@ def serve_command(
 
     Raises:
         FileNotFoundError, ValueError: no saved model, a damaged one, a memory of another backbone,
-            room for fewer tokens than a memory has, or no vLLM with koff's plugin.
+            room for fewer tokens than a memory has, another connector where memories have learned
+            keys, or no vLLM with koff's plugin.
     """
     extra = list(extra or [])
     folder = Path(resolve(directory))
@@ -73,6 +74,12 @@ def serve_command(
         raise ValueError(
             f"{asker()}: --max-model-len must be more than {longest + 1}, the learned keys of the "
             f"largest memory and one token of text, got {limit}; raise it"
+        )
+    connector = _value(extra, "--kv-transfer-config")
+    if connector is not None and longest and "koff_vllm.connector" not in connector:
+        raise ValueError(
+            f"{asker()}: --kv-transfer-config must be left to koff, which brings learned keys into "
+            f"the cache by it, got {connector}; leave it out"
         )
     options = koff_vllm.options(folder)
     interpreter = _interpreter(python)
@@ -163,11 +170,14 @@ def take_samples(
 
 
 def _value(extra: list[str], option: str) -> str | None:
-    """The value of an option as it stands on a command line; the last one counts."""
+    """The value of an option as it stands on a command line; the last one counts.
+
+    As vLLM reads it: with dashes or underscores, and with a part of its value after a dot.
+    """
     found = None
     for index, word in enumerate(extra):
         name, equals, value = word.partition("=")
-        if name == option:
+        if name.replace("_", "-").partition(".")[0] == option:
             found = value if equals else "".join(extra[index + 1 : index + 2])
     return found
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import str_to_bool
 from rich.console import Console
 from transformers import (
     AutoConfig,
@@ -35,7 +34,7 @@ from ..errors import Stopped, asked_by
 from ..evaluation.perplexity import evaluate
 from ..model import arch
 from ..model.attach import attach
-from ..model.sharding import in_shards
+from ..model.sharding import accelerate_shards, in_shards
 from ..model.state import count_weights
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.compact import compact
@@ -122,9 +121,8 @@ def run(
             command, given again, saves it. Stopped: by a signal, with a checkpoint.
     """
     output = Path(output)
-    # `accelerate launch` asks for it in the environment, and means several processes alone.
-    by_accelerate = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1
-    shared = fsdp or (by_accelerate and _processes() > 1)
+    # `accelerate launch` means several processes alone.
+    shared = fsdp or (accelerate_shards() and _processes() > 1)
     if shared:
         _check_fsdp(recipe, device, "--fsdp" if fsdp else "accelerate's --use_fsdp")
     prepared = prepare(recipe, check_output(output, recipe))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..data.blocks import pack
+from .cached import made_once
 from .corpus import Corpus, build_corpus, write_corpus
 
 # Chosen so that pretraining takes about two minutes on two cores and the model uses its neurons:
@@ -64,26 +62,16 @@ def prepare_base(cache: Path, *, settings: Mapping[str, Any] = SETTINGS) -> Path
     # The corpus is a part of the name: another Python carries other sources.
     text = json.dumps([dict(settings), corpus], sort_keys=True)
     folder = cache / f"demo-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if (folder / "base" / "config.json").is_file():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed: what is there is whole, also after an interruption.
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".demo-"))
-    try:
-        write_corpus(corpus, temporary / "data")
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        write_corpus(corpus, place / "data")
         tokenizer = train_tokenizer(corpus, settings["vocab_size"])
         model = pretrain(corpus, tokenizer, settings)
-        model.save_pretrained(temporary / "base")
-        tokenizer.save_pretrained(temporary / "base")
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            # Another demo finished first; its folder is as good as this one.
-            if not (folder / "base" / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        model.save_pretrained(place / "base")
+        tokenizer.save_pretrained(place / "base")
+
+    return made_once(folder, "base/config.json", make)
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:

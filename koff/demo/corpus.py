@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
-import os
 import random
 import sys
 import sysconfig
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from .cached import made_once
 
 DOMAINS = ("code", "prose", "math")
 # Bytes per split and domain: enough for one pass of the demo's pretraining, quick to evaluate.
@@ -91,14 +90,7 @@ def prepare_corpus(cache: Path) -> Path:
     # Named by what it holds: another Python carries other sources.
     name = hashlib.sha256(json.dumps(corpus, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"demo-corpus-{name}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        # Made beside its place and renamed: what is there is whole, also after an interruption.
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".demo-") as temporary:
-            write_corpus(corpus, Path(temporary) / "corpus")
-            with contextlib.suppress(OSError):  # another demo finished first
-                os.replace(Path(temporary) / "corpus", folder)
-    return folder
+    return made_once(folder, f"{DOMAINS[0]}.train.jsonl", lambda place: write_corpus(corpus, place))
 
 
 def separate(source: str) -> tuple[str, str]:

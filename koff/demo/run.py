@@ -18,11 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..commands.recipe import Recipe, parse
-from ..commands.saved import count_saved, first_documents
+from ..commands.saved import count_saved, pack_sources
 from ..commands.tables import facts_table, millions, sparsity_facts
 from ..commands.train import load_base, run
 from ..data.cache import default_cache
-from ..data.sources import load_documents
 from ..evaluation.perplexity import evaluate
 from ..pruning.binarize import sparsity
 from ..storage.save_load import load
@@ -81,7 +80,7 @@ DEMOS = {
             "logging_every": 20,
         },
     ),
-    # The recipe smollm2, but for the sparsity and half of its steps.
+    # Sizes and rates of the recipe smollm2; twice as much is pruned, in half of the steps.
     "smollm2": Demo(
         _smollm2,
         "bfloat16",
@@ -189,15 +188,12 @@ def _compare(
     console: Console, recipe: Recipe, gates_folder: Path, koff_folder: Path, tokens: int | None
 ) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(koff_folder)
-    texts = {
-        name: load_documents(source)
-        if tokens is None
-        else first_documents(source, tokenizer, tokens)
-        for name, source in recipe.sources("test").items()
-    }
+    size = recipe.train.block_size
+    # Packed here and not by evaluate: once for all three models.
+    packed = pack_sources(recipe.sources("test"), tokenizer, size, "test", tokens)
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str | None], float]:
-        rows = evaluate(model, tokenizer, texts, block_size=recipe.train.block_size, batch_size=16)
+        rows = evaluate(model, tokenizer, packed, block_size=size, batch_size=16)
         return {(row.domain, row.memory): row.perplexity for row in rows}
 
     dense_model = load_base(recipe).eval()

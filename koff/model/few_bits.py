@@ -110,11 +110,6 @@ def check_format(linear: nn.Module, whose: str) -> None:
     """
     from torch import nn
 
-    if type(linear).__module__.startswith("peft."):
-        raise TypeError(
-            f"{whose} must be a plain torch.nn.Linear, got {type(linear).__module__}."
-            f"{type(linear).__name__}; take the adapter off first (merge_and_unload() or unload())"
-        )
     found = kind(linear)
     if found is None and (type(linear) is not nn.Linear or not is_plain(linear)):
         got = type(linear.weight.data) if type(linear) is nn.Linear else type(linear)

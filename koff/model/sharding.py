@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,6 +22,11 @@ def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP spreads the parameters over several processes."""
     # Not by the parameters: those of the last layers stay whole for a while after a forward.
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def accelerate_shards() -> bool:
+    """Return whether ``accelerate launch`` asks for FSDP, which it does in the environment."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
 def in_shards(processes: int) -> dict[str, Any]:

@@ -13,14 +13,13 @@ import dataclasses
 import itertools
 import logging
 import math
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import str_to_bool, synchronize_rng_states
+from accelerate.utils import synchronize_rng_states
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -33,7 +32,7 @@ from ..evaluation.perplexity import evaluate as evaluate_domains
 from ..model import arch
 from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
-from ..model.sharding import is_sharded
+from ..model.sharding import accelerate_shards, is_sharded
 from ..model.state import KoffState, require_attached
 from ..pruning.binarize import binarize, sparsity
 from ..pruning.scores import neuron_magnitude, random_scores
@@ -160,7 +159,7 @@ class KoffTrainer(CheckpointingTrainer):
         rows = MixtureDataset(self.mixture, state.memories.names)
         use_cache = model.config.use_cache
         self._few_bits = arch.is_few_bits(model)
-        with _like_one_with_adapters(model):
+        with _like_one_with_adapters(model) if self._few_bits else contextlib.nullcontext():
             super().__init__(
                 model=model,
                 args=args,
@@ -213,10 +212,9 @@ class KoffTrainer(CheckpointingTrainer):
 
     def _refuse_other_shards(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Refuse what FSDP and the model would make of each other, before anything is made."""
-        with_fsdp = bool(args.fsdp) or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
         self._loaded_in_shards = is_sharded(model)
         if self._loaded_in_shards:
-            if not with_fsdp:
+            if not (args.fsdp or accelerate_shards()):
                 raise ValueError(
                     "KoffTrainer: a model that was loaded in shards must be trained with FSDP, got "
                     "a run without; give fsdp=True"

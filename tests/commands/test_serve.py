@@ -130,7 +130,9 @@ def test_what_is_missing_is_said_in_one_line(saved, python, started, case):
     assert message in result.output and result.output.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("--max-model-len", "8"), ("--max-model-len=8",)], ids=len)
+@pytest.mark.parametrize(
+    "words", [("--max-model-len", "8"), ("--max_model_len=8",)], ids=["dashes", "underscores"]
+)
 def test_too_little_room_is_refused(saved, python, started, words):
     result = run(saved, "--python", python(), *words)
     assert result.exit_code == 2 and not started
@@ -147,3 +149,17 @@ def test_a_damaged_folder_never_reaches_vllm(saved, python, started, tmp_path):
     assert result.exit_code == 2 and "must be a model that koff.save wrote" in result.output
     result = run(saved, "--python", tmp_path / "nowhere")
     assert result.exit_code == 2 and not started
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'),
+        ("--kv_transfer_config.kv_connector=ExampleConnector",),
+    ],
+    ids=["json", "dotted"],
+)
+def test_another_connector_is_refused_where_there_are_learned_keys(saved, python, started, words):
+    result = run(saved, "--python", python(), *words)
+    assert result.exit_code == 2 and not started
+    assert "--kv-transfer-config must be left to koff" in result.output

@@ -10,6 +10,7 @@ from bench.gate import compiling
 from bench.gate.settings import MODELS, Setting
 from koffkernels import GatedMLPLoRA, LoRA, routes
 from koffkernels._triton.shared import launch as common
+from koffkernels._triton.shared.operands import per_head
 
 MOST = 3
 BATCHES = range(1, 65)
@@ -109,12 +110,16 @@ def test_fp32_is_multiplied_as_torch_is_set_to(monkeypatch):
     assert common.precision(torch.bfloat16) == "ieee"
 
 
-def test_a_launch_makes_the_gpu_of_its_tensors_the_current_one(monkeypatch):
+@pytest.mark.parametrize("operand", [False, True])
+def test_a_launch_makes_the_gpu_of_its_tensors_the_current_one(monkeypatch, operand):
     entered, ran = [], []
     monkeypatch.setattr(common, "_several_gpus", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext()
     )
-    kernel = {(3,): lambda **args: ran.append(set(args))}
-    common.launch(kernel, (3,), ids_ptr=None, M=4, x_ptr=torch.empty(2, device="meta"))
-    assert entered == [torch.device("meta")] and {"ids_ptr", "M", "x_ptr"} <= ran[0]
+    monkeypatch.setattr(common.direct, "launch", lambda *call: ran.append(call))
+    x = torch.empty(2, 2, 2, 2, device="meta")
+    args = {"ids_ptr": None, "M": 4, "x_ptr": per_head(x) if operand else x}
+    common.launch(None, (3,), **args, num_warps=8)
+    assert entered == [torch.device("meta")]
+    assert ran == [(None, (3,), args, (8, 2, 255))]

@@ -7,8 +7,8 @@ import pytest
 from support.widths import compacted
 
 import koff
-from koff_vllm import plugin, requests
-from koff_vllm.saved import SavedModel
+from koff_vllm import configs, plugin, requests
+from koff_vllm.saved import LINEARS, SavedModel
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,9 @@ def made(saved, memory="en", **changes):
     )
     for name, value in changes.items():
         setattr(request, name, value)
-    return Thing(kv_transfer_config=transfer, model_config=model), request
+    config = Thing(kv_transfer_config=transfer, model_config=model)
+    config.lora_config = Thing(target_modules=list(LINEARS))
+    return config, request
 
 
 def another():
@@ -126,7 +128,32 @@ def test_the_backbone_is_the_one_that_was_loaded(saved):
         requests.check_request(config, later)
 
 
+def test_a_lora_that_would_lose_a_part_is_refused(saved):
+    config, request = made(saved)
+    config.lora_config.target_modules = ["q_proj", "v_proj"]
+    message = "must have all linear layers of memory 'en@.*', got none of down_proj, gate_proj, k_p"
+    with pytest.raises(ValueError, match=message):
+        requests.check_request(config, request)
+    config.lora_config.target_modules = None  # vLLM's word for all
+    requests.check_request(config, request)
+
+
 def test_a_missing_hook_is_said_where_a_memory_is_served(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", Thing(__version__="9.9"))
     with pytest.raises(RuntimeError, match="must be one of 0.32 with the plugin koff, got 9.9"):
         plugin.check_hooks("vllm.v1.engine.core")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"), [([8, 6], 4), ([8], 1)], ids=["not shared by ranks", "a layer short"]
+)
+def test_widths_that_do_not_fit_are_refused(monkeypatch, sizes, ranks):
+    distributed = Thing(get_tensor_model_parallel_world_size=lambda: ranks)
+    monkeypatch.setitem(sys.modules, "vllm", Thing(distributed=distributed))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    config = Thing(intermediate_sizes=sizes, num_hidden_layers=2)
+    message = f"must hold 2 widths that {ranks} tensor-parallel ranks can share, got"
+    with pytest.raises(ValueError, match=message):
+        configs.widths_of(config)
+    config.intermediate_sizes = [8, 4]
+    assert configs.widths_of(config) == [8, 4]

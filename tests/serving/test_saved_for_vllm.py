@@ -16,8 +16,9 @@ from support.widths import compacted, spread
 import koff
 import koff_vllm
 from koff.model import arch
+from koff.model.narrow import narrow_classes
 from koff.storage import manifest
-from koff_vllm.saved import NARROW, SEALED, SavedModel, is_inside_a_memory, staged_memory
+from koff_vllm.saved import LINEARS, NARROW, SEALED, SavedModel, is_inside_a_memory, staged_memory
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,18 @@ def nan(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def elsewhere(directory):
+    """A LoRA on the embedding too, in a folder whose hashes agree."""
+    tensors = load_file(directory / LORA)
+    vocabulary, hidden = load_file(directory / "model.safetensors")[EMBEDDING].shape
+    stem = f"base_model.model.{EMBEDDING.removesuffix('.weight')}.lora_"
+    rank = json.loads((directory / LORA).with_name("adapter_config.json").read_text())["r"]
+    tensors |= {f"{stem}A.weight": torch.ones(rank, hidden)}
+    tensors |= {f"{stem}B.weight": torch.ones(vocabulary, rank)}
+    save_file(tensors, directory / LORA, metadata={"format": "pt"})
+    reseal(directory)
+
+
 def variant(directory):
     """A LoRA of another formula, in a folder whose hashes agree."""
     edit(directory / "memories/en/lora/adapter_config.json", use_rslora=True)
@@ -136,6 +149,7 @@ def link(directory):
     path.symlink_to(directory.parent / "elsewhere")
 
 
+EMBEDDING = "model.embed_tokens.weight"
 LORA = "memories/en/lora/adapter_model.safetensors"
 KV = "memories/en/kv/adapter_model.safetensors"
 DAMAGES = {
@@ -161,6 +175,7 @@ DAMAGES = {
         lambda d: (edit(d / "memories/en/memory.json", backbone_sha256="0" * 64), reseal(d)),
         "must belong to this backbone",
     ),
+    "lora elsewhere": (elsewhere, "a LoRA must be on q_proj, .* on model.embed_tokens in"),
     "lora shape": (lambda d: (reshape(d / LORA), reseal(d)), "must have the shape"),
     "kv shape": (
         lambda d: (reshape(d / KV), reseal(d)),
@@ -185,20 +200,35 @@ def test_a_damaged_folder_is_refused(saved, cache, case):
     assert not (cache / "vllm").exists() or os.listdir(cache / "vllm") == []
 
 
-def test_families_with_narrow_models_have_their_classes():
-    source = {name: (ROOT / f"koff_vllm/{name}.py").read_text() for name in ("configs", "models")}
-    for family in NARROW:
-        assert family.lower() in arch.ARCHITECTURES
-        assert f"class Koff{family}Config({family}Config)" in source["configs"]
-        assert (
-            f"class Koff{family}ForCausalLM(NarrowMixin, {family}ForCausalLM)" in source["models"]
-        )
+@pytest.mark.parametrize("name", arch.ARCHITECTURES)
+def test_every_architecture_has_a_narrow_model_for_vllm(name):
+    config, model = (cls.__name__ for cls in narrow_classes(name))
+    module, _, found = NARROW[f"koff_{name}"].partition(":")
+    assert found == model
+    classes = (ROOT / "koff_vllm/configs.py").read_text()
+    assert (
+        f"class {config}({config.removeprefix('Koff')})" in classes
+        and f"    {config},\n" in classes
+    )
+    # vLLM's model, or the base model that vLLM's of transformers' models builds.
+    defined = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    base = config.replace("Config", "Model")
+    assert f"class {model}(NarrowMixin, " in defined or f"class {base}(NarrowMixin, " in defined
 
 
-def test_a_family_without_a_narrow_model_is_refused(tmp_path):
-    narrow = compacted("olmo2", memories=("en",))
+def test_vllm_is_told_of_every_linear_layer_that_a_lora_may_be_on():
+    """What it is not told of it leaves out of a LoRA, and says nothing."""
+    found = set()
+    for entry in arch.ARCHITECTURES.values():
+        found |= {*entry.attention_linears, *entry.recurrent_linears, *entry.mlp_linears}
+    assert found == set(LINEARS)
+
+
+def test_a_family_without_a_narrow_model_is_refused(tmp_path, monkeypatch):
+    narrow = koff.save(compacted("olmo2", memories=("en",)), tmp_path / "out")
+    monkeypatch.delitem(NARROW, "koff_olmo2")  # as if it were new
     with pytest.raises(ValueError, match="must be of koff_llama, .*, got koff_olmo2"):
-        koff_vllm.options(koff.save(narrow, tmp_path / "out"))
+        koff_vllm.options(narrow)
 
 
 def equally_narrow(architecture, **config):
@@ -215,3 +245,6 @@ def test_recurrent_layers_take_memories_of_lora_alone(tmp_path):
     lora = equally_narrow("qwen3_5_text", memories=("en",), kv=None)
     options = koff_vllm.options(koff.save(lora, tmp_path / "lora"))
     assert options["enable_lora"] and "kv_transfer_config" not in options
+    different = compacted("qwen3_5_text", memories=("en",))
+    with pytest.raises(ValueError, match="must be LoRA alone, got learned keys and states in 'en'"):
+        koff_vllm.options(koff.save(different, tmp_path / "different"))

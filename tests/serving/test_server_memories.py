@@ -21,12 +21,15 @@ class LoRARequest:
 class Models:
     """What koff_vllm uses of vLLM's OpenAIServingModels."""
 
-    def __init__(self, folder, max_model_len=64, connector=True):
+    def __init__(self, folder, max_model_len=64, connector=True, target_modules=None):
         named = requests.CONNECTOR if connector else (None, None)
         transfer = Thing(kv_connector=named[0], kv_connector_module_path=named[1])
         self.loaded = []
         self.engine_client = Thing(
-            add_lora=self.add_lora, vllm_config=Thing(kv_transfer_config=transfer)
+            add_lora=self.add_lora,
+            vllm_config=Thing(
+                kv_transfer_config=transfer, lora_config=Thing(target_modules=target_modules)
+            ),
         )
         self.model_config = Thing(model=str(folder), max_model_len=max_model_len)
         self.base_model_paths = [Thing(name="backbone")]
@@ -110,6 +113,10 @@ def test_adapters_of_the_users_own_stay(saved):
 
 
 REFUSED = {
+    "a part of the LoRA": (
+        {"target_modules": ["q_proj"]},
+        "lora_target_modules must have all linear layers of memory",
+    ),
     "little room": ({"max_model_len": 8}, "max_model_len must be more than 8"),
     "no connector": ({"connector": False}, "has learned keys, which need --kv-transfer-config"),
 }

@@ -29,7 +29,9 @@ PROMPT_LENGTHS = (1, 9, 17, 40)
 # vLLM's own models, and two families that it takes from transformers.
 MATRIX = [*itertools.product(("llama", "qwen2", "qwen3"), ("uniform", "global"))]
 MATRIX += [("mistral", "global"), ("granite", "global"), ("phi3", "global")]
-MATRIX += [("olmo2", "uniform"), ("smollm3", "uniform")]
+MATRIX += itertools.product(("olmo2", "smollm3"), ("uniform", "global"))
+# Recurrent layers: memories of LoRA alone, in bf16.
+RECURRENT = [("qwen3_5_text", "uniform"), ("qwen3_5_text", "global")]
 LATER = {"many": 40, "eight": 8}
 
 
@@ -44,12 +46,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(architecture: str, kind: str, names: tuple[str, ...], tokens: int = 7, seed: int = 0):
-    """A compacted model; each memory has a LoRA on all linear layers and learned keys."""
-    # vLLM's attention on the CPU wants heads of at least 32 dimensions.
+    """A compacted model; each memory has a LoRA on all linear layers and, if there are ``tokens``,
+    learned keys."""
+    # vLLM's attention on the CPU wants heads of at least 32 dimensions, and its recurrent layers
+    # of 128.
     sizes = {"hidden_size": 128, "intermediate_size": 192}
-    width = {"head_dim": 32} if architecture == "qwen3" else {}
+    width = {"head_dim": 32} if architecture.startswith("qwen3") else {}
+    if architecture == "qwen3_5_text":
+        width |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     changes = {"vocab_size": 97, "eos_token_id": None, **sizes, **width}
-    kv = koff.KVConfig(num_tokens=tokens, init="tokens")
+    kv = koff.KVConfig(num_tokens=tokens, init="tokens") if tokens else None
     model = attached(architecture, memories=names, changes=changes, kv=kv, seed=seed)
     with torch.no_grad():  # freshly initialised, a model repeats one token whatever it reads
         for name, weight in model.named_parameters():
@@ -133,6 +139,19 @@ def expected(folder: Path, prompts: list[list[int]]) -> dict[str, list[dict]]:
     return found
 
 
+@torch.no_grad()
+def in_bf16(folder: Path, prompts: list[list[int]]) -> dict[str, list[list[float]]]:
+    """Memory -> log-probabilities of each prompt, as koff rounds them in bf16."""
+    model, found = koff.load(folder, dtype=torch.bfloat16), {}
+    for name in ("", *model.koff.memory_names):
+        found[name] = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            logits = model(ids, memory=name or None).logits[0, :-1].float()
+            found[name].append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return found
+
+
 def main(root: Path) -> None:
     """Write everything below a new folder."""
     torch.set_num_threads(1)
@@ -140,6 +159,8 @@ def main(root: Path) -> None:
     prompts = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
     for architecture, kind in MATRIX:
         halves(root / f"{architecture}-{kind}", kind, architecture)
+    for architecture, kind in RECURRENT:
+        save(build(architecture, kind, ("aa", "bb"), tokens=0), root / f"{architecture}-{kind}")
     lengths(root / "lengths")
     versions(root)
     for name, count in LATER.items():
@@ -149,6 +170,10 @@ def main(root: Path) -> None:
     for folder in sorted(root.iterdir()):
         few = prompts[1:2] if folder.name == "many" else prompts
         found[folder.name] = expected(folder, few)
+        if folder.name.startswith("qwen3_5"):
+            for name, rounded in in_bf16(folder, few).items():
+                for row, values in zip(found[folder.name][name], rounded, strict=True):
+                    row["prompt_logprobs_bf16"] = values
     (root / "expected.json").write_text(json.dumps(found))
 
 

@@ -43,16 +43,10 @@ def updates(s: Tensor | None, parts: Sequence[tuple[Tensor, Tensor] | None]) -> 
         s: what ``shrink`` returned; None without any update.
         parts: of each layer b [n, N, r] and scaling [n], or None for no update.
     """
-    found, column = [], 0
-    for part in parts:
-        if part is None:
-            found.append(None)
-            continue
-        b, scaling = part
-        r = b.shape[2]
-        found.append(Delta(s[:, column : column + r], b, scaling))
-        column += r
-    return found
+    if s is None:
+        return [None for _ in parts]
+    columns = iter(s.split([part[0].shape[2] for part in parts if part is not None], 1))
+    return [None if part is None else Delta(next(columns), *part) for part in parts]
 
 
 def _present(deltas: Sequence[Delta | None]) -> tuple[Delta, ...]:

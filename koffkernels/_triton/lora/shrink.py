@@ -232,7 +232,8 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
     blocks = cdiv(cdiv(k, _BLOCK_K), splits)
     splits = cdiv(k, blocks * _BLOCK_K)  # none is empty
     dtype = x.dtype if splits == 1 else torch.float32
-    s = x.new_empty(splits, m, sum(ranks), dtype=dtype)
+    width = sum(ranks)
+    s = x.new_empty((m, width) if splits == 1 else (splits, m, width), dtype=dtype)
     launch(
         _shrink_fwd_kernel,
         (tiles[0], tiles[1] * len(xs), splits),
@@ -260,4 +261,4 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
         # a multiprocessor fewer blocks.
         most_registers=128 if len(xs) > 1 and block_r == SMALLEST_TILE else 255,
     )
-    return s[0] if splits == 1 else sum_partials(s, x.dtype)
+    return s if splits == 1 else sum_partials(s, x.dtype)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lora.grad import lora_grads
-from ..shared.config import Config
+from ..shared.config import Config, choose_config
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import MatrixSum, sum_partials
@@ -69,11 +69,16 @@ EXPECTS = {"_mlp_hidden_bwd_kernel": _expects}
 # Three sums of [rank, block_n] lie in the registers beside five tiles of [block_m, block_n]. On an
 # H100 (M = 8192, I = 11904, r = 16, eight memories; a copy moves 3.01 TB/s) the first took 370 us,
 # 2.69 TB/s; 32x64 with eight warps 376, tiles of 32 columns, which are half a line, 506 and more,
-# and two stages instead of three a quarter more. r = 64 spills on sm_80 with larger tiles, or with
-# four warps. Stretches of 512 tokens took 3 % longer than 1024, and 2048 as long.
+# and two stages instead of three a quarter more. Stretches of 512 tokens took 3 % longer than 1024,
+# and 2048 as long.
 _RANK_16 = Config(16, 64, warps=4, stages=3)
 _RANK_32 = Config(16, 64, warps=8, stages=3)
-_HIGHER = Config(16, 32, warps=8, stages=2)
+# r = 64 on the same H100: 644 us, and 1555 with the smaller tile. sm_80 spills with the larger one,
+# and with four warps.
+RANK_64_CONFIGS = {
+    "32x64": Config(32, 64, warps=8, stages=3, archs=(90, 100)),
+    "16x32": Config(16, 32, warps=8, stages=2),
+}
 _LENGTH = 1024
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
 _SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
@@ -245,6 +250,7 @@ def mlp_hidden_bwd(
     *,
     needs_gates: bool,
     overwrite: bool,
+    config: Config | None = None,
 ) -> HiddenGrads:
     """Return the gradients of h = act(g) u gates; dh, or g0 and u0, are written over.
 
@@ -257,6 +263,7 @@ def mlp_hidden_bwd(
         activation: "silu", "gelu" or "gelu_tanh".
         needs_gates: whether dz is wanted.
         overwrite: whether g0 and u0 may be written over.
+        config: None: by the largest rank, and above 32 by the chip.
     """
     (m, i), (g0, u0) = dh.shape, gu
     rank, cut = deltas.rank(), stretches(rows, m, _LENGTH)
@@ -271,7 +278,9 @@ def mlp_hidden_bwd(
         sums = dh.new_empty(cut.count, ranks, i, dtype=torch.float32)
     elif deltas.down is not None:
         h = dh.new_empty(m, i)
-    config = _RANK_16 if rank <= 16 else _RANK_32 if rank <= 32 else _HIGHER
+    if config is None and rank <= 32:
+        config = _RANK_16 if rank <= 16 else _RANK_32
+    config = choose_config(config, RANK_64_CONFIGS, RANK_64_CONFIGS["16x32"], dh)
     launch(
         _mlp_hidden_bwd_kernel,
         (cdiv(i, config.block_n) * cut.count,),

@@ -80,10 +80,10 @@ def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     Two GEMMs, of which every time in docs/gpu.md is. A single one would need both weights in one
     buffer, and whoever saves a model takes views of one buffer for tied weights.
     """
-    i = w_gate.shape[0]
-    gu = x.new_empty(x.shape[0], 2 * i)
-    torch.mm(x, w_gate.t(), out=gu[:, :i])
-    torch.mm(x, w_up.t(), out=gu[:, i:])
+    gu = x.new_empty(x.shape[0], 2 * w_gate.shape[0])
+    g, u = gu.chunk(2, 1)
+    torch.mm(x, w_gate.t(), out=g)
+    torch.mm(x, w_up.t(), out=u)
     return gu
 
 
@@ -92,7 +92,6 @@ def _hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (h, g0 and u0 or None, s of gate and up) by one of the GEMM routes."""
     (w_gate, w_up, _), gates, lora, rows, activation = layer
-    i = w_gate.shape[0]
     given = _first(lora)
     s_gate_up = shrink(x, [part.a for part in given], rows) if given else None
     deltas = _deltas(s_gate_up, lora)
@@ -101,7 +100,7 @@ def _hidden(
         h, gu = gemm_mlp_up(x, w_gate, w_up, gates, *deltas, rows, activation, config, keep)
         return h, gu, s_gate_up
     gu = _gate_up(x, w_gate, w_up)
-    h = mlp_hidden(gu[:, :i], gu[:, i:], gates, *deltas, rows, activation)
+    h = mlp_hidden(*gu.chunk(2, 1), gates, *deltas, rows, activation)
     return h, gu, s_gate_up
 
 
@@ -148,14 +147,13 @@ def _hidden_backward(
     autograd, which may run backward again.
     """
     _, gates, lora, rows, activation = layer
-    i = dh.shape[1]
     s_gate, s_up = _deltas(saved.s_gate_up, lora)
     down = None
     if lora.down is not None:
         down = Delta(t_down, lora.down.a.transpose(1, 2), lora.down.scaling)
     return mlp_hidden_bwd(
         dh,
-        (gu[:, :i], gu[:, i:]),
+        gu.chunk(2, 1),
         gates,
         HiddenDeltas(s_gate, s_up, down),
         rows,

@@ -7,6 +7,7 @@ element is read by one program. Accumulators are [BLOCK_N neurons, BLOCK_M token
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
@@ -33,6 +34,7 @@ class StackedA(NamedTuple):
     rank: int
 
 
+@functools.cache
 def token_block(m: int) -> int:
     """Return the tile side for m tokens: 16, 32 or 64. Nothing else that is compiled in depends on
     m."""
@@ -82,8 +84,12 @@ def split_blocks(x: Tensor, tiles: int, config: Config, split_cost: float = 0.2)
         config: what is launched.
         split_cost: what one more split of K costs, as a share of the time of the weights.
     """
-    k = x.shape[1]
-    blocks = cdiv(k, _block_k(x, config))
+    return _split_blocks(x.shape[1], _block_k(x, config), tiles, split_cost)
+
+
+@functools.cache
+def _split_blocks(k: int, block_k: int, tiles: int, split_cost: float) -> tuple[int, int]:
+    blocks = cdiv(k, block_k)
     most = max(1, min(MOST_SPLITS, k // _SHORTEST_SPLIT, blocks))
 
     def cost(splits: int) -> float:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import direct
+
 
 def _find_cache() -> None:
     """Give Triton a folder it can write compiled kernels to, where the home folder is read-only."""
@@ -113,45 +115,53 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *,
-    num_warps: int = 4,
-    num_stages: int = 2,
-    most_registers: int | None = 255,
-    **args: Any,
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:
     """Run ``kernel`` over ``grid``; an empty grid runs nothing.
+
+    Python compares every keyword of a call with every parameter that can be one, so what is no
+    argument of the kernel is taken out of ``args`` here: 2 us of a launch.
 
     Args:
         kernel: a ``triton.jit`` function.
         grid: one to three sizes.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline.
-        most_registers: that a thread may use. 255 is all: kernels with large tiles are compiled
-            with it, since ptxas, left to itself (None), spills a few bytes of theirs to reach a
-            higher occupancy. Streaming kernels live by occupancy and leave it to ptxas.
-        args: the kernel's arguments: tensors, numbers, None, or operands (see ``operands``).
+        args: the kernel's arguments: tensors, numbers, None, or operands (see ``operands``). Beside
+            them ``num_warps`` of a program (4), ``num_stages`` of the software pipeline (2), and
+            ``most_registers`` that a thread may use. 255 is all, and what is not said: kernels with
+            large tiles are compiled with it, since ptxas, left to itself (None), spills a few bytes
+            of theirs to reach a higher occupancy. Streaming kernels live by occupancy and leave it
+            to ptxas.
     """
+    num_warps = args.pop("num_warps", 4)
+    num_stages = args.pop("num_stages", 2)
+    most_registers = args.pop("most_registers", 255)
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    registers = None
     if most_registers is not None and not ROCM:
-        options["maxnreg"] = min(most_registers, _REGISTERS // (32 * num_warps))
+        registers = min(most_registers, _REGISTERS // (32 * num_warps))
+    options = num_warps, num_stages, registers
     if _recorded is not None:
         # Looked at here, for the gate and the tests, since a real launch has no time for it.
         for name, value in args.items():
             absent = isinstance(value, tuple) and any(field is None for field in value)
             assert not absent, f"{name}: a field of an operand must not be None (see operands.py)"
-        _recorded.append(Launch(kernel, grid, args, options))
+        _recorded.append(Launch(kernel, grid, args, direct.by_name(options)))
         return
     if not _several_gpus():
-        kernel[grid](**args, **options)
+        direct.launch(kernel, grid, args, options)
         return
     # Triton launches on the current GPU, wherever the tensors are.
-    with torch.cuda.device(next(iter(tensors_of(args).values())).device):
-        kernel[grid](**args, **options)
+    with torch.cuda.device(_device_of(args)):
+        direct.launch(kernel, grid, args, options)
+
+
+def _device_of(args: dict[str, Any]) -> torch.device:
+    """Return where the first tensor of a launch is; an operand begins with one."""
+    for value in args.values():
+        first = value[0] if isinstance(value, tuple) else value
+        if isinstance(first, Tensor):
+            return first.device
+    raise TypeError("a launch must have a tensor among its arguments, got none")
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -183,6 +193,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@functools.cache
 def rank_block(r: int, limit: int = 64) -> int:
     """Return the tile width for a rank r: a power of two in 16..limit; larger ranks go in several
     steps."""

@@ -9,7 +9,7 @@ from support.oracle import assert_same, check, run
 import koffkernels
 from koffkernels import dispatch
 from koffkernels._triton.lora import linear
-from koffkernels._triton.mlp import mlp
+from koffkernels._triton.mlp import hidden_bwd, mlp
 
 # fp16 needs sizes at which errors average out.
 DTYPES = (torch.float32, torch.float16)
@@ -102,6 +102,16 @@ def test_gated_mlp_recompute_gives_the_same_bits(rank):
     want = run(call, tensors)
     with koffkernels.recompute_hidden():
         assert_same(run(call, tensors), want)
+
+
+@pytest.mark.parametrize("name", hidden_bwd.RANK_64_CONFIGS)
+@pytest.mark.parametrize("kind", ["none", "mixed"])
+def test_gated_mlp_backward_of_rank_64_in_every_tile(kind, name, monkeypatch):
+    tile = hidden_bwd.RANK_64_CONFIGS[name]
+    monkeypatch.setattr(hidden_bwd, "RANK_64_CONFIGS", {"16x32": tile})
+    # More than one tile each way, none of them full; rows long enough for the fused sums.
+    call, tensors = mlp_case(((2, 300), 33, 101, 2, 40), kind, torch.float32)
+    check(call, tensors, torch.float32)
 
 
 @pytest.mark.parametrize(

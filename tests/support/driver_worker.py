@@ -1,0 +1,98 @@
+"""Launch each kernel by Triton and directly, before the driver of ``libcuda.c``, and print one line
+of JSON a kernel: what reached the driver each time.
+
+A process of its own: the driver must not get between torch and a real one.
+"""
+
+import ctypes
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.nvidia import driver as nvidia
+
+from bench.gate.cases import cases
+from bench.gate.settings import subset
+from koffkernels._triton.shared import direct
+from koffkernels._triton.shared import launch as common
+
+
+class Launched(ctypes.Structure):
+    """The struct of ``libcuda.c``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        *((name, ctypes.c_uint32) for name in ("threads", "shared", "launches")),
+        *((name, ctypes.c_uint64) for name in ("function", "stream")),
+        ("values", ctypes.c_uint64 * 96),
+    ]
+
+
+class Driver(nvidia.CudaDriver):
+    """Triton's own, but for what it asks torch."""
+
+    def __init__(self):
+        self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+        self.get_device_capability = lambda device=0: (9, 0)
+        self.get_current_device, self.get_current_stream = (lambda: 0), (lambda device: 77)
+
+
+def parameters(signature) -> int:
+    """How many parameters the compiled kernel has."""
+    if isinstance(signature, tuple):
+        return sum(map(parameters, signature))
+    return int(signature != "constexpr")
+
+
+def tensors(args: dict):
+    """Yield the arguments, on the CPU instead of on no device: only addresses are read."""
+    for name, value in args.items():
+        if isinstance(value, tuple):
+            value = type(value)(**dict(tensors(value._asdict())))
+        yield name, torch.empty(16, dtype=value.dtype) if torch.is_tensor(value) else value
+
+
+def main() -> None:
+    # Loaded first, so that whoever asks for libcuda.so.1 in this process finds it.
+    cuda = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+    launched, count = Launched.in_dll(cuda, "launched"), ctypes.c_int.in_dll(cuda, "count")
+    triton.runtime.driver.set_active(Driver())
+    run, binds, launches = triton.JITFunction.run, [], {}
+
+    def noted(self, *args, **kwargs):
+        binds.append(self)
+        return run(self, *args, **kwargs)
+
+    triton.JITFunction.run = noted
+    for at in subset():
+        for _, case in cases(at):
+            with common.recording() as recorded:
+                case.run()
+            launches |= {launch.kernel.fn.__name__: launch for launch in recorded}
+    for name, (kernel, grid, args, options) in launches.items():
+        args = dict(tensors(args))
+        chosen = options["num_warps"], options["num_stages"], options.get("maxnreg")
+
+        def by_triton(kernel=kernel, grid=grid, args=args, options=options):
+            return kernel[grid](**args, **options)
+
+        def directly(kernel=kernel, grid=grid, args=args, chosen=chosen):
+            direct.launch(kernel, grid, args, chosen)
+
+        count.value = 0  # of this kernel it is not known yet
+        count.value = sum(map(parameters, by_triton().src.signature.values()))
+        found = []
+        for launch in (by_triton, directly, directly):
+            before, bound = launched.launches, len(binds)
+            launch()
+            values = list(launched.values)[: count.value]
+            sizes = list(launched.grid), launched.threads, launched.shared
+            handles = launched.function, launched.stream
+            counts = launched.launches - before, len(binds) - bound
+            found.append([*counts, *sizes, *handles, values])
+        print(json.dumps({"kernel": name, "launched": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
