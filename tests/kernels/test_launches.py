@@ -11,6 +11,8 @@ from bench.gate.settings import MODELS, Setting, pruned
 from koffkernels import GatedMLPLoRA, LoRA, Prefix, routes
 from koffkernels._triton.attention.call import Call
 from koffkernels._triton.attention.decode import decode
+from koffkernels._triton.attention.op import backward as attention_backward
+from koffkernels._triton.attention.op import forward as attention_forward
 from koffkernels._triton.lora.linear import (
     Linear,
     linears_backward,
@@ -86,22 +88,33 @@ def test_launches_of_a_layer_that_decodes(batch, most, memories):
 
 
 @pytest.mark.parametrize("memories", [1, 8])
-def test_launches_of_the_linear_layers_in_a_training_step(memories):
-    """Forward and backward, 8192 tokens: 16 for q, k and v, 12 for o, 25 for the MLP."""
+def test_launches_of_a_layer_in_a_training_step(memories):
+    """Forward and backward, 8192 tokens: 16 for q, k and v, 12 for o, 25 for the MLP, and 7 for
+    attention in one pass."""
     at, m = setting(memories), 8192
     rows = at.rows(m)
 
-    def attention(widths):
+    def linear(widths):
         x, layers = at.empty(m, MODEL.hidden), linears(at, widths)
         ys, s = linears_forward(x, layers, rows)
         needs = True, [(True, True, False)] * len(widths)
         linears_backward(ys, x, s, layers, rows, needs)
+
+    def attention():
+        sizes = (4, MODEL.heads, 2048), (4, MODEL.kv_heads, 2048), (memories, MODEL.kv_heads, 512)
+        q, kv, learned = (at.empty(*size, MODEL.head_dim) for size in sizes)
+        prefix = Prefix(learned, learned, at.empty(memories, dtype=torch.int64))
+        ids = at.empty(4, dtype=torch.int64) if memories > 1 else None
+        call = Call(q, kv, kv, prefix, ids, None, 1.0)
+        o, lse = attention_forward(call, "one_pass")
+        attention_backward(call, o, o, lse, (True,) * 5, "one_pass")
 
     def mlp():
         layer, x = mlp_of(at, rows), at.empty(m, MODEL.hidden)
         y, saved = mlp_forward(x, layer, True)
         mlp_backward(y, x, saved, layer, (True, True, [(True, True, False)] * 3))
 
-    assert count(lambda: attention(QKV)) == 16
-    assert count(lambda: attention(OUT)) == 12
+    assert count(lambda: linear(QKV)) == 16
+    assert count(lambda: linear(OUT)) == 12
     assert count(mlp) == 25
+    assert count(attention) == 7
