@@ -6,7 +6,7 @@ from .dispatch import backends, force_backend, preload_defaults, recompute_hidde
 from .gated_mlp import gated_mlp
 from .group_rows import group_rows
 from .hard_concrete import hard_concrete, open_probability
-from .lora_linear import add_lora, lora_linear
+from .lora_linear import add_lora, lora_linear, lora_linears
 from .modules import GatedMLP, LoRALinear, PrefixAttention
 from .prefix_attention import prefix_attention
 from .routes import force_route
@@ -32,6 +32,7 @@ __all__ = [
     "hard_concrete",
     "layers",
     "lora_linear",
+    "lora_linears",
     "open_probability",
     "prefix_attention",
     "recompute_hidden",

@@ -8,6 +8,7 @@ message that mentions a size would fix that size, so that each new batch compile
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -187,6 +188,41 @@ def check_linear(
         check_frozen(where, "bias", bias, x, (width_out,))
     if lora is not None:
         n = check_lora(where, "lora", lora, x, width_in, width_out)
+        check_ids(where, memory_ids, n, x.shape[0], x)
+
+
+def check_linears(
+    where: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora: Sequence[LoRA | None],
+    memory_ids: Tensor | RowGroups | None,
+) -> None:
+    """Check the arguments of ``lora_linears``."""
+    if not 1 <= len(weights) <= 3:
+        rule, step = "be one to three", "call it once for every three"
+        refuse(where, "weights", rule, len(weights), step)
+    for name, parts in (("biases", biases), ("lora", lora)):
+        if len(parts) != len(weights):
+            rule = f"have an entry for each of {len(weights)} weights"
+            refuse(where, name, rule, len(parts), "pass None for those without")
+    check_tensor(where, "x", x, (2, 3))
+    counts = set()
+    for i, (weight, bias, part) in enumerate(zip(weights, biases, lora, strict=True)):
+        check_tensor(where, f"weights[{i}]", weight, (2,))
+        width_out, width_in = weight.shape
+        if x.shape[-1] != width_in:
+            refuse(where, "x", f"have last dimension {width_in}", shape_of(x), "check the layers")
+        check_frozen(where, f"weights[{i}]", weight, x, (width_out, width_in))
+        if bias is not None:
+            check_frozen(where, f"biases[{i}]", bias, x, (width_out,))
+        if part is not None:
+            counts.add(check_lora(where, f"lora[{i}]", part, x, width_in, width_out))
+    if len(counts) > 1:
+        rule = "hold equally many memories for each weight"
+        refuse(where, "lora", rule, sorted(counts), "stack them alike")
+    for n in counts:
         check_ids(where, memory_ids, n, x.shape[0], x)
 
 

@@ -38,7 +38,7 @@ IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "torch": "._torch.lora_linear:run",
         "triton": "._triton.lora.op:run",
         "interpret": "._triton.lora.op:run",
-        "reference": ".reference:lora_linear",
+        "reference": ".reference:lora_linears",
     },
     "prefix_attention": {
         "torch": "._torch.prefix_attention:run",

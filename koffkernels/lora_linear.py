@@ -1,12 +1,14 @@
-"""A frozen linear layer plus the low-rank update of each row's memory, and the update alone."""
+"""Frozen linear layers plus the low-rank update of each row's memory, and the update alone."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from . import dispatch
 from ._torch.rows import as_rows, known_rows, plus_delta
-from .checks import check_ids, check_linear, check_lora, check_shape, check_tensor
+from .checks import check_ids, check_linear, check_linears, check_lora, check_shape, check_tensor
 from .types import LoRA, RowGroups
 
 
@@ -40,7 +42,45 @@ def lora_linear(
     """
     check_linear("lora_linear", x, weight, bias, lora, memory_ids)
     run = dispatch.implementation("lora_linear", x.device, dispatch.compute_dtype(x, weight))
-    return run(x, weight, bias, lora, memory_ids)
+    return run(x, (weight,), (bias,), (lora,), memory_ids)[0]
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    lora: Sequence[LoRA | None] | None = None,
+    memory_ids: Tensor | RowGroups | None = None,
+) -> tuple[Tensor, ...]:
+    """Return ``lora_linear`` of up to three weights that share one x: q, k and v of an attention.
+
+    ``q, k, v = lora_linears(x, [wq, wk, wv], lora=[lora_q, None, lora_v], memory_ids=ids)``. On a
+    GPU the updates of all are one launch for every A and one for every B, where each weight on its
+    own takes two, and x and its gradient are not read once for each.
+
+    Args:
+        x: [B, T, K] or [M, K], fp32, bf16, fp16 or fp64.
+        weights: one to three [N, K], frozen, x's dtype (any under autocast); the N may differ.
+        biases: [N] or None for each weight, frozen; None: no bias at all.
+        lora: stacked LoRA of n memories, or None, for each weight; the ranks may differ. None: no
+            LoRA at all.
+        memory_ids: as ``lora_linear`` takes them.
+
+    Returns:
+        For each weight y [..., N] in x's dtype (autocast's where it is on). Gradients for x and for
+        the three tensors of each lora.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or a weight that requires a gradient.
+
+    Source: Hu et al. 2021 (LoRA); reference: ``koffkernels.reference.lora_linears``.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    lora = [None] * len(weights) if lora is None else lora
+    check_linears("lora_linears", x, weights, biases, lora, memory_ids)
+    run = dispatch.implementation("lora_linear", x.device, dispatch.compute_dtype(x, weights[0]))
+    return run(x, weights, biases, lora, memory_ids)
 
 
 def add_lora(

@@ -8,6 +8,7 @@ formula a line, with no concern for speed or memory. The result has the dtype of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,19 @@ def lora_linear(
     wide = x.to(wide_dtype(x, *(lora or ())))
     y = F.linear(wide, weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype))
     return (y + lora_delta(wide, lora, memory_ids)).to(x.dtype)
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[LoRA | None],
+    memory_ids: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Return ``lora_linear`` of each weight, with its bias and its LoRA."""
+    return tuple(
+        lora_linear(x, *layer, memory_ids) for layer in zip(weights, biases, loras, strict=True)
+    )
 
 
 def gated_mlp(

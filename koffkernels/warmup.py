@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checks import refuse
 from .gated_mlp import gated_mlp
-from .lora_linear import lora_linear
+from .lora_linear import lora_linears
 from .prefix_attention import prefix_attention
 from .types import GatedMLPLoRA, LoRA, Prefix
 
@@ -55,16 +55,17 @@ def _mlp(shape: LayerShape, x: Tensor, ids: Tensor | None, trains: bool) -> Tens
 
 
 def _linears(shape: LayerShape, x: Tensor, ids: Tensor | None, trains: bool) -> list[Tensor]:
-    h, wide = shape.hidden, shape.heads * shape.head_dim
-    ways = {(h, wide), (h, shape.kv_heads * shape.head_dim), (wide, h)}
+    h, wide, narrow = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    o = x.new_zeros(*x.shape[:2], wide, requires_grad=trains)
     return [
-        lora_linear(
-            x.new_zeros(*x.shape[:2], k, requires_grad=trains),
-            x.new_zeros(n, k),
-            lora=_lora(shape, k, n, trains, x.device),
+        y
+        for given, widths in ((x, (wide, narrow, narrow)), (o, (h,)))  # q, k and v; o
+        for y in lora_linears(
+            given,
+            [given.new_zeros(n, given.shape[-1]) for n in widths],
+            lora=[_lora(shape, given.shape[-1], n, trains, x.device) for n in widths],
             memory_ids=ids,
         )
-        for k, n in sorted(ways)
     ]
 
 

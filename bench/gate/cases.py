@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import pkgutil
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -30,13 +29,20 @@ KERNELS = "koffkernels._triton"
 def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     """Yield forward and backward on the vendor's GEMMs: the narrow kernels as really called."""
     k, n = at.model.hidden, at.inner
-    lora, weight = at.lora(k, n), at.empty(n, k)
-    for m in (1, 8192):  # the shrink in several splits, and in one
-        x, dy, s, rows = at.empty(m, k), at.empty(m, n), at.empty(m, at.r), at.rows(m)
-        run = functools.partial(module.linear_forward, x, weight, None, lora, rows)
-        yield Case(f"forward M={m}", _vendor(run))
-    run = functools.partial(module.linear_backward, dy, x, s, weight, lora, rows, (True,) * 4)
-    yield Case(f"backward M={m}", _vendor(run))
+    sizes = {"": (n,), "q, k, v ": (at.model.heads * at.model.head_dim, *[at.model.kv_width] * 2)}
+    for name, widths in sizes.items():
+        layers = [module.Linear(at.empty(n, k), None, LoRA(*at.lora(k, n))) for n in widths]
+        if at.plain and name:  # ... of which one has no update
+            layers[1] = layers[1]._replace(lora=None)
+        updates = sum(layer.lora is not None for layer in layers)
+        for m in (1, 8192):  # the shrink in several splits, and in one
+            x, s, rows = at.empty(m, k), at.empty(m, updates * at.r), at.rows(m)
+            run = functools.partial(module.linears_forward, x, layers, rows)
+            yield Case(f"{name}forward M={m}", _vendor(run))
+        needs = True, [(layer.lora is not None,) * 3 for layer in layers]
+        dys = [at.empty(m, n) for n in widths]
+        run = functools.partial(module.linears_backward, dys, x, s, layers, rows, needs)
+        yield Case(f"{name}backward M={m}", _vendor(run))
 
 
 def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
@@ -92,17 +98,31 @@ def _vendor(call: Callable[[], object]) -> Callable[[], object]:
 
 def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
     hidden, inner = at.model.hidden, at.inner
-    weights = {"down": (inner, hidden), "query": (hidden, at.model.heads * at.model.head_dim)}
     first = next(iter(module.CONFIGS.values()))
-    for (config, labels), (name, (k, n)) in itertools.product(
-        configs(module.CONFIGS), weights.items()
-    ):
-        calls = [(m, None, at.lora(k, n)) for m in (1, 32, 64)]  # the three sizes of a token tile
+
+    def layer(k: int, n: int, bias: bool = False, lora: bool = True) -> module.Linear:
+        given = LoRA(*at.lora(k, n)) if lora else None
+        return module.Linear(at.empty(n, k), at.empty(n) if bias else None, given)
+
+    query = hidden, at.model.heads * at.model.head_dim
+    key = hidden, at.model.kv_width
+    layers = {
+        "down": [layer(inner, hidden)],
+        "query": [layer(*query)],
+        "q, k, v": [layer(*query), layer(*key), layer(*key)],
+    }
+    for config, labels in configs(module.CONFIGS):
+        calls = [(name, m, found) for name, found in layers.items() for m in (1, 32, 64)]
         if at.plain and config is first:
-            calls += [(1, at.empty(n), at.lora(k, n)), (1, at.empty(n), None), (1, None, None)]
-        for m, bias, lora in calls:
-            args = at.empty(m, k), at.empty(n, k), bias, lora, at.rows(m), config
-            yield Case(f"{name} M={m}", functools.partial(module.decode_linear, *args), **labels)
+            calls += [("query, bias", 1, [layer(*query, bias=True)])]
+            calls += [("query, no LoRA", 1, [layer(*query, bias, False)]) for bias in (True, False)]
+            with_bias = [layer(*query, bias=True), layer(*key, lora=False), layer(*key, bias=True)]
+            calls += [("q, k, v, LoRA of q and v", 1, with_bias)]
+            calls += [("k, v, LoRA of v", 1, [layer(*key, lora=False), layer(*key)])]
+        for name, m, found in calls:  # 1, 32 and 64 are the three sizes of a token tile
+            x = at.empty(m, found[0].weight.shape[1])
+            run = functools.partial(module.decode_linears, x, found, at.rows(m), config)
+            yield Case(f"{name} M={m}", run, **labels)
 
 
 def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:

@@ -56,11 +56,13 @@ class _Memories:
     """LoRA of a k -> n layer: one memory, or MEMORIES of which 0 and 2 are in use."""
 
     def __init__(self, k: int, n: int, mixed: bool = False):
+        from koffkernels import LoRA
+
         count, self.used = (MEMORIES, [0, 2]) if mixed else (1, [0])
         self.a = _normal(count, RANK, k, dtype=torch.float32)
         self.b = _normal(count, n, RANK, dtype=torch.float32)
         self.scaling = torch.ones(count)
-        self.lora = self.a, self.b, self.scaling
+        self.lora = LoRA(self.a, self.b, self.scaling)
 
     def needed(self) -> tuple[Tensor, ...]:
         """Return what the used memories hold."""
@@ -92,12 +94,21 @@ def _shrink() -> Iterator[Op]:
         used = x.view(len(IDS), -1)[[i for i, m in enumerate(IDS) if m >= 0 or not mixed]]
         others = (used, rows.ids) if mixed else (x,)
         weights = tuple(lora.a[m] for m in lora.used)
-        yield Op(name, lambda x=x, a=lora.a, r=rows: shrink(x, a, None, r), weights, others)
+        yield Op(name, lambda x=x, a=lora.a, r=rows: shrink(x, [a], r), weights, others)
+    x, rows, three = _normal(256, 256), _rows(256), [_Memories(256, 16) for _ in "qkv"]
+    name = "shrink of q, k and v M=256 K=256"
+    yield Op(
+        name,
+        lambda: shrink(x, [lora.a for lora in three], rows),
+        tuple(lora.a for lora in three),
+        (x,),
+    )
 
 
 def _decode() -> Iterator[Op]:
-    from koffkernels._triton.lora.decode import decode_linear
+    from koffkernels._triton.lora.decode import decode_linear, decode_linears
     from koffkernels._triton.mlp.decode import decode_mlp_up
+    from koffkernels._triton.shared.operands import Linear
 
     m, k, n = 4, 512, 768
     x, weight, up = _normal(m, k), _normal(n, k), _normal(n, k)
@@ -107,6 +118,14 @@ def _decode() -> Iterator[Op]:
         others = (x, *lora.needed(), *([rows.ids] if mixed else []))
         run = (x, weight, None, lora.lora, rows)
         yield Op(f"decode linear {size}{where}", lambda a=run: decode_linear(*a), (weight,), others)
+    rows, layers, others = _rows(m), [], [x]
+    for width in (n, 256, 256):
+        lora = _Memories(k, width)
+        layers.append(Linear(_normal(width, k), None, lora.lora))
+        others += lora.lora
+    name = f"decode q, k and v M={m} K={k} N={n}, 256, 256"
+    weights = tuple(layer.weight for layer in layers)
+    yield Op(name, lambda: tuple(decode_linears(x, layers, rows)), weights, tuple(others))
     gates, lora, rows = torch.ones(n), _Memories(k, n), _rows(m)
     for share, kept in ((0, n), (1 / 3, n * 2 // 3)):
         closed = gates.clone()

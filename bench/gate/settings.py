@@ -30,6 +30,11 @@ class Model(NamedTuple):
     kv_heads: int
     head_dim: int
 
+    @property
+    def kv_width(self) -> int:
+        """Outputs of the key and of the value projection."""
+        return self.kv_heads * self.head_dim
+
 
 # From the config.json of each model on the Hugging Face hub.
 MODELS = (

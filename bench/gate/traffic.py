@@ -1,7 +1,7 @@
 """Counting what kernels load and store, element by element, in Triton's interpreter.
 
     with count_traffic() as traffic:
-        s = shrink(x, a, None, rows)
+        s = shrink(x, [a], rows)
     assert traffic.loads(a[1]).sum() == 0  # memory 1 is not in use
     assert traffic.stores(s).eq(1).all()  # one writer per element
 

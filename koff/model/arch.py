@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Those of them that read the same hidden states, in the order in which transformers calls them.
+SAME_INPUT = ("q_proj", "k_proj", "v_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 # Phi-3 has gate and up in one weight [2 I, H]: the rows of gate, then those of up. This is where
 # either of them, and its LoRA, is then found: as which half of what.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from koffkernels import GatedMLPLoRA, add_lora, gated_mlp, lora_linear
+from koffkernels import GatedMLPLoRA, add_lora, gated_mlp, lora_linears
 from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
@@ -27,7 +27,7 @@ from . import arch, attention, few_bits
 from .arch import Site
 from .class_swap import subclass, swap, unswap
 from .config import KoffConfig, KVConfig, LoRAConfig
-from .forward_context import ForwardContext, MemoryArgument, Running
+from .forward_context import Ahead, ForwardContext, MemoryArgument, Running
 from .head import contiguous
 from .memories import Memory, MemoryBank
 from .memory_argument import Boundary, KoffModelMixin, tag_cache
@@ -53,6 +53,7 @@ class Link:
         running: where it finds the context of the call that its layer is in.
         layer: number of the layer.
         site: of a linear layer: where its LoRA is.
+        beside: of a linear layer: those that are called with the same x after it.
         activation: of an MLP: the kernels' name of it.
         state: of an MLP: the model's, whose gates say how its neurons are ordered.
     """
@@ -61,6 +62,7 @@ class Link:
     running: Running
     layer: int
     site: Site | None = None
+    beside: tuple[nn.Module, ...] = ()
     activation: str | None = None
     state: KoffState | None = None
 
@@ -83,23 +85,47 @@ class _LayerMixin:
         finally:
             # Nothing is left for the next call: a layer that somebody calls on its own has no
             # memory, and nothing keeps this forward's tensors alive.
-            running.context = before
+            running.context, running.ahead = before, None
 
 
 class _LinearMixin:
-    """A frozen linear layer plus the LoRA of each row's memory."""
+    """A frozen linear layer plus the LoRA of each row's memory.
+
+    q, k and v are one operation, though transformers calls three modules, with the same x: the
+    first one computes all, and the others return what is there for this very tensor. Whoever calls
+    one of them with another x gets that one alone.
+    """
 
     _koff: Link
 
     def forward(self, x: Tensor) -> Tensor:
         link = self._koff
-        context, lora = link.running.context, None
-        if context is not None and context.memories:
-            dtype = compute_dtype(x, self.weight)
-            lora = link.bank.lora(link.site, context.memories, context.stacks, dtype)
-        if lora is None:
+        running = link.running
+        context, ahead = running.context, running.ahead
+        if context is None or not context.memories:
             return super().forward(x)
-        return lora_linear(x, self.weight, self.bias, lora=lora, memory_ids=context.rows)
+        if ahead is not None and ahead.x is x and ahead.layer == link.layer:
+            y = ahead.outputs.pop(link.site.linear, None)
+            if len(ahead.outputs) == 0:
+                running.ahead = None  # nothing is kept alive beyond its use
+            if y is not None:
+                return y
+        linears = (self,)
+        if link.beside and _is_plain(self) and all(map(_is_plain, link.beside)):
+            linears = (self, *link.beside)
+        dtype = compute_dtype(x, self.weight)
+        lora = [
+            link.bank.lora(linear._koff.site, context.memories, context.stacks, dtype)
+            for linear in linears
+        ]
+        if all(part is None for part in lora):
+            return super().forward(x)
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        y, *others = lora_linears(x, weights, biases, lora=lora, memory_ids=context.rows)
+        if others:
+            names = [linear._koff.site.linear for linear in link.beside]
+            running.ahead = Ahead(x, link.layer, dict(zip(names, others, strict=True)))
+        return y
 
 
 class _Frozen(torch.autograd.Function):
@@ -386,8 +412,12 @@ def install(model: PreTrainedModel, state: KoffState) -> None:
     for index, layer in enumerate(arch.layers(model)):
         link = Link(state.memories, state.running, index)
         swap(layer, _LayerMixin, link)
-        for name, linear in arch.linears(layer, model):
-            take_linear(linear, replace(link, site=Site(index, name)))
+        linears = dict(arch.linears(layer, model))
+        for name, linear in linears.items():
+            beside = ()
+            if name == arch.SAME_INPUT[0]:
+                beside = tuple(linears[other] for other in arch.SAME_INPUT[1:])
+            take_linear(linear, replace(link, site=Site(index, name), beside=beside))
             parent, _, own = arch.linear_path(name, model).rpartition(".")
             places.append(Place(layer.get_submodule(parent), own, linear))
         module, mixer = arch.mlp(layer, model), arch.mixer(layer, model)

@@ -92,6 +92,22 @@ class ForwardContext:
 
 
 @dataclass
+class Ahead:
+    """What linear layers will return for an input that another one was called with just before:
+    it computed them together.
+
+    Args:
+        x: the input; they are for this very tensor.
+        layer: number of the decoder layer.
+        outputs: of each such linear layer that was not called yet, by its name.
+    """
+
+    x: Tensor
+    layer: int
+    outputs: dict[str, Tensor]
+
+
+@dataclass
 class Generation:
     """What lasts one ``generate``.
 
@@ -153,6 +169,8 @@ class Running(threading.local):
     Attributes:
         context: of the decoder layer that runs; None outside of layers, and in one that somebody
             calls on its own.
+        ahead: outputs of linear layers of the decoder layer that runs, computed before they are
+            called; None for none.
         generation: the ``generate`` that runs, or None.
         calls: those of all threads.
     """
@@ -161,6 +179,7 @@ class Running(threading.local):
     # the class for the value.
     def __init__(self, calls: Calls):
         self.context: ForwardContext | None = None
+        self.ahead: Ahead | None = None
         self.generation: Generation | None = None
         self.calls = calls
         self._own = Calls.OfThread()

@@ -18,8 +18,8 @@ from .rows import (
     add_delta,
     add_delta_by_memory,
     as_rows,
-    delta_backward,
     known_rows,
+    linear_backward,
     lora_gradients,
     traced_linear,
 )
@@ -95,25 +95,6 @@ def _gate_up(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     if len(weights) == 1:
         return F.linear(x, weights[0]).chunk(2, dim=-1)
     return [F.linear(x, weight) for weight in weights]
-
-
-def _linear_backward(
-    dy: Tensor,
-    weight: Tensor,
-    lora: tuple | None,
-    rows: RowGroups | None,
-    needs_input: bool = True,
-    onto: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx = dy W + t A (None if nobody needs it) with t = scaling dy B [B, T, r]; added in
-    place to ``onto`` where that is given."""
-    dx = None
-    if needs_input and onto is None:
-        dx = dy @ weight.to(dy.dtype)
-    elif needs_input:
-        dx = onto
-        dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight.to(dy.dtype))
-    return dx, None if lora is None else delta_backward(dy, lora, rows, dx)
 
 
 def _hidden_backward(
@@ -210,15 +191,15 @@ class _GatedMLP(torch.autograd.Function):
                 for wide, part in ((g, lora[0]), (u, lora[1])):
                     if part is not None:
                         add_delta(wide, x, part, rows)
-            dh, t_down = _linear_backward(dy, w_down, lora[2], rows)
+            dh, t_down = linear_backward(dy, w_down, lora[2], rows)
             dg, du, dz, da_down = _hidden_backward(
                 dh, g, u, gates, ctx.activation, t_down if ctx.trains[2] else None, needs_gates
             )
             if ctx.trains[2]:
                 db_rows = torch.bmm(dy.transpose(1, 2), s_down)
                 grads[6:9] = lora_gradients(lora[2], rows, da_down, db_rows)
-            dx, t_gate = _linear_backward(dg, w_gate, lora[0], rows, needs_x)
-            dx, t_up = _linear_backward(du, w_up, lora[1], rows, needs_x, onto=dx)
+            dx, t_gate = linear_backward(dg, w_gate, lora[0], rows, needs_x)
+            dx, t_up = linear_backward(du, w_up, lora[1], rows, needs_x, onto=dx)
             for i, t, s, d in ((0, t_gate, s_gate, dg), (1, t_up, s_up, du)):
                 if ctx.trains[i]:
                     parts = torch.bmm(t.transpose(1, 2), x), torch.bmm(d.transpose(1, 2), s)

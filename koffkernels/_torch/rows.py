@@ -104,6 +104,25 @@ def delta_backward(dy: Tensor, lora: Update, rows: RowGroups | None, dx: Tensor 
     return t
 
 
+def linear_backward(
+    dy: Tensor,
+    weight: Tensor,
+    lora: Update | None,
+    rows: RowGroups | None,
+    needs_input: bool = True,
+    onto: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx = dy W + t A (None if nobody needs it) with t = scaling dy B [B, T, r]; added in
+    place to ``onto`` where that is given."""
+    dx = None
+    if needs_input and onto is None:
+        dx = dy @ weight.to(dy.dtype)
+    elif needs_input:
+        dx = onto
+        dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight.to(dy.dtype))
+    return dx, None if lora is None else delta_backward(dy, lora, rows, dx)
+
+
 def traced_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora: Update | None, rows: RowGroups | None
 ) -> Tensor:

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from support.gpu_cases import ATTENTION, NAMES, SHAPES, Case
+from support.gpu_cases import ATTENTION, BUILDERS, NAMES, SHAPES, Case
 from support.gpu_checks import DEVICE, OPS, TYPICAL, attended_by, build, check, routed
 from support.oracle import (
     assert_same,
@@ -38,6 +38,7 @@ DECODE = {  # at most 64 tokens
         ((64, 1), 520, 1416, 8, 16),
         ((61,), 67, 131, 40, 5),
     ],
+    "lora_linears": [((1, 1), 520, 1416, 1, 16), ((61,), 67, 131, 40, 5)],
     "gated_mlp": [((1, 1), 520, 1416, 1, 16), ((64, 1), 520, 1416, 8, 16), ((61,), 67, 131, 40, 5)],
     "prefix_attention": ["one-token"],
 }
@@ -94,8 +95,8 @@ def test_gpu_fp32_in_plain_torch(op):
 
 
 def linear_cases():
-    """(op, dtype, shape) of the two linear operations."""
-    return [(op, dtype, shape) for op in OPS[:2] for dtype in NAMES for shape in SHAPES[dtype]]
+    """(op, dtype, shape) of the operations that are made of linear layers."""
+    return [(op, dtype, shape) for op in BUILDERS for dtype in NAMES for shape in SHAPES[dtype]]
 
 
 @every_route
@@ -148,7 +149,7 @@ def test_gpu_cudnn_is_taken_where_it_is_faster():
 
 def decode_cases():
     """(op, shape) of one token per row."""
-    return [(op, shape) for op in OPS for shape in DECODE[op]]
+    return [(op, shape) for op in DECODE for shape in DECODE[op]]
 
 
 @every_dtype

@@ -11,7 +11,14 @@ from bench.gate.settings import MODELS, Setting, pruned
 from koffkernels import GatedMLPLoRA, LoRA, Prefix, routes
 from koffkernels._triton.attention.call import Call
 from koffkernels._triton.attention.decode import decode
-from koffkernels._triton.lora.linear import linear_backward, linear_forward, linear_inference
+from koffkernels._triton.attention.op import backward as attention_backward
+from koffkernels._triton.attention.op import forward as attention_forward
+from koffkernels._triton.lora.linear import (
+    Linear,
+    linears_backward,
+    linears_forward,
+    linears_inference,
+)
 from koffkernels._triton.mlp.mlp import Layer, mlp_backward, mlp_forward, mlp_inference
 from koffkernels._triton.shared import launch as common
 
@@ -19,7 +26,7 @@ from koffkernels._triton.shared import launch as common
 FREE = {"empty", "new_empty", "empty_like", "transpose", "t", "slice", "select", "split"}
 FREE |= {"split_with_sizes", "unsqueeze", "permute", "view", "expand", "detach", "alias"}
 MODEL = MODELS[0]
-WIDTHS = [(MODEL.hidden, n) for n in (4096, 1024, 1024, 4096)]  # q, k, v, o
+QKV, OUT = (4096, 1024, 1024), (4096,)
 
 
 class Operators(TorchDispatchMode):
@@ -47,6 +54,11 @@ def setting(memories: int) -> Setting:
     return Setting(MODEL, pruned(MODEL.inner), 16, memories > 1, torch.bfloat16)
 
 
+def linears(at: Setting, widths: tuple[int, ...]) -> list[Linear]:
+    k = MODEL.hidden
+    return [Linear(at.empty(n, k), None, LoRA(*at.lora(k, n))) for n in widths]
+
+
 def mlp_of(at: Setting, rows: common.Rows) -> Layer:
     h, i = MODEL.hidden, at.inner
     up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
@@ -55,16 +67,16 @@ def mlp_of(at: Setting, rows: common.Rows) -> Layer:
 
 
 @pytest.mark.parametrize("memories", [1, 8])
-@pytest.mark.parametrize("batch, most", [(1, 15), (64, 14)])
+@pytest.mark.parametrize("batch, most", [(1, 11), (64, 10)])
 def test_launches_of_a_layer_that_decodes(batch, most, memories):
-    """Two for each of the four linear layers of attention, four for the MLP, two for attention;
+    """Two for q, k and v, two for o, four for the MLP, two for attention;
     and one more there to merge the splits of a batch that does not fill the GPU."""
     at = setting(memories)
     rows = at.rows(batch)
 
     def layer():
-        for k, n in WIDTHS:
-            linear_inference(at.empty(batch, k), at.empty(n, k), None, at.lora(k, n), rows)
+        for widths in (QKV, OUT):
+            linears_inference(at.empty(batch, MODEL.hidden), linears(at, widths), rows)
         mlp_inference(at.empty(batch, MODEL.hidden), mlp_of(at, rows))
         q = at.empty(batch, MODEL.heads, 1, MODEL.head_dim)
         k, v, *learned = (at.empty(n, 8, 512, MODEL.head_dim) for n in (batch, batch, 8, 8))
@@ -76,21 +88,33 @@ def test_launches_of_a_layer_that_decodes(batch, most, memories):
 
 
 @pytest.mark.parametrize("memories", [1, 8])
-def test_launches_of_the_linear_layers_in_a_training_step(memories):
-    """Forward and backward, 8192 tokens: 12 for each linear layer of attention, 30 for the MLP."""
+def test_launches_of_a_layer_in_a_training_step(memories):
+    """Forward and backward, 8192 tokens: 16 for q, k and v, 12 for o, 25 for the MLP, and 7 for
+    attention in one pass."""
     at, m = setting(memories), 8192
     rows = at.rows(m)
 
-    def linear(k, n):
-        x, weight, lora = at.empty(m, k), at.empty(n, k), at.lora(k, n)
-        _, s = linear_forward(x, weight, None, lora, rows)
-        needs = True, True, True, False
-        linear_backward(at.empty(m, n), x, s, weight, lora, rows, needs)
+    def linear(widths):
+        x, layers = at.empty(m, MODEL.hidden), linears(at, widths)
+        ys, s = linears_forward(x, layers, rows)
+        needs = True, [(True, True, False)] * len(widths)
+        linears_backward(ys, x, s, layers, rows, needs)
+
+    def attention():
+        sizes = (4, MODEL.heads, 2048), (4, MODEL.kv_heads, 2048), (memories, MODEL.kv_heads, 512)
+        q, kv, learned = (at.empty(*size, MODEL.head_dim) for size in sizes)
+        prefix = Prefix(learned, learned, at.empty(memories, dtype=torch.int64))
+        ids = at.empty(4, dtype=torch.int64) if memories > 1 else None
+        call = Call(q, kv, kv, prefix, ids, None, 1.0)
+        o, lse = attention_forward(call, "one_pass")
+        attention_backward(call, o, o, lse, (True,) * 5, "one_pass")
 
     def mlp():
         layer, x = mlp_of(at, rows), at.empty(m, MODEL.hidden)
         y, saved = mlp_forward(x, layer, True)
         mlp_backward(y, x, saved, layer, (True, True, [(True, True, False)] * 3))
 
-    assert [count(lambda w=w: linear(*w)) for w in WIDTHS] == [12] * 4
-    assert count(mlp) == 30
+    assert count(lambda: linear(QKV)) == 16
+    assert count(lambda: linear(OUT)) == 12
+    assert count(mlp) == 25
+    assert count(attention) == 7

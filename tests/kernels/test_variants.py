@@ -32,11 +32,11 @@ def mlp(at: Setting, m: int) -> None:
 
 
 def linear(at: Setting, m: int) -> None:
-    from koffkernels._triton.lora.linear import linear_inference
+    from koffkernels._triton.lora.linear import Linear, linears_inference
 
     k, n = at.model.hidden, at.model.heads * at.model.head_dim
     x, weight, rows = at.empty(m, k), at.empty(n, k), at.rows(m)
-    linear_inference(x, weight, None, at.lora(k, n), rows)
+    linears_inference(x, [Linear(weight, None, LoRA(*at.lora(k, n)))], rows)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -20,18 +20,19 @@ SHAPE = koffkernels.LayerShape(
 @pytest.mark.parametrize("training", [False, True])
 def test_warmup_runs_every_operation(training, monkeypatch):
     calls = []
-    for name in ("gated_mlp", "lora_linear", "prefix_attention"):
+    for name in ("gated_mlp", "lora_linears", "prefix_attention"):
         real = getattr(module, name)
 
         def spy(x, *args, real=real, name=name, **kwargs):
             y = real(x, *args, **kwargs)
-            calls.append((name, tuple(x.shape), y.requires_grad))
+            first = y[0] if isinstance(y, tuple) else y
+            calls.append((name, tuple(x.shape), first.requires_grad))
             return y
 
         monkeypatch.setattr(module, name, spy)
     batches = ((1, 1), (3, 7))
     koffkernels.warmup(SHAPE, batches=batches, dtype=torch.float32, training=training, device="cpu")
-    assert {name for name, _, _ in calls} == {"gated_mlp", "lora_linear", "prefix_attention"}
+    assert {name for name, _, _ in calls} == {"gated_mlp", "lora_linears", "prefix_attention"}
     assert {(s[0], s[1]) for name, s, _ in calls if name == "gated_mlp"} == set(batches)
     assert all(grad == training for _, _, grad in calls)
 

@@ -62,7 +62,7 @@ def share_between_threads(model):
     """What the code must not do, to see that the tests would notice: one state for all threads."""
 
     class Shared:
-        context = generation = None
+        context = generation = ahead = None
 
         def begin(self):
             pass
@@ -255,13 +255,14 @@ def test_a_layer_recomputed_under_another_call_would_be_seen(reentrant):
     wanted = gradients(model, "en")
 
     class OfAnotherCall:
-        other = ForwardContext((model.koff.memories["es"],))
+        other, ahead = ForwardContext((model.koff.memories["es"],)), None
         context = property(lambda self: self.other, lambda self, context: None)
 
     def backward(loss):
+        another = OfAnotherCall()
         for module in model.modules():
             if hasattr(module, "_koff"):
-                module._koff.running = OfAnotherCall()
+                module._koff.running = another
         loss.backward()
 
     assert not all(map(torch.equal, gradients(model, "en", backward), wanted))

@@ -22,7 +22,7 @@ from support.kernel_inputs import (
 from support.oracle import Call, Tensors
 from torch import Tensor
 
-from koffkernels import RowBounds, gated_mlp, lora_linear, prefix_attention
+from koffkernels import RowBounds, gated_mlp, lora_linear, lora_linears, prefix_attention
 
 PARTS = ("gate", "up", "down")
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -122,6 +122,37 @@ def linear_case(shape: tuple, dtype: torch.dtype) -> Case:
     return _finish(tensors, call, eager, shape, ("weight", "bias"))
 
 
+def linears_case(shape: tuple, dtype: torch.dtype) -> Case:
+    """lora_linears of three weights of different widths, results side by side; the second one has
+    no bias."""
+    lead, k, out, memories, rank = shape
+    widths = (out, out // 2 + 1, out // 4 + 1)
+    tensors = {"x": normal(*lead, k, dtype=dtype)}
+    for i, n in enumerate(widths):
+        tensors[f"weight{i}"] = normal(n, k, dtype=dtype, scale=k**-0.5)
+        tensors |= lora_tensors(f"lora{i}", memories, rank, k, n, master(dtype))
+    tensors |= {f"bias{i}": normal(widths[i], dtype=dtype) for i in (0, 2)}
+
+    def parts(t: Tensors) -> tuple[list, list, list]:
+        weights, biases = ([t.get(f"{part}{i}") for i in range(3)] for part in ("weight", "bias"))
+        return weights, biases, [lora_from(t, f"lora{i}") for i in range(3)]
+
+    def call(t: Tensors) -> Tensor:
+        weights, biases, lora = parts(t)
+        ys = lora_linears(t["x"], weights, biases, lora=lora, memory_ids=t.get("ids"))
+        return torch.cat(ys, -1)
+
+    def eager(t: Tensors) -> Tensor:
+        ys = [
+            eager_linear(t["x"], w, lora, t.get("ids")) + (0 if b is None else b)
+            for w, b, lora in zip(*parts(t), strict=True)
+        ]
+        return torch.cat(ys, -1)
+
+    frozen = tuple(name for name in tensors if name.startswith(("weight", "bias")))
+    return _finish(tensors, call, eager, shape, frozen)
+
+
 def mlp_case(shape: tuple, dtype: torch.dtype) -> Case:
     """gated_mlp with gates of which some are 0 and some 1."""
     lead, hidden, width, memories, rank = shape
@@ -177,4 +208,8 @@ def attention_case(
     return Case(tensors, call, eager if comparable else None, ())
 
 
-BUILDERS: dict[str, Callable[..., Case]] = {"lora_linear": linear_case, "gated_mlp": mlp_case}
+BUILDERS: dict[str, Callable[..., Case]] = {
+    "lora_linear": linear_case,
+    "lora_linears": linears_case,
+    "gated_mlp": mlp_case,
+}

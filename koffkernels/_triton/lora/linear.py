@@ -1,93 +1,160 @@
-"""LoRA linear, forward and backward, on [M, K]: the vendor's GEMM and narrow kernels, one fused
-GEMM, or the decode kernels; ``routes`` says which."""
+"""LoRA linear layers over one x, forward and backward, on [M, K]: the vendor's GEMMs and narrow
+kernels, fused GEMMs, or the decode kernels; ``routes`` says which.
+
+There are one to three layers, some of them with an update. The narrow kernels are launched once for
+all: x is read once for every s, and one launch adds every update.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ... import routes
+from ...types import LoRA
 from ..shared.launch import Rows
-from ..shared.operands import Delta
-from ..shared.reduce import MatrixSum
+from ..shared.operands import Delta, Linear
+from ..shared.reduce import MatrixSum, totals
 from .decode import CONFIGS as DECODE
-from .decode import decode_linear
-from .expand import expand_
+from .decode import decode_linears
+from .expand import expand_, expand_each_
 from .gemm import CONFIGS as FUSED
 from .gemm import gemm_linear
-from .grad import lora_grad
-from .shrink import shrink
+from .grad import lora_grad, lora_grads
+from .shrink import shrink, shrink_each
 
 
-def route_of(stage: str, x: Tensor, weight: Tensor, rows: Rows) -> routes.Route:
-    """Return the route of a call on x [M, K]."""
-    n, k = weight.shape
-    shape = routes.Shape("lora_linear", stage, x.shape[0], k, n, x.dtype, rows.ids is not None)
+def route_of(stage: str, x: Tensor, weights: Sequence[Tensor], rows: Rows) -> routes.Route:
+    """Return the route of a call on x [M, .] and weights [., K], as if they were one weight."""
+    m, k, n = x.shape[0], weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+    if stage == "backward":  # dy W reduces over N
+        k, n = n, k
+    shape = routes.Shape("lora_linear", stage, m, k, n, x.dtype, rows.ids is not None)
     return routes.choose(shape, x.device)
 
 
-def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
-) -> tuple[Tensor, Tensor]:
-    """Return (y, s): y = x W^T + bias + scaling s b^T, s = x a^T. x is [M, K]."""
-    a, b, scaling = lora
-    s = shrink(x, a, None, rows)
-    delta = (Delta(s, b, scaling),)
-    route = route_of("forward", x, weight, rows)
+def updates(s: Tensor | None, parts: Sequence[tuple[Tensor, Tensor] | None]) -> list[Delta | None]:
+    """Return the updates of layers whose s lie side by side [M, sum of ranks].
+
+    Args:
+        s: what ``shrink`` returned; None without any update.
+        parts: of each layer b [n, N, r] and scaling [n], or None for no update.
+    """
+    if s is None:
+        return [None for _ in parts]
+    columns = iter(s.split([part[0].shape[2] for part in parts if part is not None], 1))
+    return [None if part is None else Delta(next(columns), *part) for part in parts]
+
+
+def _present(deltas: Sequence[Delta | None]) -> tuple[Delta, ...]:
+    return tuple(delta for delta in deltas if delta is not None)
+
+
+def linears_forward(x: Tensor, layers: Sequence[Linear], rows: Rows) -> tuple[list[Tensor], Tensor]:
+    """Return (each y = x W^T + bias + scaling s b^T, all s = x a^T side by side). x is [M, K]."""
+    loras = [layer.lora for layer in layers]
+    s = shrink(x, [lora.a for lora in loras if lora is not None], rows)
+    deltas = updates(s, [None if lora is None else (lora.b, lora.scaling) for lora in loras])
+    route = route_of("forward", x, [layer.weight for layer in layers], rows)
     if route.name == "fused":
-        return gemm_linear(x, weight, bias, delta, rows, routes.find(FUSED, route)), s
-    return expand_(F.linear(x, weight, bias), delta, rows), s
+        config = routes.find(FUSED, route)
+        ys = [
+            gemm_linear(x, layer.weight, layer.bias, _present([delta]), rows, config)
+            for layer, delta in zip(layers, deltas, strict=True)
+        ]
+        return ys, s
+    ys = [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    updated = [y for y, delta in zip(ys, deltas, strict=True) if delta is not None]
+    expand_each_(updated, _present(deltas), rows)
+    return ys, s
 
 
-def linear_inference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple, rows: Rows
-) -> Tensor:
-    """Return y of ``linear_forward``, where nothing is saved for backward."""
-    route = route_of("forward", x, weight, rows)
+def linears_inference(x: Tensor, layers: Sequence[Linear], rows: Rows) -> list[Tensor]:
+    """Return the ys of ``linears_forward``, where nothing is saved for backward."""
+    route = route_of("forward", x, [layer.weight for layer in layers], rows)
     if route.name == "decode":
-        return decode_linear(x, weight, bias, lora, rows, routes.find(DECODE, route))
-    return linear_forward(x, weight, bias, lora, rows)[0]
+        return decode_linears(x, layers, rows, routes.find(DECODE, route))
+    return linears_forward(x, layers, rows)[0]
 
 
 def matrix_gradients(
-    lora: tuple, da: MatrixSum, db: MatrixSum, needs: tuple[bool, bool, bool]
-) -> list[Tensor | None]:
-    """Return the gradients of a [n, r, K], b [n, N, r] and scaling [n], None where ``needs`` says
-    so, from the sums [n, r, K] and [n, r, N]."""
-    a, b, scaling = lora
-    dscaling = None
-    if needs[2]:  # not from db, which a scaling of 0 would have made 0
-        unscaled = db.total(torch.float32, None, transposed=True)
-        dscaling = (unscaled * b.float()).sum((1, 2)).to(scaling.dtype)
-    return [
-        da.total(a.dtype, scaling, transposed=False) if needs[0] else None,
-        db.total(b.dtype, scaling, transposed=True) if needs[1] else None,
-        dscaling,
-    ]
+    loras: Sequence[LoRA],
+    das: Sequence[MatrixSum],
+    dbs: Sequence[MatrixSum],
+    needs: Sequence[Sequence[bool]],
+) -> list[list[Tensor | None]]:
+    """Return the gradients of each a [n, r, K], b [n, N, r] and scaling [n], None where ``needs``
+    says so, from the sums [n, r, K] and [n, r, N]; the sums of all a are cut alike, and those of
+    all b."""
+    found: list[list[Tensor | None]] = [[None, None, None] for _ in loras]
+    for part, sums in ((0, das), (1, dbs)):
+        trained = [i for i, need in enumerate(needs) if need[part]]
+        if trained:
+            added = totals(
+                [sums[i] for i in trained],
+                [loras[i][part].dtype for i in trained],
+                [loras[i].scaling for i in trained],
+                transposed=part == 1,
+            )
+            for i, gradient in zip(trained, added, strict=True):
+                found[i][part] = gradient
+    for i, (lora, need) in enumerate(zip(loras, needs, strict=True)):
+        if need[2]:  # not from db, which a scaling of 0 would have made 0
+            unscaled = dbs[i].total(torch.float32, None, transposed=True)
+            found[i][2] = (unscaled * lora.b.float()).sum((1, 2)).to(lora.scaling.dtype)
+    return found
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Tensor,
-    lora: tuple,
+def _input_gradient(
+    dys: Sequence[Tensor], t: Tensor, layers: Sequence[Linear], rows: Rows
+) -> Tensor:
+    """Return dx = the sum of dy W + scaling t a."""
+    deltas = updates(
+        t,
+        [
+            None if layer.lora is None else (layer.lora.a.transpose(1, 2), layer.lora.scaling)
+            for layer in layers
+        ],
+    )
+    route = route_of("backward", dys[0], [layer.weight for layer in layers], rows)
+    if route.name == "fused":
+        config, dx = routes.find(FUSED, route), None
+        for dy, layer, delta in zip(dys, layers, deltas, strict=True):
+            own = _present([delta])
+            dx = gemm_linear(dy, layer.weight.t(), None, own, rows, config, onto=dx)
+        return dx
+    dx = dys[0] @ layers[0].weight
+    for dy, layer in zip(dys[1:], layers[1:], strict=True):
+        dx.addmm_(dy, layer.weight)  # torch.addmm would copy its first argument
+    return expand_(dx, _present(deltas), rows)
+
+
+def linears_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    s: Tensor | None,
+    layers: Sequence[Linear],
     rows: Rows,
-    needs: tuple[bool, bool, bool, bool],
+    needs: tuple[bool, Sequence[Sequence[bool]]],
 ) -> list[Tensor | None]:
-    """Return [dx, da, db, dscaling] of ``linear_forward``, None where ``needs`` says so."""
-    a, b, scaling = lora
-    t = shrink(dy, b.transpose(1, 2), None, rows)
-    dx = None
-    if needs[0]:
-        delta = (Delta(t, a.transpose(1, 2), scaling),)
-        route = route_of("backward", dy, weight.t(), rows)
-        if route.name == "fused":
-            dx = gemm_linear(dy, weight.t(), None, delta, rows, routes.find(FUSED, route))
-        else:
-            dx = expand_(dy @ weight, delta, rows)
-    if not any(needs[1:]):
-        return [dx, None, None, None]
-    da, db = (lora_grad(p, q, a.shape[0], rows) for p, q in ((t, x), (s, dy)))
-    return [dx, *matrix_gradients(lora, da, db, needs[1:])]
+    """Return [dx, then da, db and dscaling of each layer] of ``linears_forward``, None where
+    ``needs`` (of x, and three flags for each layer) says so."""
+    needs_x, trains = needs
+    found: list[list[Tensor | None]] = [[None, None, None] for _ in layers]
+    updated = [i for i, layer in enumerate(layers) if layer.lora is not None]
+    loras = [layers[i].lora for i in updated]
+    matrices = [lora.b.transpose(1, 2) for lora in loras]
+    t = shrink_each([dys[i] for i in updated], matrices, rows)
+    dx = _input_gradient(dys, t, layers, rows) if needs_x else None
+    if any(map(any, trains)):
+        memories, ranks = loras[0].a.shape[0], [lora.a.shape[1] for lora in loras]
+        das = lora_grad(t, x, memories, rows).by_rank(ranks)
+        pairs = zip(s.split(ranks, 1), (dys[i] for i in updated), strict=True)
+        dbs = lora_grads(list(pairs), memories, rows)
+        gradients = matrix_gradients(loras, das, dbs, [trains[i] for i in updated])
+        for i, three in zip(updated, gradients, strict=True):
+            found[i] = three
+    return [dx, *(gradient for three in found for gradient in three)]

@@ -1,6 +1,13 @@
-"""LoRA linear on Triton, as an operation of torch: see ``linear`` for what it computes."""
+"""LoRA linear layers on Triton, as an operation of torch: see ``linear`` for what it computes.
+
+An operator takes and returns single tensors, so up to three layers travel as the arguments that
+``_LAYERS`` names: weight, bias, a, b and scaling of each, and who uses which memory.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +17,19 @@ from ...dispatch import compute_dtype, without_autocast
 from ...types import LoRA
 from ..shared.launch import Rows, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
-from .linear import linear_backward, linear_forward, linear_inference
+from .linear import Linear, linears_backward, linears_forward, linears_inference
 
-_LORA = "Tensor a, Tensor b, Tensor scaling, Tensor? ids, SymInt tokens"
-_ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, {_LORA}"
-_BACKWARD = f"Tensor dy, Tensor? x, Tensor? s, Tensor weight, {_LORA}, bool[] needs"
+MOST = 3  # layers of a call: q, k and v
+_PARTS = len(("weight", "bias", *LoRA._fields))
+_LAYERS = ", ".join(
+    f"Tensor{'?' * (i > 0)} weight{i}, Tensor? bias{i}, Tensor? a{i}, Tensor? b{i}, "
+    f"Tensor? scaling{i}"
+    for i in range(MOST)
+)
+_LAYERS += ", Tensor? ids, SymInt tokens"
+_ARGUMENTS = f"Tensor x, {_LAYERS}"
+_DYS = ", ".join(f"Tensor? dy{i}" for i in range(MOST))
+_BACKWARD = f"{_DYS}, Tensor? x, Tensor? s, {_LAYERS}, bool[] needs"
 
 
 def rows_of(x: Tensor, ids: Tensor | None) -> Rows:
@@ -29,52 +44,103 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(x, weight, bias, a, b, scaling, ids, tokens):
-    return linear_forward(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
+def _of_each(parts: Sequence[Any], size: int = _PARTS) -> Iterator[Sequence[Any]]:
+    """Yield what belongs to each layer."""
+    return (parts[i : i + size] for i in range(0, len(parts), size))
 
 
-def _inference(x, weight, bias, a, b, scaling, ids, tokens):
-    return linear_inference(x, weight, bias, (a, b, scaling), Rows(ids, tokens))
+def _layers(*arguments: Any) -> tuple[list[Linear], Rows]:
+    """Return what the arguments that ``_LAYERS`` names stand for."""
+    *parts, ids, tokens = arguments
+    layers = [
+        Linear(weight, bias, None if lora[0] is None else LoRA(*lora))
+        for weight, bias, *lora in _of_each(parts)
+        if weight is not None
+    ]
+    return layers, Rows(ids, tokens)
 
 
-def _fake(x, weight, bias, a, b, scaling, ids, tokens):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[1])
+def _forward(x, *arguments):
+    layers, rows = _layers(*arguments)
+    ys, s = linears_forward(x, layers, rows)
+    return *ys, *[None] * (MOST - len(ys)), s
+
+
+def _fake(x, *arguments):
+    layers, _ = _layers(*arguments)
+    ys = _fake_inference(x, *arguments)
+    width = sum(layer.lora.a.shape[1] for layer in layers if layer.lora is not None)
+    return *ys, *[None] * (MOST - len(ys)), x.new_empty(x.shape[0], width)
+
+
+def _inference(x, *arguments):
+    return linears_inference(x, *_layers(*arguments))
+
+
+def _fake_inference(x, *arguments):
+    layers, _ = _layers(*arguments)
+    return [x.new_empty(x.shape[0], layer.weight.shape[0]) for layer in layers]
+
+
+def _matrices(parts: Sequence[Any]) -> list[Any]:
+    """Return what belongs to a, b and scaling of each layer."""
+    return [part for _, _, *lora in _of_each(parts) for part in lora]
+
+
+def _needs(ctx) -> tuple[bool, ...]:
+    """Return what needs a gradient: x, then a, b and scaling of each layer."""
+    # Counted from the front: an operator has one flag more, behind those of its arguments.
+    return ctx.needs_input_grad[0], *_matrices(ctx.needs_input_grad[1 : 1 + _PARTS * MOST])
 
 
 def _setup(ctx, inputs, output):
-    x, weight, _, a, b, scaling, ids, tokens = inputs
-    trains = any(ctx.needs_input_grad[3:6])
-    x, s = (x, output[1]) if trains else (None, None)  # read for a, b and scaling alone
-    ctx.save_for_backward(x, s, weight, a, b, scaling, ids)
-    ctx.tokens = tokens
+    x, *parts, ids, ctx.tokens = inputs
+    x, s = (
+        (x, output[MOST]) if any(_needs(ctx)[1:]) else (None, None)
+    )  # read for a, b and scaling alone
+    ctx.save_for_backward(x, s, *parts, ids)
 
 
-def _backward(dy, x, s, weight, a, b, scaling, ids, tokens, needs):
-    rows = Rows(ids, tokens)
-    return wanted(linear_backward(dy, x, s, weight, (a, b, scaling), rows, tuple(needs)))
+def _backward(*arguments):
+    *dys, x, s = arguments[: MOST + 2]
+    *parts, needs = arguments[MOST + 2 :]
+    layers, rows = _layers(*parts)
+    wants = needs[0], list(_of_each(needs[1 : 1 + 3 * len(layers)], 3))
+    return wanted(linears_backward(dys[: len(layers)], x, s, layers, rows, wants))
 
 
-def _backward_fake(dy, x, s, weight, a, b, scaling, ids, tokens, needs):
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+def _backward_fake(*arguments):
+    dy = arguments[0]
+    *parts, _, _, needs = arguments[MOST + 2 :]
+    dx = dy.new_empty(dy.shape[0], parts[0].shape[1])
     return [
         like if like is dx else torch.empty_like(like, memory_format=torch.contiguous_format)
-        for like, need in zip((dx, a, b, scaling), needs, strict=True)
+        for like, need in zip((dx, *_matrices(parts)), needs, strict=True)
         if need
     ]
 
 
-def _gradients(run, ctx, dy):
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]  # of x, a, b and scaling
-    x, s, weight, a, b, scaling, ids = ctx.saved_tensors
-    found = run(dy.contiguous(), x, s, weight, a, b, scaling, ids, ctx.tokens, needs)
-    dx, *matrices = spread(found, needs)
-    return dx, None, None, *matrices, None, None
+def _gradients(run, ctx, *dys):
+    needs = list(_needs(ctx))
+    x, s, *parts, ids = ctx.saved_tensors
+    m = next(dy.shape[0] for dy in dys if dy is not None and dy.dim() == 2)
+    given = []
+    for dy, (weight, *_) in zip(dys, _of_each(parts), strict=True):
+        if weight is None:
+            given.append(None)
+        elif dy is None:  # nobody used this output
+            given.append(weight.new_zeros(m, weight.shape[0]))
+        else:
+            given.append(dy.contiguous())
+    dx, *matrices = spread(run(*given, x, s, *parts, ids, ctx.tokens, needs), needs)
+    found = [(None, None, *three) for three in _of_each(matrices, 3)]
+    return dx, *(gradient for five in found for gradient in five), None, None
 
 
 _OPERATION = operation(
     "lora_linear",
     _ARGUMENTS,
-    "Tensor, Tensor",
+    ", ".join(["Tensor"] * (MOST + 1)),
     _BACKWARD,
     forward=_forward,
     fake=_fake,
@@ -82,23 +148,36 @@ _OPERATION = operation(
     backward=_backward,
     backward_fake=_backward_fake,
     gradients=_gradients,
+    outputs=MOST,
 )
 _INFERENCE = inference(
-    "lora_linear", _ARGUMENTS, forward=_inference, fake=lambda *args: _fake(*args)[0]
+    "lora_linear", _ARGUMENTS, "Tensor[]", forward=_inference, fake=_fake_inference
 )
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None, memory_ids: Tensor | None
-) -> Tensor:
-    """See ``koffkernels.lora_linear``; without LoRA, and in fp64, the plain way."""
-    dtype = compute_dtype(x, weight)
-    if lora is None or dtype == torch.float64:
-        return plain.run(x, weight, bias, lora, memory_ids)
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[LoRA | None],
+    memory_ids: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See ``koffkernels.lora_linears``; without LoRA, and in fp64, the plain way."""
+    dtype = compute_dtype(x, weights[0])
+    if all(lora is None for lora in loras) or dtype == torch.float64:
+        return plain.run(x, weights, biases, loras, memory_ids)
     ids, tokens = rows_of(x, memory_ids)
-    bias = None if bias is None else dense(bias.to(dtype))
-    parts = tuple(dense(part) for part in lora)
+    parts: list[Tensor | None] = []
+    trained = False
     with without_autocast(x.device):
-        inputs = flat(x.to(dtype)), unit_stride(weight.to(dtype)), bias, *parts, ids, tokens
-        y = _OPERATION(*inputs)[0] if needs_grad(x, *lora) else _INFERENCE(*inputs)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        for weight, bias, lora in zip(weights, biases, loras, strict=True):
+            bias = None if bias is None else dense(bias.to(dtype))
+            matrices = (None, None, None) if lora is None else tuple(map(dense, lora))
+            parts += (unit_stride(weight.to(dtype)), bias, *matrices)
+            trained = trained or needs_grad(*matrices)
+        parts += [None] * (_PARTS * MOST - len(parts))
+        inputs = flat(x.to(dtype)), *parts, ids, tokens
+        ys = (_OPERATION if trained or needs_grad(x) else _INFERENCE)(*inputs)
+    return tuple(
+        y.view(*x.shape[:-1], weight.shape[0]) for y, weight in zip(ys, weights, strict=False)
+    )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..lora.grad import lora_grad
+from ..lora.grad import lora_grads
 from ..shared.config import Config, choose_config
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
@@ -318,10 +318,13 @@ def mlp_hidden_bwd(
     if dz is not None:
         dz = sum_partials(dz, torch.float32)
     if sums is None:
-        found = [
-            None if delta is None else lora_grad(delta.s, wide, delta.b.shape[0], rows)
+        pairs = [
+            (delta.s, wide)
             for delta, wide in zip(deltas, (dg, du, h), strict=True)
+            if delta is not None
         ]
+        added = iter(lora_grads(pairs, memories, rows) if pairs else ())
+        found = [None if delta is None else next(added) for delta in deltas]
     else:
         ranks = [0 if delta is None else delta.b.shape[2] for delta in deltas]
         found = [

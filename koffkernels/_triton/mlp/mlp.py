@@ -23,9 +23,9 @@ from ..lora.expand import expand_
 from ..lora.gemm import CONFIGS as FUSED_DOWN
 from ..lora.gemm import gemm_linear
 from ..lora.grad import lora_grad
-from ..lora.linear import matrix_gradients
+from ..lora.linear import matrix_gradients, updates
 from ..lora.linear import route_of as linear_route
-from ..lora.shrink import shrink
+from ..lora.shrink import shrink, shrink_each
 from ..shared.launch import Rows
 from ..shared.operands import Delta
 from .decode import CONFIGS as DECODE_UP
@@ -63,23 +63,15 @@ def _route(stage: str, x: Tensor, w_gate: Tensor, rows: Rows) -> routes.Route:
     return routes.choose(shape, x.device)
 
 
-def _shrink_both(x: Tensor, lora: GatedMLPLoRA, rows: Rows) -> Tensor | None:
-    """Return s of gate and, beside it, of up: [M, r_gate + r_up]; None without either."""
-    matrices = [part.a for part in (lora.gate, lora.up) if part is not None]
-    if not matrices:
-        return None
-    return shrink(x, matrices[0], matrices[1] if len(matrices) > 1 else None, rows)
+def _first(lora: GatedMLPLoRA) -> list[LoRA]:
+    """Return the updates of gate and up, which share x, as far as they are there."""
+    return [part for part in (lora.gate, lora.up) if part is not None]
 
 
-def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> tuple[Delta | None, Delta | None]:
-    """Return the updates of g and u, from the columns of ``_shrink_both``."""
+def _deltas(s: Tensor | None, lora: GatedMLPLoRA) -> list[Delta | None]:
+    """Return the updates of g and u, whose s lie side by side: [M, r_gate + r_up]."""
     parts = lora.gate, lora.up
-    if s is None:
-        return None, None
-    columns = iter(s.split([part.a.shape[1] for part in parts if part is not None], 1))
-    return tuple(
-        None if part is None else Delta(next(columns), part.b, part.scaling) for part in parts
-    )
+    return updates(s, [None if part is None else (part.b, part.scaling) for part in parts])
 
 
 def _gate_up(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
@@ -100,7 +92,8 @@ def _hidden(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return (h, g0 and u0 or None, s of gate and up) by one of the GEMM routes."""
     (w_gate, w_up, _), gates, lora, rows, activation = layer
-    s_gate_up = _shrink_both(x, lora, rows)
+    given = _first(lora)
+    s_gate_up = shrink(x, [part.a for part in given], rows) if given else None
     deltas = _deltas(s_gate_up, lora)
     if route.name == "fused":
         config = routes.find(FUSED_UP, route)
@@ -114,7 +107,7 @@ def _hidden(
 def _down(h: Tensor, layer: Layer, route: routes.Route) -> tuple[Tensor, Tensor | None]:
     """Return (y, s of down) by one of the GEMM routes."""
     w_down, part, rows = layer.weights[2], layer.lora.down, layer.rows
-    s = None if part is None else shrink(h, part.a, None, rows)
+    s = None if part is None else shrink(h, [part.a], rows)
     delta = () if part is None else (Delta(s, part.b, part.scaling),)
     if route.name == "fused":  # a forced config may be one of gate and up's
         return gemm_linear(h, w_down, None, delta, rows, FUSED_DOWN.get(route.config)), s
@@ -126,7 +119,7 @@ def mlp_forward(x: Tensor, layer: Layer, keep: bool) -> tuple[Tensor, Saved]:
     """Return (y, what backward needs), g0 and u0 only with ``keep``. x is [M, H]."""
     route = _route("forward", x, layer.weights[0], layer.rows)
     h, gu, s_gate_up = _hidden(x, layer, route, keep)
-    y, s_down = _down(h, layer, linear_route("forward", h, layer.weights[2], layer.rows))
+    y, s_down = _down(h, layer, linear_route("forward", h, layer.weights[2:], layer.rows))
     return y, Saved(gu if keep else None, s_gate_up, s_down)
 
 
@@ -139,7 +132,7 @@ def mlp_inference(x: Tensor, layer: Layer) -> Tensor:
         h = decode_mlp_up(x, *weights[:2], gates, lora.gate, lora.up, rows, activation, config)
     else:
         h = _hidden(x, layer, route, keep=False)[0]
-    route = linear_route("forward", h, weights[2], rows)
+    route = linear_route("forward", h, weights[2:], rows)
     if route.name == "decode":  # a forced config may be one of gate and up's
         return decode_linear(h, weights[2], None, lora.down, rows, DECODE_DOWN.get(route.config))
     return _down(h, layer, route)[0]
@@ -170,21 +163,11 @@ def _hidden_backward(
     )
 
 
-def _narrow_gradient(dy: Tensor, lora: LoRA | None, rows: Rows) -> Tensor | None:
-    """Return t = dy b_m [M, r], not scaled; None without an update."""
-    return None if lora is None else shrink(dy, lora.b.transpose(1, 2), None, rows)
-
-
-def _input_gradient(
-    dg: Tensor, du: Tensor, t_gate: Tensor | None, t_up: Tensor | None, layer: Layer
-) -> Tensor:
-    """Return dx = dg Wg + du Wu + the low-rank updates of both."""
+def _input_gradient(dg: Tensor, du: Tensor, t: Tensor | None, layer: Layer) -> Tensor:
+    """Return dx = dg Wg + du Wu + the low-rank updates of both, whose t lie side by side."""
     (w_gate, w_up, _), _, lora, rows, _ = layer
-    deltas = tuple(
-        Delta(t, part.a.transpose(1, 2), part.scaling)
-        for t, part in ((t_gate, lora.gate), (t_up, lora.up))
-        if part is not None
-    )
+    parts = [(part.a.transpose(1, 2), part.scaling) for part in _first(lora)]
+    deltas = tuple(updates(t, parts))
     route = _route("backward", dg, w_gate, rows)
     if route.name == "fused":
         config = FUSED_DOWN.get(route.config)  # a forced name may be one of the forward's
@@ -206,26 +189,34 @@ def mlp_backward(
     (w_gate, w_up, w_down), gates, lora, rows, _ = layer
     needs_x, needs_gates, (train_gate, train_up, train_down) = needs
     gu = _gate_up(x, w_gate, w_up) if saved.gu is None else saved.gu
-    t_down = _narrow_gradient(dy, lora.down, rows)
+    t_down = None
+    if lora.down is not None:
+        t_down = shrink(dy, [lora.down.b.transpose(1, 2)], rows)
     hidden = _hidden_backward(dy @ w_down, gu, saved, t_down, layer, needs_gates)
-    t_gate = _narrow_gradient(hidden.dg, lora.gate, rows)
-    t_up = _narrow_gradient(hidden.du, lora.up, rows)
+    sides = (hidden.dg, hidden.gate, train_gate), (hidden.du, hidden.up, train_up)
+    sides = [side for part, side in zip(lora, sides, strict=False) if part is not None]
+    t = None
+    if sides:
+        t = shrink_each(
+            [wide for wide, *_ in sides], [part.b.transpose(1, 2) for part in _first(lora)], rows
+        )
     grads: list[Tensor | None] = [
-        _input_gradient(hidden.dg, hidden.du, t_gate, t_up, layer) if needs_x else None,
+        _input_gradient(hidden.dg, hidden.du, t, layer) if needs_x else None,
         None if hidden.dz is None else hidden.dz.to(gates.dtype),
     ]
-    for part, t, db, train in (
-        (lora.gate, t_gate, hidden.gate, train_gate),
-        (lora.up, t_up, hidden.up, train_up),
-    ):
-        if any(train):
-            da = lora_grad(t, x, part.a.shape[0], rows)
-            grads += matrix_gradients(part, da, db, train)
-        else:
-            grads += [None, None, None]
+    found: list[list[Tensor | None]] = []
+    if any(train_gate) or any(train_up):
+        loras = _first(lora)
+        ranks = [part.a.shape[1] for part in loras]
+        das = lora_grad(t, x, loras[0].a.shape[0], rows).by_rank(ranks)
+        trains = [train for *_, train in sides]
+        found = matrix_gradients(loras, das, [db for _, db, _ in sides], trains)
+    three = iter(found)
+    for part in (lora.gate, lora.up):
+        grads += next(three, [None] * 3) if part is not None else [None] * 3
     if any(train_down):
         db = lora_grad(saved.s_down, dy, lora.down.a.shape[0], rows)
-        grads += matrix_gradients(lora.down, hidden.down, db, train_down)
+        grads += matrix_gradients([lora.down], [hidden.down], [db], [train_down])[0]
     else:
-        grads += [None, None, None]
+        grads += [None] * 3
     return grads

@@ -53,8 +53,7 @@ def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
 def _forward(x, *rest):
     *arguments, recompute = rest
     y, saved = mlp_forward(x, _layer(*arguments), not recompute)
-    # An operator cannot return None; ``_setup`` knows which of these tensors stand for it.
-    return y, *(x.new_empty(0) if part is None else part for part in saved)
+    return y, *saved
 
 
 def _fake(x, *rest):
@@ -64,7 +63,7 @@ def _fake(x, *rest):
     widths = (0 if recompute else 2 * layer.weights[0].shape[0], r_gate + r_up, r_down)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        *(x.new_empty(m, width) if width else x.new_empty(0) for width in widths),
+        *(x.new_empty(m, width) if width else None for width in widths),
     )
 
 

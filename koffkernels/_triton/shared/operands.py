@@ -32,9 +32,12 @@ Strides count elements, and each name means one step everywhere:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ...types import LoRA
 
 
 class LowRank(NamedTuple):
@@ -46,6 +49,14 @@ class LowRank(NamedTuple):
     stride_memory: int
     stride_rank: int
     stride_wide: int
+
+
+class Wide(NamedTuple):
+    """A matrix [M, width] whose columns lie side by side: the second or third of its kind."""
+
+    ptr: Tensor
+    stride_token: int
+    width: int
 
 
 class DeltaOperand(NamedTuple):
@@ -109,9 +120,28 @@ class Delta(NamedTuple):
         return DeltaOperand(s, b, scaling, b.shape[2], s.stride(0), *b.stride())
 
 
+class Linear(NamedTuple):
+    """A linear layer as it is called: weight [N, K], bias [N] or None, and its update or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora: LoRA | None = None
+
+
 def operand(delta: Delta | None) -> DeltaOperand | None:
     """Return ``Delta.operand``, or None for no update."""
     return None if delta is None else delta.operand()
+
+
+def wide(x: Tensor | None) -> Wide | None:
+    """Return a matrix [M, W] as an operand, or None for none."""
+    return None if x is None else Wide(x, x.stride(0), x.shape[1])
+
+
+def up_to_three(given: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return up to three things that a kernel takes, and None for those that are not there."""
+    first, second, third = (*given, *[None] * (3 - len(given)))
+    return first, second, third
 
 
 def largest_rank(*deltas: Delta | None) -> int:

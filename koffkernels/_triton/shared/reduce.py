@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import cdiv, launch, rank_block
+from .operands import up_to_three
 
 EXPECTS = {"_sum_partials_kernel": None, "_sum_matrix_kernel": None}
 _TILE = 1024  # elements of a matrix that one program adds up
@@ -48,27 +50,28 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=["splits", "per_row"])
-def _sum_matrix_kernel(
+@triton.jit
+def _sum_matrix_tile(
     part_ptr,
     stride_split,
     stride_memory,
     out_ptr,
     scaling_ptr,
+    RANK,
+    WIDE,
+    block,
     ids_ptr,
     splits,
     per_row,
-    RANK,
-    WIDE,
     TRANSPOSED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """One program: a tile [BLOCK_R, BLOCK_W] of one memory's matrix, added over its splits in their
-    order, times its scaling. out is [n, RANK, WIDE], or TRANSPOSED [n, WIDE, RANK]."""
+    """A tile [BLOCK_R, BLOCK_W] of one memory's matrix, added over its splits in their order, times
+    its scaling."""
     m = tl.program_id(2).to(tl.int64)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    offs_w = block * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     mask = (offs_r < RANK) & (offs_w < WIDE)
     offs = offs_r * WIDE + offs_w
     total = tl.zeros((BLOCK_R, BLOCK_W), tl.float32)
@@ -88,12 +91,74 @@ def _sum_matrix_kernel(
     tl.store(out_ptr + m * RANK * WIDE + offs, out, mask=mask)
 
 
+@triton.jit(do_not_specialize=["splits", "per_row"])
+def _sum_matrix_kernel(
+    part_ptr,
+    stride_split,
+    stride_memory,
+    out_ptr,
+    scaling_ptr,
+    second,
+    third,
+    ids_ptr,
+    splits,
+    per_row,
+    RANK,
+    WIDE,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """One program: a tile of one of up to three matrices, of one memory. out is [n, RANK, WIDE], or
+    TRANSPOSED [n, WIDE, RANK]."""
+    block = tl.program_id(0)
+    if second is None:
+        _sum_matrix_tile(
+            part_ptr, stride_split, stride_memory, out_ptr, scaling_ptr, RANK, WIDE, block,
+            ids_ptr, splits, per_row, TRANSPOSED, BLOCK_R, BLOCK_W,
+        )  # fmt: skip
+    else:
+        blocks0 = tl.cdiv(WIDE, BLOCK_W)
+        blocks1 = blocks0 + tl.cdiv(second.wide, BLOCK_W)
+        if block < blocks0:
+            _sum_matrix_tile(
+                part_ptr, stride_split, stride_memory, out_ptr, scaling_ptr, RANK, WIDE, block,
+                ids_ptr, splits, per_row, TRANSPOSED, BLOCK_R, BLOCK_W,
+            )  # fmt: skip
+        if (block >= blocks0) & (block < blocks1):
+            _sum_matrix_tile(
+                second.part, second.stride_split, second.stride_memory, second.out, second.scaling,
+                second.rank, second.wide, block - blocks0, ids_ptr, splits, per_row,
+                TRANSPOSED, BLOCK_R, BLOCK_W,
+            )  # fmt: skip
+        if third is not None:
+            if block >= blocks1:
+                _sum_matrix_tile(
+                    third.part, third.stride_split, third.stride_memory, third.out, third.scaling,
+                    third.rank, third.wide, block - blocks1, ids_ptr, splits, per_row,
+                    TRANSPOSED, BLOCK_R, BLOCK_W,
+                )  # fmt: skip
+
+
+class SumOperand(NamedTuple):
+    """A second or third matrix of ``_sum_matrix_kernel``: its partial sums, where they go to, and
+    the scaling [n]."""
+
+    part: Tensor
+    out: Tensor
+    scaling: Tensor
+    stride_split: int
+    stride_memory: int
+    rank: int
+    wide: int
+
+
 class MatrixSum(NamedTuple):
     """A sum over tokens for every memory, [n, r, W], which is not added up yet.
 
     Args:
         parts: fp32 [splits, n, r, W], partial sums of all memories; or [splits, 1, r, W], each of
-            one memory. The last two dimensions are dense.
+            one memory. Ranks lie W elements apart.
         memories: n.
         ids: int64 [splits / per_row], whose memory a split's is; None: every memory has its own.
         per_row: consecutive splits that share one id.
@@ -107,25 +172,50 @@ class MatrixSum(NamedTuple):
     def total(self, dtype: torch.dtype, scaling: Tensor | None, transposed: bool) -> Tensor:
         """Return the sums times ``scaling`` [n], or as they are for None: [n, r, W], 0 for a memory
         that no token uses; [n, W, r] where ``transposed``."""
-        splits, each, rank, wide = self.parts.shape
-        n, block_r = self.memories, rank_block(rank)
-        shape = (n, wide, rank) if transposed else (n, rank, wide)
-        out = self.parts.new_empty(shape, dtype=dtype)
-        launch(
-            _sum_matrix_kernel,
-            (cdiv(wide, _TILE // block_r), cdiv(rank, block_r), n),
-            part_ptr=self.parts,
-            stride_split=self.parts.stride(0),
-            stride_memory=self.parts.stride(1) if each > 1 else 0,
-            out_ptr=out,
-            scaling_ptr=scaling,
-            ids_ptr=self.ids,
-            splits=splits,
-            per_row=self.per_row,
-            RANK=rank,
-            WIDE=wide,
-            TRANSPOSED=transposed,
-            BLOCK_R=block_r,
-            BLOCK_W=_TILE // block_r,
-        )
-        return out
+        return totals([self], [dtype], [scaling], transposed)[0]
+
+    def by_rank(self, ranks: Sequence[int]) -> list[MatrixSum]:
+        """Return the sums of updates whose ranks lie side by side in this one."""
+        return [self._replace(parts=part) for part in self.parts.split(list(ranks), 2)]
+
+
+def totals(
+    sums: Sequence[MatrixSum],
+    dtypes: Sequence[torch.dtype],
+    scalings: Sequence[Tensor | None],
+    transposed: bool,
+) -> list[Tensor]:
+    """Return ``MatrixSum.total`` of up to three sums over the same tokens, cut alike; of several,
+    each needs a scaling."""
+    operands = []
+    for each, dtype, scaling in zip(sums, dtypes, scalings, strict=True):
+        _, memories, rank, width = each.parts.shape
+        sides = (width, rank) if transposed else (rank, width)
+        out = each.parts.new_empty((each.memories, *sides), dtype=dtype)
+        strides = each.parts.stride(0), each.parts.stride(1) if memories > 1 else 0
+        operands.append(SumOperand(each.parts, out, scaling, *strides, rank, width))
+    first, second, third = up_to_three(operands)
+    rank = max(operand.rank for operand in operands)
+    block_r = rank_block(rank)
+    block_w = _TILE // block_r
+    blocks = sum(cdiv(operand.wide, block_w) for operand in operands)
+    launch(
+        _sum_matrix_kernel,
+        (blocks, cdiv(rank, block_r), sums[0].memories),
+        part_ptr=first.part,
+        stride_split=first.stride_split,
+        stride_memory=first.stride_memory,
+        out_ptr=first.out,
+        scaling_ptr=first.scaling,
+        second=second,
+        third=third,
+        ids_ptr=sums[0].ids,
+        splits=sums[0].parts.shape[0],
+        per_row=sums[0].per_row,
+        RANK=first.rank,
+        WIDE=first.wide,
+        TRANSPOSED=transposed,
+        BLOCK_R=block_r,
+        BLOCK_W=block_w,
+    )
+    return [operand.out for operand in operands]

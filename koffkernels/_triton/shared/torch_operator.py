@@ -57,6 +57,7 @@ def operation(
     backward: Callable[..., list[Tensor]],
     backward_fake: Callable[..., list[Tensor]],
     gradients: Callable[..., tuple[Tensor | None, ...]],
+    outputs: int = 1,
 ) -> Operation:
     """Register ``NAMESPACE::name`` and its ``_backward`` and tie them to autograd.
 
@@ -64,23 +65,37 @@ def operation(
         name: of the operator.
         arguments: of ``forward``, in the words of torch's schemas: "Tensor x, Tensor? bias".
             Numbers of tokens are a "SymInt", so that torch.compile need not fix them.
-        results: "Tensor, Tensor": the first is the output, the others are saved for backward.
+        results: "Tensor, Tensor": the first ``outputs`` are what the operation returns, the others
+            are saved for backward.
         backward_arguments: of ``backward``, which returns a "Tensor[]".
-        forward: what the operator computes.
+        forward: what the operator computes; None where there is nothing to return.
         fake: the same on tensors without data.
         setup: (ctx, inputs, outputs) -> None, saves what backward needs.
         backward: returns only the gradients that are wanted.
         backward_fake: the same on tensors without data.
-        gradients: (run, ctx, dy) -> one entry per input, where ``run`` is ``backward`` or its
-            operator.
+        gradients: (run, ctx, dy of each output or None) -> one entry per input, where ``run`` is
+            ``backward`` or its operator.
+        outputs: how many of the results have a gradient.
 
     Returns:
         Both forms.
     """
+
+    def without_none(run: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple]:
+        """An operator cannot return None; ``setup`` knows which of its tensors stand for it."""
+
+        def filled(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            return tuple(x.new_empty(0) if part is None else part for part in run(x, *rest))
+
+        return filled
+
     op = torch.library.custom_op(
-        f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=f"({arguments}) -> ({results})"
+        f"{NAMESPACE}::{name}",
+        without_none(forward),
+        mutates_args=(),
+        schema=f"({arguments}) -> ({results})",
     )
-    op.register_fake(fake)
+    op.register_fake(without_none(fake))
     op_backward = torch.library.custom_op(
         f"{NAMESPACE}::{name}_backward",
         backward,
@@ -88,7 +103,9 @@ def operation(
         schema=f"({backward_arguments}) -> Tensor[]",
     )
     op_backward.register_fake(backward_fake)
-    op.register_autograd(lambda ctx, dy, *_: gradients(op_backward, ctx, dy), setup_context=setup)
+    op.register_autograd(
+        lambda ctx, *dys: gradients(op_backward, ctx, *dys[:outputs]), setup_context=setup
+    )
 
     class Eager(torch.autograd.Function):
         # ctx in forward, and no setup_context, with which torch reads the signature in every call.
@@ -97,26 +114,32 @@ def operation(
             output = forward(*args)
             # What is saved gets no gradient, and a zero one is not made for it.
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*(t for t in output[outputs:] if t is not None))
             setup(ctx, args, output)
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, dy, *_):
-            return gradients(backward, ctx, dy)
+        def backward(ctx, *dys):
+            return gradients(backward, ctx, *dys[:outputs])
 
     return Operation(Eager.apply, op)
 
 
 def inference(
-    name: str, arguments: str, *, forward: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
+    name: str,
+    arguments: str,
+    results: str = "Tensor",
+    *,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Callable[..., Any]:
     """Register ``NAMESPACE::name_inference``, for calls that record no gradient.
 
     Args:
         name: of the operation.
         arguments: those of the operation.
+        results: "Tensor", or "Tensor[]" of an operation with several outputs.
         forward: what it computes.
         fake: ``forward`` on tensors without data.
 
@@ -127,11 +150,11 @@ def inference(
         f"{NAMESPACE}::{name}_inference",
         forward,
         mutates_args=(),
-        schema=f"({arguments}) -> Tensor",
+        schema=f"({arguments}) -> {results}",
     )
     op.register_fake(fake)
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         return (op if torch.compiler.is_compiling() else forward)(*args)
 
     return call

@@ -7,7 +7,7 @@ from support.kernel_inputs import ids_of, normal
 from support.oracle import compare
 from support.tolerances import FORWARD
 
-from koffkernels import reference
+from koffkernels import LoRA, reference
 from koffkernels._triton.lora.decode import CONFIGS, decode_linear
 from koffkernels._triton.shared.config import Config
 from koffkernels._triton.shared.decode import split_blocks, token_block
@@ -145,7 +145,7 @@ def launches(m, k, out, lora=None, bias=None):
 
 def test_decode_linear_launches():
     """One launch where nothing is left to add, else two; nothing without tokens."""
-    lora = tuple(torch.empty(*s, device="meta") for s in ((8, 16, 4096), (8, 14336, 16), (8,)))
+    lora = LoRA(*(torch.empty(*s, device="meta") for s in ((8, 16, 4096), (8, 14336, 16), (8,))))
     assert len(launches(1, 4096, 128 * 132)) == 1
     assert len(launches(1, 4096, 1024)) == 2
     assert len(launches(64, 4096, 14336, lora)) == 2
@@ -153,7 +153,7 @@ def test_decode_linear_launches():
 
 
 def test_decode_linear_compiles_three_variants_at_most():
-    lora = tuple(torch.empty(*s, device="meta") for s in ((8, 16, 4096), (8, 1024, 16), (8,)))
+    lora = LoRA(*(torch.empty(*s, device="meta") for s in ((8, 16, 4096), (8, 1024, 16), (8,))))
 
     def call(m):
         x, weight = (

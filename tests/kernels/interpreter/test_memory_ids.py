@@ -83,7 +83,7 @@ def test_memories_beyond_31_bits():
     """The offset of a memory is a 64-bit product."""
     ids, s = torch.tensor([2, 0, -1, 1]), normal(20, 3, dtype=torch.float16)
     a, x, rows = far_apart(3, 3, 16), normal(20, 16, dtype=torch.float16), Rows(ids, 5)
-    assert torch.equal(shrink(x, a, a, rows), shrink(x, a.contiguous(), a.contiguous(), rows))
+    assert torch.equal(shrink(x, [a, a], rows), shrink(x, [a.contiguous()] * 2, rows))
     del a
     b, scaling, w = far_apart(3, 16, 3), torch.ones(3), normal(16, 16, dtype=torch.float16)
     for way in (

@@ -164,7 +164,8 @@ def test_lora_linear_opcheck(frozen):
     tensors, weights = linear_inputs.make(((2, 3), 8, 12, 2, 3), torch.float32)
     lora = [tensors[f"lora.{f}"].requires_grad_(f != frozen) for f in ("a", "b", "scaling")]
     x = tensors["x"].flatten(0, 1).requires_grad_()
-    args = (x, weights["w"], torch.randn(12), *lora, torch.tensor([1, -1]), 3)
+    none = [None] * 5
+    args = (x, weights["w"], torch.randn(12), *lora, *none, *none, torch.tensor([1, -1]), 3)
     torch.library.opcheck(torch.ops.koffkernels.lora_linear, args)
 
 
@@ -209,7 +210,7 @@ def test_any_strides(route, train):
 @pytest.mark.parametrize("case", [mlp_case, linear_case])
 def test_compiled_inference_takes_the_decode_kernels_too(case, monkeypatch):
     call, tensors = case(((5, 3), 64, 96, 3, 8), "mixed", torch.float32)
-    where, name = (mlp, "decode_mlp_up") if case is mlp_case else (linear, "decode_linear")
+    where, name = (mlp, "decode_mlp_up") if case is mlp_case else (linear, "decode_linears")
     real, seen = getattr(where, name), []
     monkeypatch.setattr(where, name, lambda *args: seen.append(1) or real(*args))
     with koffkernels.force_route("decode"), torch.no_grad():

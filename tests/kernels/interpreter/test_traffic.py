@@ -63,7 +63,7 @@ def test_traffic_of_the_shrink(dtype):
     x, a = normal(40, 70, dtype=dtype), normal(4, 5, 70)
     ids = torch.tensor([2, -1, 1, 2])
     with count_traffic() as traffic:
-        s = shrink(x, a, None, Rows(ids, 10))
+        s = shrink(x, [a], Rows(ids, 10))
     assert (traffic.stores(s) == 1).all()
     assert (traffic.loads(a[0]) == 0).all() and (traffic.loads(a[3]) == 0).all()
     assert (traffic.loads(a[1:3]) == 1).all()
