@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from koffkernels import GatedMLPLoRA, LoRA
 from ..models import Shape
 from .context import Bench
 
-ATTENTION = ("q", "k", "v", "o")
+QKV = ("q", "k", "v")
+ATTENTION = (*QKV, "o")
 MLP = ("gate", "up", "down")
 
 
@@ -88,6 +90,9 @@ class Path(Protocol):
     def linear(self, layer: Layer, name: str, x: Tensor) -> Tensor:
         """y [..., N] of one linear layer."""
 
+    def qkv(self, layer: Layer, x: Tensor) -> Sequence[Tensor]:
+        """q, k and v [..., N] of the attention."""
+
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """y [..., H] of the gated MLP."""
 
@@ -98,6 +103,10 @@ class Plain:
     def linear(self, layer: Layer, name: str, x: Tensor) -> Tensor:
         """x W^T."""
         return F.linear(x, layer.weights[name])
+
+    def qkv(self, layer: Layer, x: Tensor) -> Sequence[Tensor]:
+        """Each on its own."""
+        return [self.linear(layer, name, x) for name in QKV]
 
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x))."""
@@ -122,6 +131,12 @@ class Koff:
         lora = layer.lora[name] if self.memories else None
         return koffkernels.lora_linear(x, layer.weights[name], lora=lora, memory_ids=self.ids)
 
+    def qkv(self, layer: Layer, x: Tensor) -> Sequence[Tensor]:
+        """``koffkernels.lora_linears``."""
+        weights = [layer.weights[name] for name in QKV]
+        lora = [layer.lora[name] for name in QKV] if self.memories else None
+        return koffkernels.lora_linears(x, weights, lora=lora, memory_ids=self.ids)
+
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """``koffkernels.gated_mlp``."""
         lora = GatedMLPLoRA(*(layer.lora[name] for name in MLP)) if self.memories else None
@@ -136,8 +151,7 @@ class Koff:
 
 def seven(path: Path, layer: Layer, x: Tensor, attended: Tensor, middle: Tensor) -> list[Tensor]:
     """All seven linear layers: q, k, v of x, o of ``attended``, the MLP of ``middle``."""
-    outputs = [path.linear(layer, name, x) for name in ("q", "k", "v")]
-    return [*outputs, path.linear(layer, "o", attended), path.mlp(layer, middle)]
+    return [*path.qkv(layer, x), path.linear(layer, "o", attended), path.mlp(layer, middle)]
 
 
 def mixed_ids(bench: Bench, rows: int, memories: int) -> Tensor:

@@ -49,7 +49,7 @@ class Stack:
         h = self.x[:rows]
         for layer, (keys, values) in zip(chosen, self.caches, strict=True):
             x = self._normalise(h)
-            q, k, v = (self._heads(path.linear(layer, name, x)) for name in ("q", "k", "v"))
+            q, k, v = (self._heads(part) for part in path.qkv(layer, x))
             cache = keys[:rows], values[:rows]
             cache[0][:, :, -1:] = self._rotate(k)
             cache[1][:, :, -1:] = v

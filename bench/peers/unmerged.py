@@ -42,6 +42,10 @@ class Unmerged:
             y.index_add_(0, rows, F.linear(F.linear(x.index_select(0, rows), a), b) * scaling)
         return y
 
+    def qkv(self, layer, x: Tensor) -> list[Tensor]:
+        """Each on its own."""
+        return [self.linear(layer, name, x) for name in ("q", "k", "v")]
+
     def mlp(self, layer, x: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x)), each with its adapters."""
         g, u = self.linear(layer, "gate", x), self.linear(layer, "up", x)
