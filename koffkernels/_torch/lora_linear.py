@@ -42,6 +42,9 @@ class _LoRALinears(torch.autograd.Function):
             ys.append(y)
         ctx.trains = [any(ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]) for i in range(len(ys))]
         ctx.rows = rows
+        # Of an output that nobody used there is no gradient at all, or its update would get zeros,
+        # under which weight decay and momentum still move it.
+        ctx.set_materialize_grads(False)
         narrow = [s if trains else None for s, trains in zip(narrow, ctx.trains, strict=True)]
         ctx.save_for_backward(x if any(ctx.trains) else None, *weights, *narrow, *matrices)
         return tuple(ys)
@@ -53,8 +56,10 @@ class _LoRALinears(torch.autograd.Function):
         count, rows, dx = len(dys), ctx.rows, None
         weights, narrow, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
         grads: list[Tensor | None] = [None] * (3 * count)
-        with without_autocast(dys[0].device):
+        with without_autocast(weights[0].device):
             for i, (dy, weight, s) in enumerate(zip(dys, weights, narrow, strict=True)):
+                if dy is None:
+                    continue
                 of = slice(3 * i, 3 * i + 3)
                 lora = None if matrices[3 * i] is None else matrices[of]
                 dx, t = linear_backward(dy, weight, lora, rows, ctx.needs_input_grad[0], onto=dx)

@@ -84,6 +84,11 @@ def test_lora_linears_of_which_one_output_is_used(used):
     tensors, weights, ids = inputs(QKV, "mixed", torch.float32)
     call = separate(weights, ids)
     check(lambda t: call(t)[used], tensors, torch.float32)
+    _, grads = run(lambda t: call(t)[used], tensors)
+    assert {name.partition(".")[0] for name, grad in grads.items() if grad is not None} == {
+        "x",
+        f"lora{used}",
+    }
 
 
 @pytest.mark.parametrize("frozen", [["x"], ["lora0.a", "lora0.b", "lora0.scaling"], ["lora2.b"]])

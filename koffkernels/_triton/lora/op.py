@@ -125,11 +125,12 @@ def _gradients(run, ctx, *dys):
     x, s, *parts, ids = ctx.saved_tensors
     m = next(dy.shape[0] for dy in dys if dy is not None and dy.dim() == 2)
     given = []
-    for dy, (weight, *_) in zip(dys, _of_each(parts), strict=True):
+    for i, (dy, (weight, *_)) in enumerate(zip(dys, _of_each(parts), strict=True)):
         if weight is None:
             given.append(None)
-        elif dy is None:  # nobody used this output
+        elif dy is None:  # nobody used this output: its update has no gradient, which is not zeros
             given.append(weight.new_zeros(m, weight.shape[0]))
+            needs[1 + 3 * i : 4 + 3 * i] = [False] * 3
         else:
             given.append(dy.contiguous())
     dx, *matrices = spread(run(*given, x, s, *parts, ids, ctx.tokens, needs), needs)

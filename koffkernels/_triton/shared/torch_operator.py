@@ -103,8 +103,14 @@ def operation(
         schema=f"({backward_arguments}) -> Tensor[]",
     )
     op_backward.register_fake(backward_fake)
+
+    def prepare(ctx: Any, inputs: tuple, output: tuple) -> None:
+        # What is saved gets no gradient, nor does an output that nobody used: no zeros for them.
+        ctx.set_materialize_grads(False)
+        setup(ctx, inputs, output)
+
     op.register_autograd(
-        lambda ctx, *dys: gradients(op_backward, ctx, *dys[:outputs]), setup_context=setup
+        lambda ctx, *dys: gradients(op_backward, ctx, *dys[:outputs]), setup_context=prepare
     )
 
     class Eager(torch.autograd.Function):
@@ -112,10 +118,8 @@ def operation(
         @staticmethod
         def forward(ctx, *args):
             output = forward(*args)
-            # What is saved gets no gradient, and a zero one is not made for it.
-            ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(t for t in output[outputs:] if t is not None))
-            setup(ctx, args, output)
+            prepare(ctx, args, output)
             return output
 
         @staticmethod
