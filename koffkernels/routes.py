@@ -29,8 +29,9 @@ FOLDER = Path(__file__).parent / "configs"
 _LIMITS = {"prefix_attention": "; other head_dims than 64 and 128, and fp64, in plain torch"}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # A row says nothing about a call further away than this, in powers of two over tokens and both
-# widths; a row with memory ids is this far from a call without, and the other way round.
-_FAR, _OTHER_IDS = 4.0, 2.0
+# widths; a row with memory ids is this far from a call without, and one of q, k and v as one
+# operation from a linear layer on its own, and the other way round.
+_FAR, _OTHER_IDS, _OTHER_COUNT = 4.0, 2.0, 2.0
 
 
 class Shape(NamedTuple):
@@ -39,9 +40,11 @@ class Shape(NamedTuple):
     Args:
         op: "lora_linear", "gated_mlp" or "prefix_attention".
         stage: "forward" or "backward".
-        m, k, n: tokens, input and output width (H and I of an MLP; T, D and S of an attention).
+        m, k, n: tokens, input and output width (H and I of an MLP; T, D and S of an attention). Of
+            several linear layers the outputs side by side.
         dtype: the compute dtype.
         mixed: whether the call has memory ids.
+        several: whether it has several linear layers, q, k and v.
     """
 
     op: str
@@ -51,6 +54,7 @@ class Shape(NamedTuple):
     n: int
     dtype: torch.dtype
     mixed: bool = False
+    several: bool = False
 
 
 class Route(NamedTuple):
@@ -140,6 +144,7 @@ def _is_row(row: object) -> bool:
         and min(row["m"], row["k"], row["n"]) > 0
         and row["route"] in ROUTES
         and isinstance(row.get("config"), str | None)
+        and isinstance(row.get("heads", 0), int)
     )
 
 
@@ -214,6 +219,9 @@ def _distance(row: dict, shape: Shape) -> float:
     # Over DECODE_TOKENS a row knows nothing of the decode kernels, and up to them not much else.
     if (row["m"] <= DECODE_TOKENS) != (shape.m <= DECODE_TOKENS):
         return math.inf
+    # Linear layers have heads in a table if they are those of an attention, q, k and v.
+    several = row["op"] == "lora_linear" and row.get("heads", 0) > 0
+    far += (several != shape.several) * _OTHER_COUNT
     return far + (row["mixed"] != shape.mixed) * _OTHER_IDS
 
 

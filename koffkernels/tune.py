@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from .checks import refuse
 from .clock import Clock, EventClock, Variant, WarmClock, measure
 from .dispatch import force_backend
 from .gated_mlp import gated_mlp
-from .lora_linear import lora_linear
+from .lora_linear import lora_linears
 from .prefix_attention import prefix_attention
 from .routes import DECODE_TOKENS, force_route
 from .types import GatedMLPLoRA, LoRA, Prefix
@@ -68,7 +68,8 @@ class Key(NamedTuple):
             attention: own keys of a row, as many as queries; a head's width; the same keys again.
         r: rank of the LoRA, 0 for an attention.
         mixed: eight memories and memory ids, instead of one memory without.
-        heads, kv_heads: of an attention.
+        heads, kv_heads: of an attention; or of q, k and v, which are one "lora_linear" whose
+            outputs lie side by side. 0: a linear layer on its own.
     """
 
     op: str
@@ -87,6 +88,11 @@ class Key(NamedTuple):
         rank = f"-r{self.r}" if self.r else ""
         ids = "-mixed" if self.mixed else ""
         return f"{self.op}-{self.direction}-{self.m}x{self.k}x{self.n}{heads}{rank}{ids}"
+
+    def shape(self, dtype: torch.dtype) -> routes.Shape:
+        """Return what a call of this shape asks a route for."""
+        several = self.op == "lora_linear" and self.heads > 0
+        return routes.Shape(*self[:5], dtype, self.mixed, several)
 
 
 class Candidate(NamedTuple):
@@ -180,8 +186,7 @@ def candidates(key: Key, arch: int) -> list[Candidate]:
 
 def usual(key: Key, dtype: torch.dtype, found: list[Candidate]) -> Candidate:
     """Return the candidate that runs where nothing was measured."""
-    shape = routes.Shape(*key[:5], dtype, key.mixed)
-    name = routes.usual(shape)
+    name = routes.usual(key.shape(dtype))
     return next(c for c in found if c.route == name)
 
 
@@ -205,10 +210,23 @@ def _rows(machine: Machine, key: Key) -> tuple[int, Tensor | None]:
 
 
 class _Operation(NamedTuple):
-    """A call without arguments, its input, and what is trained."""
+    """A call without arguments that returns all outputs, and what is trained."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Sequence[Tensor]]
     trained: list[Tensor]
+
+
+def _weights(key: Key) -> list[tuple[int, int]]:
+    """Return the sizes [N, K] of the weights of a gated MLP, of a linear layer, or of q, k and
+    v."""
+    if key.op == "gated_mlp":
+        return [(key.n, key.k), (key.n, key.k), (key.k, key.n)]
+    # The GEMM of a backward goes the other way.
+    out, inner = (key.n, key.k) if key.direction == "forward" else (key.k, key.n)
+    if not key.heads:
+        return [(out, inner)]
+    width = out // (key.heads + 2 * key.kv_heads)
+    return [(heads * width, inner) for heads in (key.heads, key.kv_heads, key.kv_heads)]
 
 
 def _operation(machine: Machine, key: Key, train: bool) -> _Operation:
@@ -227,22 +245,18 @@ def _operation(machine: Machine, key: Key, train: bool) -> _Operation:
         learned = [x.requires_grad_(train) for x in learned]
         lengths = torch.full((n,), LEARNED, device=machine.device)
         prefix = Prefix(*learned, lengths)
-        return _Operation(lambda: prefix_attention(*qkv, prefix, memory_ids=ids), [*qkv, *learned])
-    forward = key.direction == "forward"
-    mlp = key.op == "gated_mlp"
-    inner = key.k if forward or mlp else key.n  # a linear layer's backward goes the other way
-    x = machine.normal(rows, key.m // rows, inner).requires_grad_(train)
-    if mlp:
-        sizes = [(key.n, key.k), (key.n, key.k), (key.k, key.n)]
-    else:
-        sizes = [(key.n, key.k) if forward else (key.k, key.n)]
+        return _Operation(
+            lambda: [prefix_attention(*qkv, prefix, memory_ids=ids)], [*qkv, *learned]
+        )
+    sizes = _weights(key)
+    x = machine.normal(rows, key.m // rows, sizes[0][1]).requires_grad_(train)
     weights = [machine.normal(*size, scale=size[1] ** -0.5) for size in sizes]
     parts = [_lora(machine, key, *size, train) for size in sizes]
     trained = [x, *(t for part in parts for t in part[:2])]
-    if mlp:
+    if key.op == "gated_mlp":
         lora = GatedMLPLoRA(*parts)
-        return _Operation(lambda: gated_mlp(x, *weights, lora=lora, memory_ids=ids), trained)
-    return _Operation(lambda: lora_linear(x, *weights, lora=parts[0], memory_ids=ids), trained)
+        return _Operation(lambda: [gated_mlp(x, *weights, lora=lora, memory_ids=ids)], trained)
+    return _Operation(lambda: lora_linears(x, weights, lora=parts, memory_ids=ids), trained)
 
 
 def _bytes(key: Key, size: int) -> int:
@@ -259,7 +273,7 @@ def _forward(machine: Machine, key: Key) -> Callable[[Candidate], Variant]:
     operations = [_operation(machine, key, False) for _ in range(sets)]
 
     def variant(candidate: Candidate) -> Variant:
-        def call(i: int) -> Tensor:
+        def call(i: int) -> object:
             with torch.no_grad(), force_route(candidate.name, key.op):
                 return operations[i].call()
 
@@ -272,14 +286,14 @@ def _backward(machine: Machine, key: Key) -> Callable[[Candidate], Variant]:
     """Return candidate -> what to time: a forward of the vendor's, and all gradients. Both go into
     one CUDA graph: launched one by one, the many small kernels would wait for the host."""
     call, trained = _operation(machine, key, True)
-    dy = torch.randn_like(call())
+    dys = [torch.randn_like(y) for y in call()]
 
     def variant(candidate: Candidate) -> Variant:
         def gradients(i: int) -> object:
             with force_route("vendor", key.op):
-                y = call()
+                ys = call()
             with force_route(candidate.name, key.op):
-                return torch.autograd.grad(y, trained, dy)
+                return torch.autograd.grad(ys, trained, dys)
 
         return Variant(gradients, 1, calls=2)
 
@@ -364,12 +378,12 @@ def keys_of(shapes: Iterable[ModelShape], rank: int = RANK) -> list[Key]:
             q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
             for width in s.widths:
                 yield Key("gated_mlp", direction, m, s.hidden, width, rank, mixed)
-            pairs = [(width, s.hidden) for width in s.widths]
-            pairs += [(s.hidden, q), (s.hidden, kv), (q, s.hidden)]
-            for k, n in pairs:
+            down = [(width, s.hidden, 0, 0) for width in s.widths]
+            qkv = s.hidden, q + 2 * kv, s.heads, s.kv_heads
+            for k, n, *heads in (*down, qkv, (q, s.hidden, 0, 0)):
                 if direction == "backward":
                     k, n = n, k
-                yield Key("lora_linear", direction, m, k, n, rank, mixed)
+                yield Key("lora_linear", direction, m, k, n, rank, mixed, *heads)
 
     def attention(direction: str, m: int) -> Iterator[Key]:
         for s in shapes:
@@ -438,7 +452,8 @@ def _variant(key: Key) -> tuple:
         key.mixed,
         key.k % 256 == 0,
         key.n % 256 == 0,
-        bool(key.heads) and key.k,
+        bool(key.heads),
+        key.op == "prefix_attention" and key.k,  # a head's width
     )
 
 

@@ -11,6 +11,7 @@ class's runs.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,10 +22,19 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from koffkernels import GatedMLPLoRA, LoRA, RowGroups, gated_mlp, group_rows, lora_linear
+from koffkernels import (
+    GatedMLPLoRA,
+    LoRA,
+    RowGroups,
+    gated_mlp,
+    group_rows,
+    lora_linear,
+    lora_linears,
+)
+from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import ACTIVATIONS
 
-from .arch import MLP_LINEARS
+from .arch import MLP_LINEARS, SAME_INPUT, has_one_input
 from .class_swap import swap, unswap
 from .few_bits import is_plain
 
@@ -70,7 +80,8 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
     """Let koffkernels run the gated MLPs and the LoRA layers of a model, in place.
 
     A gated MLP, down(act(gate(x)) * up(x)), becomes one operation with the LoRA of its three layers
-    in it; a PEFT LoRA layer becomes one with its base layer. The results agree with the original's
+    in it; a PEFT LoRA layer becomes one with its base layer, and with the others among q, k and v
+    where the architecture is known to call them with one x. The results agree with the original's
     to rounding; where PEFT keeps adapters in fp32 under a 16-bit base, the update is computed in
     the base's dtype. Base weights get no gradient from the kernels: a layer whose base weights are
     trained runs its original code.
@@ -94,7 +105,7 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
         )
     done = AppliedKernels()
     for path, module in model.named_modules():
-        if isinstance(module, (_KernelLinear, _KernelMLP)) or hasattr(module, "_koff"):
+        if isinstance(module, _OWN) or hasattr(module, "_koff"):
             raise ValueError(
                 f"koff.apply_kernels: the model must not run on koffkernels already, got {path}; "
                 "undo() the first call, or detach koff"
@@ -115,6 +126,11 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
         swap(module, mixin)
         done.replaced[path] = name
         done._modules.append(module)
+    for module in model.modules():
+        together = len(_of_one_input(module)) > 1 and has_one_input(module)
+        if together and _patched(module) is None:
+            swap(module, _KernelAttention)
+            done._modules.append(module)
     if not done.replaced:
         found = "; ".join(f"{path}: {why}" for path, why in done.left.items())
         raise ValueError(
@@ -217,15 +233,16 @@ def _base(linear: nn.Module) -> nn.Module:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody waits for a module's output or gradient. Hooks on its input are told apart:
-    PEFT has its own there."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether somebody waits for a module's call, its output or gradient. Hooks on its input are
+    told apart: PEFT has its own there."""
+    waits = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(waits) or "forward" in module.__dict__
 
 
 def _frozen(linear: nn.Module) -> nn.Linear:
     """The base layer, whose weight the kernels take without calling it."""
     base = _base(linear)
-    if _hooked(base) or base._forward_pre_hooks or "forward" in base.__dict__:
+    if _hooked(base) or base._forward_pre_hooks:
         raise _Unfit
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
         raise _Unfit
@@ -317,19 +334,129 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
     )
 
 
+# ---- q, k and v ----
+
+
+def _of_one_input(module: nn.Module) -> dict[str, nn.Module]:
+    """Those of q, k and v that are LoRA layers run by koffkernels and lie right in a module."""
+    found = {name: module._modules.get(name) for name in SAME_INPUT}
+    return {name: linear for name, linear in found.items() if isinstance(linear, _KernelLinear)}
+
+
+def _how(x: Tensor, names: Sequence[str] | None) -> tuple:
+    """What two calls with the same x must have in common to have been one.
+
+    Whether somebody wrote into x, autograd counts, but not in inference mode.
+    """
+    counted = not (torch.compiler.is_compiling() or x.is_inference())
+    version = x._version if counted else None
+    return version, torch.is_grad_enabled(), compute_dtype(x, x), names
+
+
+@dataclass
+class _Ahead:
+    """The outputs of an attention's LoRA layers that were computed with another one's, before they
+    are called.
+
+    Args:
+        linears: the attention's LoRA layers, by name.
+        x: the input of the first call; the outputs are for this very tensor. None: before it.
+        how: of that call.
+        outputs: those that nobody asked for yet.
+    """
+
+    linears: dict[str, nn.Module]
+    x: Tensor | None = None
+    how: tuple = ()
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, linear: nn.Module, x: Tensor, names: Sequence[str] | None) -> Tensor | None:
+        """Return a layer's output for x if it is there, and keep it no longer."""
+        if self.x is not x:
+            return None
+        name = next((name for name, other in self.linears.items() if other is linear), None)
+        return self.outputs.pop(name, None) if self.how == _how(x, names) else None
+
+    def begin(
+        self, linear: nn.Module, lora: LoRA, x: Tensor, names: Sequence[str] | None
+    ) -> Tensor | None:
+        """Return a layer's output for x, and keep those of the others; None where it is alone.
+
+        Others are those that PEFT would let add a LoRA to the same x, and that nobody waits for.
+        """
+        if self.x is not None:
+            return None  # it is not called as an attention calls it
+        found: dict[str, tuple[nn.Linear, LoRA]] = {}
+        for name, other in self.linears.items():
+            try:
+                if _names_in_hooks(other) != names:
+                    continue
+                part = lora if other is linear else _lora(other, names, x)
+                if part is not None:
+                    found[name] = _frozen(other), part
+            except _Unfit:
+                continue
+        own = next((name for name in found if self.linears[name] is linear), None)
+        if own is None or len(found) == 1:
+            return None
+        bases, parts = zip(*found.values(), strict=True)
+        ys = lora_linears(
+            x,
+            [base.weight for base in bases],
+            [base.bias for base in bases],
+            lora=parts,
+            memory_ids=_rows(names, x),
+        )
+        self.x, self.how = x, _how(x, names)
+        self.outputs = dict(zip(found, ys, strict=True))
+        return self.outputs.pop(own)
+
+
+class _Running(threading.local):
+    """What runs in the current thread.
+
+    Attributes:
+        ahead: of the attention that runs; None outside of one.
+    """
+
+    # In __init__, since torch.compile would take a default of the class for the value.
+    def __init__(self):
+        self.ahead: _Ahead | None = None
+
+
+_running = _Running()
+
+
+class _KernelAttention:
+    """An attention of whose q, k and v those with a LoRA are one operation, while it runs."""
+
+    def forward(self, *args, **kwargs):
+        outer, _running.ahead = _running.ahead, _Ahead(_of_one_input(self))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _running.ahead = outer  # and what nobody asked for goes, also after an error
+
+
 class _KernelLinear:
-    """A PEFT LoRA layer as one operation with its base."""
+    """A PEFT LoRA layer as one operation with its base, or with its neighbours too."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        names = kwargs.get("adapter_names")
+        names, ahead = kwargs.get("adapter_names"), _running.ahead
         try:
             if args or set(kwargs) - {"adapter_names"}:
                 raise _Unfit
+            y = None if ahead is None else ahead.take(self, x, names)
+            if y is not None:
+                return y
             base, lora = _frozen(self), _lora(self, names, x)
         except _Unfit:
             return super().forward(x, *args, **kwargs)
         if lora is None:
             return base(x)
+        y = None if ahead is None else ahead.begin(self, lora, x, names)
+        if y is not None:
+            return y
         return lora_linear(x, base.weight, base.bias, lora=lora, memory_ids=_rows(names, x))
 
 
@@ -351,3 +478,6 @@ class _KernelMLP:
             return super().forward(x, *args, **kwargs)
         rows = None if lora == (None, None, None) else _rows(mixed, x)
         return gated_mlp(x, *weights, lora=lora, memory_ids=rows, activation=self._koff_activation)
+
+
+_OWN = (_KernelLinear, _KernelMLP, _KernelAttention)

@@ -110,6 +110,14 @@ ARCHITECTURES = {
         ),
     )
 }
+# Model types whose attention calls SAME_INPUT with one tensor, in every layer and every forward; a
+# cross attention does not, nor do layers that share another's keys and values (Gemma 3n, Gemma 4).
+_ONE_INPUT = {name for name, entry in ARCHITECTURES.items() if "q_proj" in entry.linears}
+_ONE_INPUT |= set(
+    "apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe "
+    "gpt_oss granitemoe helium hunyuan_v1_dense llama4_text ministral ministral3 mixtral nemotron "
+    "olmo olmo3 olmoe opt phi qwen2_moe qwen3_moe qwen3_next seed_oss stablelm starcoder2".split()
+)
 # Every name that a LoRA's target may have, on one architecture or another.
 LINEARS = tuple(dict.fromkeys(n for entry in ARCHITECTURES.values() for n in entry.linears))
 
@@ -224,6 +232,16 @@ def mixer(layer: nn.Module, model: PreTrainedModel) -> nn.Module:
     """Return the first module of a layer, which mixes its tokens: attention or a recurrence."""
     entry = architecture(model.config.model_type)
     return getattr(layer, entry.recurrent if is_recurrent(layer, model) else entry.attention)
+
+
+def has_one_input(module: nn.Module) -> bool:
+    """Return whether a module is an attention of transformers that is known to call ``SAME_INPUT``
+    with one tensor."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return False  # somebody's own class may do anything, under a config of these
+    # The attention's own config: in a model of several parts each is of another type.
+    found = getattr(getattr(module, "config", None), "model_type", None)
+    return isinstance(found, str) and found.removeprefix(NARROW_PREFIX) in _ONE_INPUT
 
 
 def mlp(layer: nn.Module, model: PreTrainedModel) -> nn.Module:

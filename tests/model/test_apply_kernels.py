@@ -68,7 +68,7 @@ def calls_of(monkeypatch) -> list[str]:
     from koff.model import apply_kernels as home
 
     seen = []
-    for name in ("gated_mlp", "lora_linear"):
+    for name in ("gated_mlp", "lora_linear", "lora_linears"):
         run = getattr(home, name)
         monkeypatch.setattr(
             home, name, lambda *a, _run=run, _name=name, **k: seen.append(_name) or _run(*a, **k)
@@ -88,8 +88,10 @@ def test_apply_kernels_is_peft_forward_and_gradients(name, targets, monkeypatch)
     for key, grad in grads.items():
         torch.testing.assert_close(grad, want_grads[key], **CLOSE, msg=key)
     layers = model.config.num_hidden_layers
-    attention = len([t for t in targets if t in SEVEN[:4]])
-    assert seen.count("gated_mlp") == layers and seen.count("lora_linear") == attention * layers
+    together, alone = "q_proj" in targets, "o_proj" in targets
+    assert seen.count("gated_mlp") == layers
+    assert seen.count("lora_linears") == together * layers
+    assert seen.count("lora_linear") == alone * layers
     assert sorted(set(done.replaced.values())) == ["GatedMLP", "LoRALinear"] and not done.left
     done.undo()
     again, _ = step(model)

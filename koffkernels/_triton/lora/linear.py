@@ -28,11 +28,12 @@ from .shrink import shrink, shrink_each
 
 
 def route_of(stage: str, x: Tensor, weights: Sequence[Tensor], rows: Rows) -> routes.Route:
-    """Return the route of a call on x [M, .] and weights [., K], as if they were one weight."""
+    """Return the route of a call on x [M, .] and weights [., K], whose outputs lie side by side."""
     m, k, n = x.shape[0], weights[0].shape[1], sum(weight.shape[0] for weight in weights)
     if stage == "backward":  # dy W reduces over N
         k, n = n, k
-    shape = routes.Shape("lora_linear", stage, m, k, n, x.dtype, rows.ids is not None)
+    mixed, several = rows.ids is not None, len(weights) > 1
+    shape = routes.Shape("lora_linear", stage, m, k, n, x.dtype, mixed, several)
     return routes.choose(shape, x.device)
 
 
