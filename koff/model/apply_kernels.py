@@ -250,8 +250,8 @@ def _frozen(linear: nn.Module) -> nn.Linear:
 
 
 def _names_in_hooks(linear: nn.Module) -> Sequence[str] | None:
-    """The ``adapter_names`` that PEFT's hooks would give to a layer, which the fused MLP does not
-    call."""
+    """The ``adapter_names`` that PEFT's hooks would give to a layer that is computed before, or
+    without, being called."""
     names = None
     if _hooked(linear):
         raise _Unfit

@@ -59,6 +59,13 @@ def linears(at: Setting, widths: tuple[int, ...]) -> list[Linear]:
     return [Linear(at.empty(n, k), None, LoRA(*at.lora(k, n))) for n in widths]
 
 
+def step(at: Setting, widths: tuple[int, ...], rows: common.Rows) -> None:
+    """Forward and backward of linear layers over one x, 8192 tokens."""
+    x, layers = at.empty(8192, MODEL.hidden), linears(at, widths)
+    ys, s = linears_forward(x, layers, rows)
+    linears_backward(ys, x, s, layers, rows, (True, [(True, True, False)] * len(widths)))
+
+
 def mlp_of(at: Setting, rows: common.Rows) -> Layer:
     h, i = MODEL.hidden, at.inner
     up, down = LoRA(*at.lora(h, i)), LoRA(*at.lora(i, h))
@@ -94,12 +101,6 @@ def test_launches_of_a_layer_in_a_training_step(memories):
     at, m = setting(memories), 8192
     rows = at.rows(m)
 
-    def linear(widths):
-        x, layers = at.empty(m, MODEL.hidden), linears(at, widths)
-        ys, s = linears_forward(x, layers, rows)
-        needs = True, [(True, True, False)] * len(widths)
-        linears_backward(ys, x, s, layers, rows, needs)
-
     def attention():
         sizes = (4, MODEL.heads, 2048), (4, MODEL.kv_heads, 2048), (memories, MODEL.kv_heads, 512)
         q, kv, learned = (at.empty(*size, MODEL.head_dim) for size in sizes)
@@ -114,7 +115,17 @@ def test_launches_of_a_layer_in_a_training_step(memories):
         y, saved = mlp_forward(x, layer, True)
         mlp_backward(y, x, saved, layer, (True, True, [(True, True, False)] * 3))
 
-    assert count(lambda: linear(QKV)) == 16
-    assert count(lambda: linear(OUT)) == 12
+    assert count(lambda: step(at, QKV, rows)) == 16
+    assert count(lambda: step(at, OUT, rows)) == 12
     assert count(mlp) == 25
     assert count(attention) == 7
+
+
+def test_launches_of_q_and_v_which_peft_takes_by_default():
+    at = setting(memories=1)
+    with routes.force_route("decode"):
+        x = at.empty(1, MODEL.hidden)
+        assert count(lambda: linears_inference(x, linears(at, (4096, 1024)), at.rows(1))) == 2
+    rows = at.rows(8192)
+    assert count(lambda: step(at, (4096, 1024), rows)) == 14
+    assert count(lambda: (step(at, (4096,), rows), step(at, (1024,), rows))) == 24

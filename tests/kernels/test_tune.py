@@ -67,7 +67,8 @@ def dry(keys, path, until=None):
 
 def tiny_keys():
     keys = tune.keys_of([TINY], rank=4)
-    return list(dict.fromkeys(key._replace(m=4, n=4 if key.heads else key.n) for key in keys))
+    few = {"lora_linear": {}, "gated_mlp": {}, "prefix_attention": {"n": 4}}
+    return list(dict.fromkeys(key._replace(m=4, **few[key.op]) for key in keys))
 
 
 def test_tune_measures_every_kind_of_shape_and_keeps_the_fastest(tmp_path, capsys):
@@ -89,6 +90,44 @@ def test_tune_measures_every_kind_of_shape_and_keeps_the_fastest(tmp_path, capsy
 def test_tune_down_is_a_linear_layer_of_its_own():
     wanted = {("lora_linear", width, 64) for width in TINY.widths}
     assert wanted <= {(key.op, key.k, key.n) for key in tune.keys_of([TINY])}
+
+
+QKV = 64 * (2 + 1 + 1)  # TINY's outputs of q, k and v side by side
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tune_measures_q_k_and_v_as_they_run(direction, mixed, monkeypatch):
+    """Together, at their own widths, with memory ids and without; and none of them alone."""
+    k, n = (64, QKV) if direction == "forward" else (QKV, 64)
+    found = [
+        key
+        for key in tune.keys_of([TINY], rank=4)
+        if key.op == "lora_linear" and (key.direction, key.mixed) == (direction, mixed)
+    ]
+    together = [key for key in found if key.heads]
+    assert {key[3:] for key in together} == {(k, n, 4, mixed, 2, 1)}
+    assert {key.m for key in together} == {key.m for key in found}
+    alone = {(key.k, key.n) if direction == "forward" else (key.n, key.k) for key in found}
+    assert alone - {(64, QKV)} == {(96, 64), (128, 64)}  # down of two widths; o is as wide as one
+
+    seen, real = [], tune.lora_linears
+
+    def spy(x, weights, **other):
+        ids = other["memory_ids"]
+        seen.append((x.numel() // x.shape[-1], [(*w.shape,) for w in weights], ids is not None))
+        assert [part.b.shape[:2] for part in other["lora"]] == [
+            (8 if mixed else 1, len(w)) for w in weights
+        ]
+        return real(x, weights, **other)
+
+    monkeypatch.setattr(tune, "lora_linears", spy)
+    machine = tune.Machine(torch.device("cpu"), torch.bfloat16, WallClock(), 0)
+    rows = tune.measure_key(machine, together[0]._replace(m=16))
+    assert seen and all(call == (16, [(128, 64), (64, 64), (64, 64)], mixed) for call in seen)
+    other = "fused" if direction == "backward" else "decode"
+    assert {row["route"] for row in rows} == {"vendor", other}
+    assert not [row for row in rows if "error" in row]
 
 
 def test_tune_that_is_cut_goes_on_where_it_stopped(tmp_path, capsys):
@@ -126,13 +165,13 @@ def test_tune_measures_again_under_other_versions(tmp_path):
 
 
 def test_tune_an_error_of_one_candidate_costs_only_it(tmp_path, monkeypatch):
-    def broken(x, weight, **other):
+    def broken(x, weights, **other):
         forced = routes._FORCED_FOR["lora_linear"]
         if forced.name == "decode":
             raise RuntimeError("out of shared memory")
-        return x @ weight.t()
+        return [x @ weight.t() for weight in weights]
 
-    monkeypatch.setattr(tune, "lora_linear", broken)
+    monkeypatch.setattr(tune, "lora_linears", broken)
     machine = tune.Machine(torch.device("cpu"), torch.bfloat16, WallClock(), 0)
     key = tune.Key("lora_linear", "forward", 4, 64, 96, 4)
     rows = tune.measure_key(machine, key)
@@ -211,6 +250,25 @@ def test_routes_a_row_knows_memory_ids():
     assert chosen(m=32, mixed=True).name == "fused"
 
 
+def test_routes_a_row_knows_q_k_and_v():
+    """A table from before they were one operation still counts, where nothing is nearer."""
+
+    def of(several, n=6144):
+        routes.forget()
+        shape = routes.Shape("lora_linear", "forward", 16, 4096, n, torch.bfloat16, False, several)
+        return routes.choose(shape, CUDA).name
+
+    alone = row("lora_linear", n=4096, route="vendor")
+    own(alone)
+    assert of(True) == of(False) == "vendor"
+    own(alone, row("lora_linear", n=6144, heads=32, kv_heads=8))
+    assert of(True) == of(True, 5120) == "fused" and of(False) == of(False, 4096) == "vendor"
+    own(row("lora_linear", n=6144, heads=32, kv_heads=8))
+    assert of(False) == "fused" and of(False, 1024) == "decode"  # too far
+    own(row("prefix_attention", n=4096, heads=32, kv_heads=8, route="vendor"))
+    assert chosen("prefix_attention", n=4096).reason.startswith("measured")
+
+
 def test_routes_a_row_says_nothing_of_what_is_far():
     """Nor of more tokens than the decode kernels take, if it was measured at fewer."""
     own(row(route="fused", m=8192), row(route="vendor", m=1))
@@ -231,6 +289,7 @@ def test_routes_a_row_says_nothing_of_what_is_far():
         json.dumps({"rows": [row(route="shell")]}),
         json.dumps({"rows": [row(m=0)]}),
         json.dumps({"rows": [row(config=3)]}),
+        json.dumps({"rows": [row(heads="2")]}),
     ],
 )
 def test_routes_a_broken_table_is_none(text):
