@@ -251,8 +251,7 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
         PRECISION=precision(x.dtype),
         num_warps=8 if block_r == 64 else 4,
         num_stages=3,
-        # Of one x, ptxas takes 120 to 178 by itself; with the code of three it took a few more, and
-        # a multiprocessor fewer blocks.
-        most_registers=128 if len(xs) > 1 and block_r == SMALLEST_TILE else 255,
+        # For four blocks on a multiprocessor, or three. ptxas takes up to 254 where it may.
+        most_registers=255 if block_r > SMALLEST_TILE else 160 if together == 3 else 128,
     )
     return s if splits == 1 else sum_partials(s, x.dtype)
