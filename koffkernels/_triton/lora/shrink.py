@@ -251,7 +251,7 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
         PRECISION=precision(x.dtype),
         num_warps=8 if block_r == 64 else 4,
         num_stages=3,
-        # For four blocks on a multiprocessor, or three. ptxas takes up to 254 where it may.
-        most_registers=255 if block_r > SMALLEST_TILE else 160 if together == 3 else 128,
+        # For four blocks on a multiprocessor; of one x three, since with 128 some variants spill.
+        most_registers=255 if block_r > SMALLEST_TILE else 128 if len(xs) > 1 else 160,
     )
     return s if splits == 1 else sum_partials(s, x.dtype)
