@@ -28,7 +28,7 @@ def gated_mlp(
         w_gate, w_up: [I, H], frozen, x's dtype (any under autocast).
         w_down: [H, I], frozen.
         gates: z [I], fp32, or None for all ones.
-        lora: LoRA of the three layers, or None.
+        lora: LoRA of the three layers, all finite, or None.
         memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
             them: no memory for that row. Or what ``group_rows`` made of them. May be None with
             one memory.

@@ -26,7 +26,7 @@ def lora_linear(
         x: [B, T, K] or [M, K], fp32, bf16, fp16 or fp64.
         weight: [N, K], frozen, x's dtype (any under autocast).
         bias: [N] or None, frozen.
-        lora: stacked LoRA of n memories, or None.
+        lora: stacked LoRA of n memories, all finite, or None.
         memory_ids: int64 [B] ([M] for two-dimensional x); -1, or any that is none of
             them: no memory for that row. Or what ``group_rows`` made of them. May be None when n
             is 1.
@@ -63,8 +63,8 @@ def lora_linears(
         x: [B, T, K] or [M, K], fp32, bf16, fp16 or fp64.
         weights: one to three [N, K], frozen, x's dtype (any under autocast); the N may differ.
         biases: [N] or None for each weight, frozen; None: no bias at all.
-        lora: stacked LoRA of n memories, or None, for each weight; the ranks may differ. None: no
-            LoRA at all.
+        lora: stacked LoRA of n memories, all finite, or None, for each weight; the ranks may
+            differ. None: no LoRA at all.
         memory_ids: as ``lora_linear`` takes them.
 
     Returns:

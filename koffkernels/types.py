@@ -20,6 +20,10 @@ class LoRA(NamedTuple):
         a: [n, r, K], any floating dtype (fp32 master weights are usual).
         b: [n, N, r].
         scaling: fp32 [n], alpha / r of each memory. Memories of a lower rank are padded with zeros.
+
+    No result depends on the memory of another row, as long as a, b and scaling b are finite in the
+    dtype that is computed in. Kernels multiply a memory by 0 for those tokens of their tile that
+    have another one, and 0 times infinity is NaN. A memory that no row has may hold anything.
     """
 
     a: Tensor

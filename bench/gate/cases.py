@@ -127,7 +127,7 @@ def _decode_linear(module: ModuleType, at: Setting) -> Iterator[Case]:
 
 def _decode_mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
     k, n = at.model.hidden, at.inner
-    gates, lora, first = at.master(n), at.lora(k, n), next(iter(module.CONFIGS.values()))
+    gates, lora, first = at.master(n), LoRA(*at.lora(k, n)), next(iter(module.CONFIGS.values()))
     for config, labels in configs(module.CONFIGS):
         calls = [(m, gates, lora, lora) for m in (1, 32, 64)]
         if at.plain and config is first:

@@ -201,6 +201,20 @@ class Memory(nn.Module):
                 "for text; train it with KoffTrainer, or use KVConfig(init='tokens')"
             )
 
+    def check_finite(self, where: str) -> None:
+        """Refuse NaN and infinity: kernels multiply a memory by 0 for tokens that do not use it,
+        which keeps it from them only as long as its numbers are finite.
+
+        Raises:
+            ValueError: there are some; ``where`` says who asked.
+        """
+        finite = [t.isfinite().all() for t in (*self.parameters(), *self.buffers())]
+        if finite and not bool(torch.stack(finite).all()):  # read back once, of all tensors
+            raise ValueError(
+                f"{where}: memory {self.name!r} must be finite, got NaN or infinity; lower the "
+                "learning rates and train it again"
+            )
+
     # What ``state_dict`` says of the tensors beside their values, and ``load_state_dict`` takes
     # over. A tensor, since formats like safetensors hold nothing else.
 
@@ -456,6 +470,9 @@ class MemoryBank(nn.Module):
             None with autograd, where a stack belongs to one backward, while compiling, where it is
             part of a graph, and on another stream of a GPU than the one it is made on, which would
             read it without waiting: then every layer makes its own.
+
+        Raises:
+            ValueError: one of these memories is not finite, or no longer.
         """
         if not memories or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -471,6 +488,8 @@ class MemoryBank(nn.Module):
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
+                for memory in memories:
+                    memory.check_finite("forward")
                 modules = [self, *(m for memory in memories for m in memory.modules())]
                 found = Stacks(modules, stream)
             mixes[memories] = found

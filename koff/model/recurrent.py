@@ -78,7 +78,6 @@ def start_of_rows(start: Start, ids: Tensor | None, rows: int) -> Start:
     if ids is None:
         return Start(*(t.expand(rows, *t.shape[1:]) for t in start))
     picked = (t[ids.clamp(min=0)] for t in start)
-    # Selected and not multiplied by 0: a NaN in one memory stays with its rows.
     return Start(*(t.masked_fill((ids < 0).view(-1, *[1] * (t.dim() - 1)), 0) for t in picked))
 
 

@@ -62,11 +62,7 @@ def check_memory(memory: Memory) -> None:
         ValueError: one of these.
     """
     memory.check_filled(asker())
-    if not all(bool(t.isfinite().all()) for t in memory.state_dict().values()):
-        raise ValueError(
-            f"{asker()}: memory {memory.name!r} must be finite, got NaN or infinity; lower the "
-            "learning rates and train it again"
-        )
+    memory.check_finite(asker())
 
 
 def write_memory(
@@ -157,7 +153,7 @@ def read_memory(
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a memory's tensors with NaN or infinity: one poisons every row that uses the memory.
+    """Refuse a memory's tensors with NaN or infinity, as ``Memory.check_finite`` does.
 
     Raises:
         ValueError: the name of such a tensor.

@@ -230,6 +230,25 @@ def test_without_autograd_a_model_of_16_bits_keeps_stacks_of_16(autocast):
     assert bank.lora(Site(0, "q_proj"), memories).a.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["lora", "keys"])
+@torch.no_grad()
+def test_a_memory_that_is_not_finite_is_refused_where_it_is_stacked(part, bad):
+    """By every forward that stacks it, and by no other; once it is edited, it is looked at anew."""
+    model, ids = attached("llama"), tokens()
+    want = model(ids, memory=MIX).logits
+    memory = model.koff.memories["es"]
+    number = memory.lora["2_down_proj"].b[3:4, 0] if part == "lora" else memory.kv[1].k[0, 2, :1]
+    before = number.clone()
+    number.fill_(bad)
+    for rows in (MIX, "es", ["es"] * 3):
+        with pytest.raises(ValueError, match="forward: memory 'es' must be finite, got NaN or inf"):
+            model(ids, memory=rows)
+    assert model(ids, memory=["en", None, "keys"]).logits.isfinite().all()
+    number.copy_(before)
+    assert torch.equal(model(ids, memory=MIX).logits, want)
+
+
 def test_a_scaling_equal_to_a_length_is_another_constant():
     lora = koff.LoRAConfig(r=1, alpha=7, target_modules="all-linear")
     model = attached("llama", lora=lora)  # 7 learned tokens, and alpha / r = 7

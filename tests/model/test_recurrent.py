@@ -194,12 +194,12 @@ def test_memories_with_and_without_states_mix():
         assert (mixed[row] - alone).abs().max() < FP32
 
 
-def test_a_nan_in_one_memory_stays_with_its_rows():
+@torch.no_grad()
+def test_a_learned_state_that_is_not_finite_is_refused():
     model, ids = attached(HYBRID), tokens()
-    with torch.no_grad():
-        model.koff.memories["es"].kv[0].state.fill_(float("nan"))
-        logits = model(ids, memory=MIX).logits
-    assert logits[0].isnan().all() and logits[1:].isfinite().all()
+    model.koff.memories["es"].kv[0].state[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="memory 'es' must be finite, got NaN or infinity"):
+        model(ids, memory=MIX)
 
 
 def by_the_formula(module, x, state, conv, mask):

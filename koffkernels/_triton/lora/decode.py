@@ -2,7 +2,8 @@
 layer or of up to three that share x.
 
 1. Weight rows, and beside them the rows of all A, times x; K is split over programs, which write
-   fp32 partials. Of one layer, without memories and with one split, this is already y.
+   fp32 partials. Of one layer, without memories and with one split, this is already y. Without
+   weights it is the shrink of whoever has its own way with them.
 2. The partials added in order, plus the bias and the low-rank update.
 """
 
@@ -50,6 +51,11 @@ CONFIGS = {
     "n128_k64_s4": Config(None, 128, 64, stages=4, archs=_ALL),
     "n128_k128_s3_w8": Config(None, 128, 128, stages=3, warps=8, archs=_ALL),
 }
+
+# Without W little is read: short programs, but whoever takes s adds up its splits (8 where K is
+# long enough, whatever the number of memories).
+_SHRINK = Config(None, 64, 64, stages=3)
+_SHRINK_SPLIT_COST = 4.0
 
 _EXPAND_BLOCK = 32  # outputs of a program of the second launch: short programs, many of them
 
@@ -151,7 +157,7 @@ def _decode_linear_fwd_kernel(
     """One program: BLOCK_N rows of a W or, in the first tiles, of a stacked A, for one split of K.
 
     out is [splits, M, N of the first and, beside it, of the second and the third], s likewise
-    [splits, M, ranks].
+    [splits, M, ranks]. There may be no W (and N is 0), or no A.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -173,7 +179,6 @@ def _decode_linear_fwd_kernel(
         width += w1.N
     if w2 is not None:
         width += w2.N
-    out_ptr += split.to(tl.int64) * M * width
     row = tile - end_a2
     # One condition after the other, and no else: Triton gives branches that lie inside of an else
     # shared memory of their own.
@@ -204,11 +209,13 @@ def _decode_linear_fwd_kernel(
     end1 = end0
     if w1 is not None:
         end1 = end0 + tl.cdiv(w1.N, BLOCK_N)
-    if (row >= 0) & (row < end0):
-        _weight_tile(
-            x_ptr, stride_x, w_ptr, stride_w, bias_ptr, out_ptr, width, row, M, N, K,
-            begin, end, EVEN_K, BLOCK_N, BLOCK_M, BLOCK_K, PRECISION,
-        )  # fmt: skip
+    if w_ptr is not None:
+        out_ptr += split.to(tl.int64) * M * width
+        if (row >= 0) & (row < end0):
+            _weight_tile(
+                x_ptr, stride_x, w_ptr, stride_w, bias_ptr, out_ptr, width, row, M, N, K,
+                begin, end, EVEN_K, BLOCK_N, BLOCK_M, BLOCK_K, PRECISION,
+            )  # fmt: skip
     if w1 is not None:
         if (row >= end0) & (row < end1):
             _weight_tile(
@@ -346,22 +353,22 @@ def _decode_expand_fwd_kernel(
 def _multiply(x, weights, bias, loras, rows, out, s, blocks, config) -> None:
     """First launch: out [splits, M, sum of N] and, with memories, s [splits, M, sum of ranks]; a
     bias only of a single weight."""
-    (m, k), splits = x.shape, out.shape[0]
-    weight, *more = weights
-    w1, w2, _ = up_to_three([Weight(w, w.stride(0), w.shape[0]) for w in more])
+    (m, k), splits = x.shape, (s if out is None else out).shape[0]
+    w0, w1, w2 = up_to_three([Weight(w, w.stride(0), w.shape[0]) for w in weights])
     memories = loras[0].a.shape[0] if loras else 0
     stacked = [StackedA(lora.a, lora.scaling, lora.a.shape[1]) for lora in loras]
     a0, a1, a2 = up_to_three(stacked)
     tiles = sum(cdiv(memories * a.rank, config.block_n) for a in stacked)
     tiles += sum(cdiv(w.shape[0], config.block_n) for w in weights)
     tile, size = tile_args(x, config), x.element_size()
+    largest = max(size, *(a.ptr.element_size() for a in stacked if weights), 0)
     launch(
         _decode_linear_fwd_kernel,
         (tiles, splits),
         x_ptr=x,
         stride_x=x.stride(0),
-        w_ptr=weight,
-        stride_w=weight.stride(0),
+        w_ptr=None if w0 is None else w0.ptr,
+        stride_w=0 if w0 is None else w0.stride,
         w1=w1,
         w2=w2,
         bias_ptr=bias,
@@ -374,11 +381,11 @@ def _multiply(x, weights, bias, loras, rows, out, s, blocks, config) -> None:
         memories=memories,
         tokens=rows.tokens,
         M=m,
-        N=weight.shape[0],
+        N=0 if w0 is None else w0.N,
         K=k,
         blocks=blocks,
-        # As many bytes in a stage as W takes: a program of A must not outlast the others.
-        BLOCK_A=tile["BLOCK_K"] * size // max(size, *(a.ptr.element_size() for a in stacked), 0),
+        # Beside W as many bytes in a stage as it takes: a program of A must not outlast the others.
+        BLOCK_A=tile["BLOCK_K"] * size // largest,
         **tile,
     )
 
@@ -472,3 +479,21 @@ def decode_linears(
     bs = [None if layer.lora is None else layer.lora.b for layer in layers]
     _expand(part, [layer.bias for layer in layers], s, bs, ys, rows)
     return ys
+
+
+def decode_shrink(x: Tensor, loras: Sequence[LoRA], rows: Rows) -> Tensor:
+    """Return fp32 partials of s = scaling_m x a_m^T, of one to three updates side by side; M <= 64.
+
+    Args:
+        x: [M, K], last stride 1.
+        loras: as ``decode_linear`` takes them.
+        rows: memory of each token; what lies in s of tokens without one is not to be read.
+
+    Returns:
+        [splits, M, sum of ranks].
+    """
+    splits, blocks = split_blocks(x, 1, _SHRINK, _SHRINK_SPLIT_COST)
+    ranks = sum(lora.a.shape[1] for lora in loras)
+    s = x.new_empty(splits, x.shape[0], ranks, dtype=torch.float32)
+    _multiply(x, [], None, loras, rows, None, s, blocks, _SHRINK)
+    return s

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..shared.launch import Rows, cdiv, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, up_to_three, wide
-from ..shared.stretch import add_update, memory_part, stretch_of, stretches
+from ..shared.stretch import stretch_of, stretches
+from ..shared.update import add_update, memory_part
 
 EXPECTS = {"_expand_fwd_kernel": "dot16"}
 

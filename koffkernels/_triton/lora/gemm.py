@@ -10,8 +10,6 @@ from torch import Tensor
 from ..shared.config import Config, choose_config
 from ..shared.gemm import (
     FP32,
-    add_delta,
-    apply_poison,
     config_args,
     grid_of,
     multiply,
@@ -22,6 +20,7 @@ from ..shared.gemm import (
 )
 from ..shared.launch import Rows, launch, memory_range, precision, token_memory
 from ..shared.operands import Delta, operand
+from ..shared.update import add_updates
 
 EXPECTS = {"_gemm_linear_fwd_kernel": "dot"}
 PREFILL = {"_gemm_linear_fwd_kernel": 1}
@@ -109,19 +108,15 @@ def _gemm_linear_fwd_kernel(
         + (cols[None, :] * stride_output + offs_k[:, None] * stride_input),
         K, stride_input, mask_n, EVEN_K, W_BY_N and not EVEN_N, PRECISION,
     )  # fmt: skip
-    broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((BLOCK_N,), tl.int32)
+    rows = (row0 + rows)[:, None]
     if delta0 is not None:
-        acc, broken, poison = add_delta(
-            acc, broken, poison, delta0, row0, memory, first, last, rows, offs_n, mask_n, ids_ptr,
-            BLOCK_R, PRECISION,
-        )  # fmt: skip
+        acc = add_updates(
+            acc, delta0, memory, first, last, rows, offs_n, mask_n, ids_ptr, BLOCK_R, PRECISION
+        )
     if delta1 is not None:
-        acc, broken, poison = add_delta(
-            acc, broken, poison, delta1, row0, memory, first, last, rows, offs_n, mask_n, ids_ptr,
-            BLOCK_R, PRECISION,
-        )  # fmt: skip
-    if delta0 is not None:
-        acc = apply_poison(acc, broken, poison, ids_ptr)
+        acc = add_updates(
+            acc, delta1, memory, first, last, rows, offs_n, mask_n, ids_ptr, BLOCK_R, PRECISION
+        )
     store_output(y_ptr, stride_y, acc, bias_ptr, begin_m, begin_n, M, N, ONTO, PARTS)
 
 

@@ -72,34 +72,28 @@ def _shrink_tile(
             a1_cols = second.ptr + at * second.stride_memory + offs_r[None, :] * second.stride_rank
         if third is not None:
             a2_cols = third.ptr + at * third.stride_memory + offs_r[None, :] * third.stride_rank
-        part0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        part1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        part2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         # A tile can hold memories 0 and 39 and none between: these take no turn in the inner loop.
         used = tl.max(mine.to(tl.int32), 0)
         for k in range(begin, begin + blocks * used * BLOCK_K, BLOCK_K):
             mask_k = k + offs_k < K
-            # x [BLOCK_M, BLOCK_K], A^T of each update [BLOCK_K, BLOCK_R]
+            # x [BLOCK_M, BLOCK_K], 0 for tokens of other memories, whose sums it does not change;
+            # A^T of each update [BLOCK_K, BLOCK_R]
             mask_x = mine[:, None] & mask_k[None, :]
             x = tl.load(x_rows + (k + offs_k)[None, :], mask=mask_x, other=0.0)
             mask0 = mask_k[:, None] & (offs_r < first.rank)[None, :]
             a0_ptrs = a0_cols + (k + offs_k)[:, None] * first.stride_wide
             a0 = tl.load(a0_ptrs, mask=mask0, other=0.0)
-            part0 = dot(x, a0.to(x.dtype), part0, PRECISION)
+            s0 = dot(x, a0.to(x.dtype), s0, PRECISION)
             if second is not None:
                 mask1 = mask_k[:, None] & (offs_r < second.rank)[None, :]
                 a1_ptrs = a1_cols + (k + offs_k)[:, None] * second.stride_wide
                 a1 = tl.load(a1_ptrs, mask=mask1, other=0.0)
-                part1 = dot(x, a1.to(x.dtype), part1, PRECISION)
+                s1 = dot(x, a1.to(x.dtype), s1, PRECISION)
             if third is not None:
                 mask2 = mask_k[:, None] & (offs_r < third.rank)[None, :]
                 a2_ptrs = a2_cols + (k + offs_k)[:, None] * third.stride_wide
                 a2 = tl.load(a2_ptrs, mask=mask2, other=0.0)
-                part2 = dot(x, a2.to(x.dtype), part2, PRECISION)
-        # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
-        s0 = tl.where(mine[:, None], part0, s0)
-        s1 = tl.where(mine[:, None], part1, s1)
-        s2 = tl.where(mine[:, None], part2, s2)
+                s2 = dot(x, a2.to(x.dtype), s2, PRECISION)
     s_rows = s_ptr + offs_m.to(tl.int64)[:, None] * width
     mask0 = mask_m[:, None] & (offs_r < first.rank)[None, :]
     tl.store(s_rows + offs_r[None, :], s0.to(s_ptr.dtype.element_ty), mask=mask0)
@@ -257,8 +251,7 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
         PRECISION=precision(x.dtype),
         num_warps=8 if block_r == 64 else 4,
         num_stages=3,
-        # Of one x, ptxas takes 120 to 178 by itself; with the code of three it took a few more, and
-        # a multiprocessor fewer blocks.
-        most_registers=128 if len(xs) > 1 and block_r == SMALLEST_TILE else 255,
+        # For four blocks on a multiprocessor; of one x three, since with 128 some variants spill.
+        most_registers=255 if block_r > SMALLEST_TILE else 128 if len(xs) > 1 else 160,
     )
     return s if splits == 1 else sum_partials(s, x.dtype)

@@ -1,33 +1,23 @@
 """h = act(x Wg^T + delta_g) * (x Wu^T + delta_u) * gates for few tokens, in one or two launches.
 
-1. With memories: s = scaling x A^T of gate and up; K is split over programs, which write fp32
-   partials.
+1. With memories: s = scaling x A^T of gate and up, in fp32 partials (``lora.decode``).
 2. Both weights times x in two accumulators, the two low-rank updates, activation and gates. A tile
    whose gates are all 0 reads no weights.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...types import LoRA
+from ..lora.decode import decode_shrink
 from ..shared.config import Config
-from ..shared.decode import (
-    StackedA,
-    expand_rows,
-    inside,
-    narrow,
-    rank_step,
-    shrink_rows,
-    split_blocks,
-    tile_args,
-    token_block,
-)
+from ..shared.decode import expand_rows, inside, narrow, rank_step, tile_args, token_block
 from ..shared.launch import Rows, activate, cdiv, dot, launch, memory_range, token_memory
 
-EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
+EXPECTS = {"_decode_mlp_up_fwd_kernel": "dot"}
 
 _ALL = (80, 90, 100)  # named, so that the first entry is the default of each (``default_name``)
 CONFIGS = {
@@ -38,61 +28,6 @@ CONFIGS = {
     "n128_k64_s3_w8": Config(None, 128, 64, stages=3, warps=8, archs=(80, 90)),
     "n128_k64_s4_w8": Config(None, 128, 64, stages=4, warps=8, archs=(80, 90)),
 }
-
-# The first launch reads little: short programs, but every program of the second adds up the splits
-# (8 where K is long enough, whatever the number of memories).
-_SHRINK = Config(None, 64, 64, stages=3)
-_SHRINK_SPLIT_COST = 4.0
-
-LoRATensors = tuple[Tensor, Tensor, Tensor]
-
-
-@triton.jit(do_not_specialize=["M", "ROWS0", "ROWS1", "memories", "tokens", "blocks"])
-def _decode_shrink_fwd_kernel(
-    x_ptr,
-    stride_x,
-    a0,
-    a1,
-    s_ptr,
-    ids_ptr,
-    memories,
-    tokens,
-    M,
-    K,
-    ROWS0,
-    ROWS1,
-    blocks,
-    EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: BLOCK_N rows of one stacked A for one split of K.
-
-    s is [splits, M, ranks of a0 and, beside them, of a1].
-    """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    offs_m = tl.arange(0, BLOCK_M)
-    memory = token_memory(ids_ptr, memories, offs_m, offs_m < M, tokens)
-    begin = split * blocks * BLOCK_K
-    end = tl.minimum(begin + blocks * BLOCK_K, K)
-    width = a0.rank
-    if a1 is not None:
-        width += a1.rank
-    s_ptr += split.to(tl.int64) * M * width
-    tiles0 = tl.cdiv(ROWS0, BLOCK_N)
-    if tile < tiles0:
-        shrink_rows(
-            x_ptr, stride_x, a0, s_ptr, tile, memory, offs_m, K, ROWS0, begin, end, width,
-            BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
-        )  # fmt: skip
-    else:
-        if a1 is not None:
-            shrink_rows(
-                x_ptr, stride_x, a1, s_ptr + a0.rank, tile - tiles0, memory, offs_m, K, ROWS1,
-                begin, end, width, BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, PRECISION,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "memories", "tokens", "splits"])
@@ -180,38 +115,6 @@ def _decode_mlp_up_fwd_kernel(
     tl.store(h_ptrs, narrow(h, h_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
-    """First launch: fp32 partials [splits, M, sum of ranks] of scaling_m x a_m^T, for one or two
-    LoRA."""
-    (m, k), (a0, _, scaling0), a1 = x.shape, loras[0], None
-    r0, r1, n = a0.shape[1], 0, a0.shape[0]
-    if len(loras) == 2:
-        a1, _, scaling1 = loras[1]
-        r1 = a1.shape[1]
-    tiles = cdiv(n * r0, _SHRINK.block_n) + cdiv(n * r1, _SHRINK.block_n)
-    splits, blocks = split_blocks(x, 1, _SHRINK, _SHRINK_SPLIT_COST)
-    s = x.new_empty(splits, m, r0 + r1, dtype=torch.float32)
-    launch(
-        _decode_shrink_fwd_kernel,
-        (tiles, splits),
-        x_ptr=x,
-        stride_x=x.stride(0),
-        a0=StackedA(a0, scaling0, r0),
-        a1=None if a1 is None else StackedA(a1, scaling1, r1),
-        s_ptr=s,
-        ids_ptr=rows.ids,
-        memories=n,
-        tokens=rows.tokens,
-        M=m,
-        K=k,
-        ROWS0=n * r0,
-        ROWS1=n * r1,
-        blocks=blocks,
-        **tile_args(x, _SHRINK),
-    )
-    return s
-
-
 def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) -> None:
     """Second launch: h [M, I] from both weights and, with memories, s and the B of gate and up."""
     (w_gate, w_up), (m, k) = weights, x.shape
@@ -251,8 +154,8 @@ def decode_mlp_up(
     w_gate: Tensor,
     w_up: Tensor,
     gates: Tensor | None,
-    lora_gate: LoRATensors | None,
-    lora_up: LoRATensors | None,
+    lora_gate: LoRA | None,
+    lora_up: LoRA | None,
     rows: Rows,
     activation: str,
     config: Config | None = None,
@@ -263,8 +166,8 @@ def decode_mlp_up(
         x: [M, K], last stride 1.
         w_gate, w_up: [I, K] in x's dtype, last stride 1.
         gates: fp32 [I], or None. A neuron whose gate is 0 gives 0, whatever x holds.
-        lora_gate, lora_up: None, or (a [n, r, K], b [n, I, r], scaling fp32 [n]), a and b
-            contiguous and of any floating dtype (rounded to x's); the ranks may differ.
+        lora_gate, lora_up: None, or a [n, r, K], b [n, I, r], scaling fp32 [n], a and b contiguous
+            and of any floating dtype (rounded to x's); the ranks may differ.
         rows: memory of each token; tokens without one get no update.
         activation: silu, gelu or gelu_tanh.
         config: an entry of CONFIGS; None: the first.
@@ -278,7 +181,7 @@ def decode_mlp_up(
     config = config or next(iter(CONFIGS.values()))
     given = [lora for lora in (lora_gate, lora_up) if lora is not None]
     rows = rows if given else Rows(None, 1)  # not read: no variant of its own
-    s = _shrink(x, given, rows) if given else None
-    lora_b = [None if lora is None else lora[1] for lora in (lora_gate, lora_up)]
+    s = decode_shrink(x, given, rows) if given else None
+    lora_b = [None if lora is None else lora.b for lora in (lora_gate, lora_up)]
     _multiply_both(x, (w_gate, w_up), gates, s, lora_b, rows, h, activation, config)
     return h

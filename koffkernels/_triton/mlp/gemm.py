@@ -10,8 +10,6 @@ from torch import Tensor
 from ..shared.config import Config, choose_config
 from ..shared.gemm import (
     FP32,
-    add_delta,
-    apply_poison,
     config_args,
     grid_of,
     multiply,
@@ -22,6 +20,7 @@ from ..shared.gemm import (
 )
 from ..shared.launch import Rows, activate, launch, memory_range, precision, token_memory
 from ..shared.operands import Delta, operand
+from ..shared.update import add_updates
 
 EXPECTS = {"_gemm_mlp_up_fwd_kernel": "dot"}
 PREFILL = {"_gemm_mlp_up_fwd_kernel": 2}
@@ -134,20 +133,18 @@ def _gemm_mlp_up_fwd_kernel(
             store_tile(g0_ptr, stride_g0, g, begin_m, begin_n, M, N, False)
             store_tile(u0_ptr, stride_g0, u, begin_m, begin_n, M, N, False)
         # Each update is 0 in the other's columns: wgmma wants the whole accumulator in place.
+        rows = (row0 + rows)[:, None]
         neurons = begin_n + cols % BLOCK_N
-        broken, poison = tl.zeros((BLOCK_M,), tl.int32), tl.zeros((2 * BLOCK_N,), tl.int32)
         if delta_gate is not None:
-            acc, broken, poison = add_delta(
-                acc, broken, poison, delta_gate, row0, memory, first, last, rows, neurons,
+            acc = add_updates(
+                acc, delta_gate, memory, first, last, rows, neurons,
                 (cols < BLOCK_N) & (neurons < N), ids_ptr, BLOCK_R, PRECISION,
             )  # fmt: skip
         if delta_up is not None:
-            acc, broken, poison = add_delta(
-                acc, broken, poison, delta_up, row0, memory, first, last, rows, neurons,
+            acc = add_updates(
+                acc, delta_up, memory, first, last, rows, neurons,
                 (cols >= BLOCK_N) & (neurons < N), ids_ptr, BLOCK_R, PRECISION,
             )  # fmt: skip
-        if delta_gate is not None or delta_up is not None:
-            acc = apply_poison(acc, broken, poison, ids_ptr)
         g, u = split_columns(acc)
         store_hidden(h_ptr, stride_h, g, u, gates_ptr, begin_m, begin_n, M, N, ACTIVATION, PARTS)
     else:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..shared.launch import Rows, activate, cdiv, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
-from ..shared.stretch import add_update, memory_part, stretch_of, stretches
+from ..shared.stretch import stretch_of, stretches
+from ..shared.update import add_update, memory_part
 
 
 def _expects(args: dict[str, Any]) -> str | None:

@@ -22,13 +22,8 @@ from ..shared.config import Config, choose_config
 from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import MatrixSum, sum_partials
-from ..shared.stretch import (
-    add_update,
-    memory_part,
-    narrow_transposed,
-    stretch_of,
-    stretches,
-)
+from ..shared.stretch import stretch_of, stretches
+from ..shared.update import add_update, memory_part, narrow_transposed
 
 
 class HiddenDeltas(NamedTuple):

@@ -206,9 +206,9 @@ def expand_rows(
 ):
     """acc + B_m s^T of each token's own memory m; acc is [BLOCK_N, BLOCK_M].
 
-    s [splits, M, width] are fp32 partials (R values of each token), rounded to ``dtype``
-    once added. Memories from first to last - 1 are gone through; those that no token has are not
-    read.
+    s [splits, M, width] are fp32 partials (R values of each token), rounded to ``dtype`` once
+    added. Memories from first to last - 1 are gone through; those that no token has are not read.
+    As in ``update.add_updates``, s is 0 for tokens of other memories, and memories must be finite.
     """
     for r in range(0, R, BLOCK_R):
         # s^T [BLOCK_R, BLOCK_M], B [BLOCK_N, BLOCK_R]
@@ -222,6 +222,5 @@ def expand_rows(
             mask_b = (offs_n < N)[:, None] & (offs_r < R)[None, :] & used
             b_rows = b_ptr + (tl.cast(m, tl.int64) * N + offs_n[:, None]) * R
             b = tl.load(b_rows + offs_r[None, :], mask=mask_b, other=0.0)
-            # Selected, not multiplied by 0: a NaN of another memory must not reach these tokens.
-            acc = tl.where(mine[None, :], dot(narrow(b, dtype), s, acc, PRECISION), acc)
+            acc = dot(narrow(b, dtype), tl.where(mine[None, :], s, 0.0), acc, PRECISION)
     return acc

@@ -1,5 +1,5 @@
-"""What the fused GEMMs share: configuration, order of tiles, main loop, and the low-rank update
-that a tile receives before it is written.
+"""What the fused GEMMs share: configuration, order of tiles, main loop, and how a tile is
+written.
 
 Addresses are an int64 origin of the tile and int32 offsets inside it: with int64 offsets the larger
 tiles do not fit in registers.
@@ -89,74 +89,6 @@ def multiply(
         acc = dot(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_input
-    return acc
-
-
-@triton.jit
-def memory_delta(
-    acc, broken, poison, delta, row0, m, mine, rows, offs_n, mask_n, ids_ptr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``add_delta`` for memory m, whose tokens are ``mine`` (all of them without ids)."""
-    offs_r = tl.arange(0, BLOCK_R)
-    s_rows = delta.s + row0 * delta.stride_token + rows[:, None] * delta.stride_token
-    b_cols = delta.b + (tl.zeros((), tl.int64) + m) * delta.stride_memory
-    b_cols += offs_n[None, :] * delta.stride_wide
-    scaling = tl.load(delta.scaling + m)
-    for r in tl.range(0, delta.rank, BLOCK_R, num_stages=1):
-        mask_r = r + offs_r < delta.rank
-        mask_b = mask_r[:, None] & mask_n[None, :]
-        mask_s = mask_r[None, :]
-        if ids_ptr is not None:
-            mask_s = mine[:, None] & mask_s
-        # s [BLOCK_M, BLOCK_R], b [BLOCK_R, BLOCK_N]
-        s = tl.load(s_rows + (r + offs_r)[None, :], mask_s, other=0.0)
-        b = tl.load(b_cols + ((r + offs_r) * delta.stride_rank)[:, None], mask_b, other=0.0)
-        b = (b * scaling).to(s.dtype)
-        if ids_ptr is not None:
-            finite = tl.abs(b.to(tl.float32)) < float("inf")
-            b = tl.where(finite, b, 0.0)
-            bad = tl.max(tl.where(finite, 0, 1), 0)
-            poison = tl.maximum(poison, bad)
-            broken = tl.where(mine, tl.maximum(broken, tl.max(bad, 0)), broken)
-        acc = dot(s, b, acc, PRECISION)
-    return acc, broken, poison
-
-
-@triton.jit
-def add_delta(
-    acc, broken, poison, delta, row0, memory, first, last, rows, offs_n, mask_n, ids_ptr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc plus the update of each token's memory; the tile starts at token row0.
-
-    A memory is multiplied into the accumulator of all tokens of the tile, with s = 0 for those that
-    do not use it, since a second accumulator to select from would not fit in registers. So that its
-    inf or NaN cannot reach other tokens as 0 * inf, such elements count as 0 here, and the caller
-    puts NaN where ``broken`` (tokens) and ``poison`` (outputs) say so.
-    """
-    if ids_ptr is not None:
-        for m in tl.range(first, last, num_stages=1):
-            mine = memory == m
-            # A tile at a border can hold memories 0 and 39 and none between.
-            if tl.max(mine.to(tl.int32), 0) > 0:
-                acc, broken, poison = memory_delta(
-                    acc, broken, poison, delta, row0, m, mine, rows, offs_n, mask_n, ids_ptr,
-                    BLOCK_R, PRECISION,
-                )  # fmt: skip
-    else:
-        acc, broken, poison = memory_delta(
-            acc, broken, poison, delta, row0, 0, memory, rows, offs_n, mask_n, ids_ptr,
-            BLOCK_R, PRECISION,
-        )  # fmt: skip
-    return acc, broken, poison
-
-
-@triton.jit
-def apply_poison(acc, broken, poison, ids_ptr):
-    """NaN in the outputs of tokens whose memory had an inf or NaN there."""
-    if ids_ptr is not None:
-        acc = tl.where((broken[:, None] & poison[None, :]) > 0, float("nan"), acc)
     return acc
 
 

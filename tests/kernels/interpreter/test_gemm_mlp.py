@@ -123,17 +123,15 @@ def test_gemm_mlp_up_zero_gates_give_zero():
 
 
 @pytest.mark.parametrize("part", ("gate", "up"))
-def test_gemm_mlp_up_bad_memory_stays_in_its_tokens(part):
-    """One bad number of a memory makes one neuron of its tokens NaN and changes no other."""
+def test_gemm_mlp_up_memory_reaches_its_own_tokens_only(part):
+    """Whatever finite numbers it holds; one of them reaches one neuron, and neither g0 nor u0."""
     x, w_gate, w_up, _, *deltas, rows = inputs(SHAPES["sequences across tiles"], torch.float16)
-    delta = deltas[part == "up"]
-    delta.b[1, 40, 5] = 0.0
     want = gemm_mlp_up(x, w_gate, w_up, None, *deltas, rows, "silu", SMALL, keep=True)
-    delta.b[1, 40, 5] = torch.nan
+    deltas[part == "up"].b[1, 40, 5] = torch.finfo(torch.float16).max / 2
     got = gemm_mlp_up(x, w_gate, w_up, None, *deltas, rows, "silu", SMALL, keep=True)
     hit = torch.zeros_like(got[0], dtype=torch.bool)
     hit[rows.ids.repeat_interleave(13)[:67] == 1, 40] = True
-    assert torch.equal(got[0].isnan(), hit) and hit.any()
+    assert hit.any() and (got[0][hit] != want[0][hit]).all()
     assert torch.equal(got[0][~hit], want[0][~hit])
     assert torch.equal(got[1], want[1])
 
