@@ -25,7 +25,18 @@ from ..shared.decode import (
     tile_args,
     token_block,
 )
-from ..shared.launch import Rows, activate, cdiv, dot, launch, memory_range, token_memory
+from ..shared.launch import (
+    Rows,
+    activate,
+    cdiv,
+    dot,
+    launch,
+    memory_range,
+    pdl,
+    start_dependent,
+    token_memory,
+    wait_for_primary,
+)
 
 EXPECTS = {"_decode_shrink_fwd_kernel": "dot", "_decode_mlp_up_fwd_kernel": "dot"}
 
@@ -67,11 +78,13 @@ def _decode_shrink_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_N rows of one stacked A for one split of K.
 
     s is [splits, M, ranks of a0 and, beside them, of a1].
     """
+    start_dependent(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
     memory = token_memory(ids_ptr, memories, offs_m, offs_m < M, tokens)
@@ -124,11 +137,13 @@ def _decode_mlp_up_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_N of the N neurons for all tokens.
 
     s is [splits, M, R_GATE + R_UP]; a projection without an update has rank 0.
     """
+    wait_for_primary(PDL)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -207,6 +222,7 @@ def _shrink(x: Tensor, loras: list[LoRATensors], rows: Rows) -> Tensor:
         ROWS0=n * r0,
         ROWS1=n * r1,
         blocks=blocks,
+        PDL=pdl(x.device),
         **tile_args(x, _SHRINK),
     )
     return s
@@ -217,6 +233,7 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
     (w_gate, w_up), (m, k) = weights, x.shape
     b_gate, b_up = lora_b
     r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
+    overlaps = s is not None and pdl(x.device)
     launch(
         _decode_mlp_up_fwd_kernel,
         (cdiv(h.shape[1], config.block_n),),
@@ -242,6 +259,8 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
         splits=0 if s is None else s.shape[0],
         ACTIVATION=activation,
         BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
+        PDL=overlaps,
+        dependent=overlaps,
         **tile_args(x, config),
     )
 

@@ -1,0 +1,247 @@
+"""Programmatic dependent launch: who begins early, and that it waits before it reads or writes.
+
+No GPU is needed: launches are recorded, and what they would run is compiled for chips that are not
+there. What a GPU makes of it only a GPU can say (``bench.gpu``)."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bench.gate import cases, compiling, settings
+from koffkernels._triton.lora.decode import decode_linears
+from koffkernels._triton.shared import launch as common
+from koffkernels._triton.shared.launch import wait_for_primary
+from koffkernels._triton.shared.operands import Linear
+
+FILES = ("lora.decode", "mlp.decode", "attention.decode")
+# Second kernel -> whom it may follow.
+PAIRS = {
+    "_decode_expand_fwd_kernel": {"_decode_linear_fwd_kernel"},
+    "_decode_mlp_up_fwd_kernel": {"_decode_shrink_fwd_kernel"},
+    "_prefix_attention_own_kernel": {"_prefix_attention_group_kernel"},
+    "_prefix_attention_merge_kernel": {"_prefix_attention_own_kernel"},
+}
+EXPECTS = {name: None for name in ("_late_kernel", "_inside_kernel", "_sometimes_kernel")}
+
+
+def calls(on: bool, subset: bool = True) -> list[list[common.Launch]]:
+    """The launches of every call of the decode kernels that the gate knows, call by call."""
+    found = []
+    for at in settings.subset() if subset else settings.settings():
+        for file, case in cases.cases(at):
+            if file in FILES:
+                with common.programmatic(on), common.recording() as launches:
+                    case.run()
+                found.append(list(launches))
+    return found
+
+
+def name(launch: common.Launch) -> str:
+    return launch.kernel.fn.__name__
+
+
+def is_early(launch: common.Launch) -> bool:
+    return launch.options.get("launch_pdl", False)
+
+
+def variants(launches: list[common.Launch]) -> list[common.Launch]:
+    """One launch for each kernel, and what is absent or compiled in."""
+    keys = compiling.signatures(launches)
+    return list(dict(zip(keys, launches, strict=True)).values())
+
+
+def test_nothing_begins_early_unless_asked_for():
+    for launches in calls(False, subset=False):
+        for launch in launches:
+            assert not launch.args["PDL"] and "launch_pdl" not in launch.options
+
+
+def test_who_begins_early_follows_the_one_that_lets_it():
+    """In one operation, directly, and never the first of an operation: that one starts when all
+    before it has ended, which is what the second kernel's wait then stands for, too."""
+    seen = set()
+    for launches in calls(True, subset=False):
+        assert not is_early(launches[0])
+        for first, second in zip(launches, launches[1:], strict=False):
+            assert is_early(second) and second.args["PDL"] and first.args["PDL"]
+            assert name(first) in PAIRS[name(second)]
+            seen.add((name(first), name(second)))
+        # The last one lets nobody begin: whoever comes next is not ours to know.
+        last = launches[-1]
+        assert not last.args["PDL"] or (
+            name(last) in PAIRS and last.args.get("merged", "") is not None
+        )
+    assert seen == {(first, second) for second, firsts in PAIRS.items() for first in firsts}
+
+
+def ptx_of(launch: common.Launch, arch: str) -> str:
+    launch = compiling.for_chip(launch, arch)
+    with compiling._chip(arch, compiling._COMPILED):
+        done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
+    return done.asm["ptx"].partition(".entry")[2]
+
+
+def check(launch: common.Launch, arch: str) -> None:
+    """Waits and signals are where the roles of the launch want them, in PTX and in SASS."""
+    ptx = ptx_of(launch, arch)
+    waits, signals = ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+    can = arch != "sm_80"
+    secondary = can and launch.args["PDL"] and name(launch) in PAIRS
+    primary = (
+        can and launch.args["PDL"] and any(name(launch) in firsts for firsts in PAIRS.values())
+    )
+    if name(launch) == "_prefix_attention_own_kernel":  # ... of the merge, if there is one
+        primary = primary and launch.args["merged"] is None
+    assert (ptx.count(waits), ptx.count(signals)) == (int(secondary), int(primary)), name(launch)
+    if secondary and primary:
+        assert ptx.index(waits) < ptx.index(signals)
+    row = compiling.row_of(launch, arch)
+    assert row["problems"] == [] and row["waits"] == int(secondary)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_kernels_wait_before_they_read_or_write(arch):
+    """One token, several memories."""
+    found = {}
+    for launches in calls(True):
+        for launch in launches:
+            merged = launch.args.get("merged", 0) is None
+            found.setdefault((name(launch), launch.args["PDL"], is_early(launch), merged), launch)
+    assert {key[0] for key in found if key[2]} == set(PAIRS)
+    for launch in found.values():
+        check(launch, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", settings.ARCHS)
+def test_all_variants_of_a_subset_wait_before_they_read_or_write(arch):
+    for launch in variants([launch for launches in calls(True) for launch in launches]):
+        check(launch, arch)
+
+
+@pytest.mark.slow
+def test_no_registers_and_no_shared_memory_are_the_price():
+    """As many blocks fit a multiprocessor as without."""
+    for off, on in zip(calls(False), calls(True), strict=True):
+        for a, b in zip(off, on, strict=True):
+            without, has = (compiling.compile_launch(launch, "sm_90") for launch in (a, b))
+            assert has["shared_bytes"] == without["shared_bytes"]
+            warps = a.options["num_warps"]
+            blocks = [
+                65536 // (-(-row["registers"] // 8) * 8 * 32 * warps) for row in (without, has)
+            ]
+            assert blocks[1] >= blocks[0], name(a)
+
+
+@triton.jit
+def _late_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Reads before it waits."""
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    wait_for_primary(PDL)
+    tl.store(y_ptr + offs, x)
+
+
+@triton.jit
+def _inside_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Waits inside of a loop, whose loads Triton's pipeline puts ahead of it."""
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, N, BLOCK):
+        wait_for_primary(PDL)
+        x = tl.load(x_ptr + offs[:, None] * N + (k + offs)[None, :])
+        acc = tl.dot(x, tl.trans(x), acc)
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+@triton.jit
+def _sometimes_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Waits in some programs."""
+    offs = tl.arange(0, BLOCK)
+    if tl.program_id(0) < N:
+        wait_for_primary(PDL)
+        tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+@pytest.mark.parametrize(
+    "kernel, access",
+    [
+        (_late_kernel, r"ld\.global"),
+        (_inside_kernel, r"cp\.async"),
+        (_sometimes_kernel, r"bra"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_check_finds_what_comes_before_a_wait(kernel, access):
+    x = torch.empty(64, 512, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(64, 64, device="meta")
+    args = {"x_ptr": x, "y_ptr": y, "N": 512, "BLOCK": 64, "PDL": True}
+    with common.recording() as launches:
+        common.launch(kernel, (8,), **args, dependent=True, num_stages=3)
+    row = compiling.row_of(launches[0], "sm_90")
+    assert "must wait for the kernel before it first" in row["problems"][0]
+    assert any(re.search(access, line) for line in row["early"]), row["early"]
+    # A launch that may begin early, of a kernel that does not wait.
+    careless = launches[0]._replace(args=args | {"PDL": False})
+    assert "no wait" in compiling.row_of(careless, "sm_90")["problems"][0]
+    # In order, nobody has to wait; nor where there is no such launch.
+    plain = launches[0]._replace(args=args | {"PDL": False}, options=careless.options)
+    plain.options.pop("launch_pdl")
+    assert compiling.row_of(plain, "sm_90")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "what, value",
+    [("gdc_wait", None), ("INTERPRETED", True), ("ROCM", True), ("_pdl", False)],
+)
+def test_where_there_is_no_such_launch_nothing_begins_early(monkeypatch, what, value):
+    common.has_pdl.cache_clear()
+    meta = torch.device("meta")
+    with common.programmatic(True):
+        assert common.pdl(meta)
+        monkeypatch.setattr(common, what, value)
+        common.has_pdl.cache_clear()
+        assert not common.pdl(meta)
+        monkeypatch.undo()
+    common.has_pdl.cache_clear()
+
+
+@pytest.mark.parametrize("capability, has", [((8, 0), False), ((8, 9), False), ((9, 0), True)])
+def test_the_gpu_decides(monkeypatch, capability, has):
+    common.has_pdl.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with common.programmatic(True):
+        assert common.pdl(torch.device("cuda", 0)) == has
+    common.has_pdl.cache_clear()
+
+
+def test_without_a_second_launch_nobody_is_let_begin():
+    """One layer without memories and one split is one launch."""
+    x, w = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 64), (64, 64))
+    )
+    with common.programmatic(True), common.recording() as launches:
+        decode_linears(x, [Linear(w, None, None)], common.Rows(None, 1))
+    assert [(name(launch), launch.args["PDL"]) for launch in launches] == [
+        ("_decode_linear_fwd_kernel", False)
+    ]
+
+
+@pytest.mark.parametrize("value, on", [(None, False), ("0", False), ("1", True)])
+def test_one_variable_turns_it_on(value, on):
+    environment = {k: v for k, v in os.environ.items() if k != "KOFF_PDL"}
+    environment |= {} if value is None else {"KOFF_PDL": value}
+    program = (
+        "import torch; from koffkernels._triton.shared import launch; "
+        "print(launch.pdl(torch.device('meta')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(on)
