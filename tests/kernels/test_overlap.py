@@ -3,10 +3,12 @@
 No GPU is needed: launches are recorded, and what they would run is compiled for chips that are not
 there. What a GPU makes of it only a GPU can say (``bench.gpu``)."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from koffkernels._triton.shared import launch as common
 from koffkernels._triton.shared.launch import wait_for_primary
 from koffkernels._triton.shared.operands import Linear
 
+ROOT = Path(__file__).parents[2]
 FILES = ("lora.decode", "mlp.decode", "attention.decode")
 # Second kernel -> whom it may follow.
 PAIRS = {
@@ -50,12 +53,6 @@ def is_early(launch: common.Launch) -> bool:
     return launch.options.get("launch_pdl", False)
 
 
-def variants(launches: list[common.Launch]) -> list[common.Launch]:
-    """One launch for each kernel, and what is absent or compiled in."""
-    keys = compiling.signatures(launches)
-    return list(dict(zip(keys, launches, strict=True)).values())
-
-
 def test_nothing_begins_early_unless_asked_for():
     for launches in calls(False, subset=False):
         for launch in launches:
@@ -80,34 +77,33 @@ def test_who_begins_early_follows_the_one_that_lets_it():
     assert seen == {(first, second) for second, firsts in PAIRS.items() for first in firsts}
 
 
-def ptx_of(launch: common.Launch, arch: str) -> str:
+def compiled(launch: common.Launch, arch: str):
     launch = compiling.for_chip(launch, arch)
     with compiling._chip(arch, compiling._COMPILED):
-        done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
-    return done.asm["ptx"].partition(".entry")[2]
+        return launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
 
 
 def check(launch: common.Launch, arch: str) -> None:
     """Waits and signals are where the roles of the launch want them, in PTX and in SASS."""
-    ptx = ptx_of(launch, arch)
-    waits, signals = ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
-    can = arch != "sm_80"
-    secondary = can and launch.args["PDL"] and name(launch) in PAIRS
-    primary = (
-        can and launch.args["PDL"] and any(name(launch) in firsts for firsts in PAIRS.values())
-    )
+    done = compiled(launch, arch)
+    ptx = done.asm["ptx"].partition(".entry")[2]
+    wait, signal = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+    overlaps = launch.args["PDL"] and arch != "sm_80"
+    second = overlaps and name(launch) in PAIRS
+    first = overlaps and any(name(launch) in firsts for firsts in PAIRS.values())
     if name(launch) == "_prefix_attention_own_kernel":  # ... of the merge, if there is one
-        primary = primary and launch.args["merged"] is None
-    assert (ptx.count(waits), ptx.count(signals)) == (int(secondary), int(primary)), name(launch)
-    if secondary and primary:
-        assert ptx.index(waits) < ptx.index(signals)
-    row = compiling.row_of(launch, arch)
-    assert row["problems"] == [] and row["waits"] == int(secondary)
+        first = first and launch.args["merged"] is None
+    assert (ptx.count(wait), ptx.count(signal)) == (int(second), int(first)), name(launch)
+    assert done.metadata.launch_pdl == (is_early(launch) and overlaps)
+    if second:
+        assert compiling.early(ptx, "ptx") == compiling.early(done.asm["sass"], "sass") == []
+    if second and first:
+        assert ptx.index(wait) < ptx.index(signal)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
 def test_kernels_wait_before_they_read_or_write(arch):
-    """One token, several memories."""
+    """Each kernel in each of its roles."""
     found = {}
     for launches in calls(True):
         for launch in launches:
@@ -119,24 +115,30 @@ def test_kernels_wait_before_they_read_or_write(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", settings.ARCHS)
-def test_all_variants_of_a_subset_wait_before_they_read_or_write(arch):
-    for launch in variants([launch for launches in calls(True) for launch in launches]):
-        check(launch, arch)
+def test_the_gate_has_nothing_against_kernels_that_begin_early(tmp_path):
+    """Every variant of a subset: it waits first, and as many blocks fit a multiprocessor."""
+    kernels = {name(launch) for launches in calls(True) for launch in launches}
+    rows = {}
+    for on in "01":
+        path = tmp_path / f"{on}.json"
+        command = [sys.executable, "-m", "bench.gate", "--arch", "sm_90", "--subset"]
+        command += ["--jobs", "1", "--json", str(path), "--kernel", *kernels]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"KOFF_PDL": on}, check=True)
+        rows[on] = {}
+        for row in json.loads(path.read_text()):
+            constants = {k: v for k, v in row["config"].items() if k != "PDL"}
+            rows[on][row["kernel"], str(constants), str(row["shapes"])] = row
+    assert rows["0"].keys() == rows["1"].keys()
+    assert {key[0] for key, row in rows["1"].items() if row["waits"]} == set(PAIRS)
+    for key, row in rows["1"].items():
+        assert blocks(row) >= blocks(rows["0"][key]), key
 
 
-@pytest.mark.slow
-def test_no_registers_and_no_shared_memory_are_the_price():
-    """As many blocks fit a multiprocessor as without."""
-    for off, on in zip(calls(False), calls(True), strict=True):
-        for a, b in zip(off, on, strict=True):
-            without, has = (compiling.compile_launch(launch, "sm_90") for launch in (a, b))
-            assert has["shared_bytes"] == without["shared_bytes"]
-            warps = a.options["num_warps"]
-            blocks = [
-                65536 // (-(-row["registers"] // 8) * 8 * 32 * warps) for row in (without, has)
-            ]
-            assert blocks[1] >= blocks[0], name(a)
+def blocks(row: dict) -> int:
+    """How many blocks fit a multiprocessor of sm_90, by registers and shared memory."""
+    threads = 32 * row["config"]["num_warps"]
+    registers = -(-row["registers"] // 8) * 8 * threads
+    return min(65536 // registers, 233472 // (row["shared_bytes"] + 1024), 2048 // threads)
 
 
 @triton.jit
