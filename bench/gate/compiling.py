@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 
 from koffkernels._triton.shared.launch import Launch, leaves_of, tensors_of
 
+from .order import WAIT, order_problems
+
 # Shared memory that one block may use, in bytes: 163 KB and 227 KB (CUDA C++ Programming Guide,
 # table "Technical Specifications per Compute Capability").
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
@@ -35,15 +37,6 @@ _INSTRUCTIONS = {
 _NAMED, _COMPILED = 1000, 2000
 _FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _COPY = r"\bcp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)? \[[^]]*\], \[[^]]*\], 0x10\b"  # 16 bytes
-# What may stand nowhere before a kernel that begins early waits: an access to global memory, and a
-# branch, past which the wait would no longer be sure. Of PTX, and of sm_90's and sm_100's SASS.
-_EARLY = {
-    "ptx": r"\b(?:ld|st|atom|red|prefetch\w*|cp)\.(?:\w+[.:]+)*(?:global|async|bulk|tensor)\b"
-    r"|\b(?:ld|st|atom|red)\.(?!param|shared|local|const)\w|\b(?:bra|brx|call|ret|exit)\b",
-    "sass": r"\b(?:LD|ST|LDG|STG|LDGSTS|ATOM|ATOMG|RED|CCTL\w*|UTMA\w+|UBLK\w+)\b"
-    r"|\b(?:BRA|BRX|JMP|CALL|RET|EXIT)\b",
-}
-_WAIT = {"ptx": r"^\s*griddepcontrol\.wait\b", "sass": r"^\S+\s+ACQBULK\b"}
 _EARLIEST = 90  # compute capability from which on a kernel can begin early
 _MEASURED = (
     "registers",
@@ -208,22 +201,6 @@ def _amd_resources(text: str) -> dict[str, int]:
     }
 
 
-def early(text: str, language: str) -> list[str]:
-    """Return the accesses to global memory and the branches that stand before a kernel's wait for
-    the kernel before it; all of them if it does not wait, or only under a condition.
-
-    Args:
-        text: of one kernel.
-        language: "ptx" or "sass".
-    """
-    wait = re.search(_WAIT[language], text, re.MULTILINE)
-    lines = text[: wait.start() if wait else None].splitlines()
-    # Behind // is a comment.
-    code = [line.partition("//")[0].strip() for line in lines]
-    found = [line for line in code if re.search(_EARLY[language], line)]
-    return found if wait else ["no wait", *found]
-
-
 def for_chip(launch: Launch, arch: str) -> Launch:
     """Return a launch that was recorded for no chip as it would be made on ``arch``."""
     options, args = dict(launch.options), launch.args
@@ -242,7 +219,7 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         registers per thread, spill_bytes (stores + loads), stack_bytes, shared_bytes,
         tensor_columns, wide_copies (16-byte copies to shared memory in the PTX), mma: how often
         each tensor-core instruction stands there, waits: how often a wait for the kernel before it,
-        and of a kernel that begins early what stands before that wait (``early``).
+        and order: what is wrong with that.
     """
     launch = for_chip(launch, arch)
     log = io.StringIO()
@@ -256,18 +233,14 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
             done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
     amd = done.asm.get("amdgcn")
     ptx = amd or done.asm["ptx"]
-    before = []
-    if launch.options.get("launch_pdl"):
-        # ptxas may have moved something, too.
-        before = early(ptx.partition(".entry")[2], "ptx") + early(done.asm["sass"], "sass")
     return {
         **(_amd_resources(amd) if amd else _resources(log.getvalue())),
         "shared_bytes": done.metadata.shared,
         "tensor_columns": getattr(done.metadata, "tmem_size", 0) or 0,
         "wide_copies": len(re.findall(_COPY, ptx)),
         "mma": {kind: len(re.findall(p, ptx)) for kind, p in _INSTRUCTIONS.items()},
-        "waits": ptx.count("griddepcontrol.wait"),
-        "early": before,
+        "waits": ptx.count(WAIT),
+        "order": [] if amd else order_problems(done, launch),
     }
 
 
@@ -313,11 +286,7 @@ def problems_of(row: dict[str, Any], contract: Contract, args: dict[str, Any]) -
         contract: what the kernel promises.
         args: the launch's arguments; a prefill GEMM has BLOCK_M and BLOCK_N.
     """
-    found, arch = [], row["arch"]
-    if row["early"]:
-        found.append(f"must wait for the kernel before it first, got {'; '.join(row['early'][:3])}")
-    if row["waits"] and not args.get("PDL"):
-        found.append("must not wait for the kernel before it, which no launch asked for")
+    found, arch = list(row["order"]), row["arch"]
     if row["spill_bytes"]:
         found.append(f"spills {row['spill_bytes']} bytes ({row['registers']} registers)")
     if row["shared_bytes"] > row["shared_limit"]:

@@ -9,16 +9,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from bench.gate import cases, compiling, settings
+from bench.gate import cases, compiling, order, settings
 from koffkernels._triton.lora.decode import decode_linears
 from koffkernels._triton.shared import launch as common
-from koffkernels._triton.shared.launch import wait_for_primary
+from koffkernels._triton.shared.launch import start_dependent, wait_for_primary
 from koffkernels._triton.shared.operands import Linear
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,9 @@ PAIRS = {
     "_prefix_attention_own_kernel": {"_prefix_attention_group_kernel"},
     "_prefix_attention_merge_kernel": {"_prefix_attention_own_kernel"},
 }
-EXPECTS = {name: None for name in ("_late_kernel", "_inside_kernel", "_sometimes_kernel")}
+EXPECTS = {
+    name: None for name in ("_late_kernel", "_inside_kernel", "_sometimes_kernel", "_hasty_kernel")
+}
 
 
 def calls(on: bool, subset: bool = True) -> list[list[common.Launch]]:
@@ -86,22 +89,21 @@ def compiled(launch: common.Launch, arch: str):
 def check(launch: common.Launch, arch: str) -> None:
     """Waits and signals are where the roles of the launch want them, in PTX and in SASS."""
     done = compiled(launch, arch)
-    ptx = done.asm["ptx"].partition(".entry")[2]
-    wait, signal = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+    ptx = done.asm["ptx"]
     overlaps = launch.args["PDL"] and arch != "sm_80"
     second = overlaps and name(launch) in PAIRS
     first = overlaps and any(name(launch) in firsts for firsts in PAIRS.values())
     if name(launch) == "_prefix_attention_own_kernel":  # ... of the merge, if there is one
         first = first and launch.args["merged"] is None
-    assert (ptx.count(wait), ptx.count(signal)) == (int(second), int(first)), name(launch)
+    found = ptx.count(order.WAIT), ptx.count(order.SIGNAL)
+    assert found == (int(second), int(first)), name(launch)
     assert done.metadata.launch_pdl == (is_early(launch) and overlaps)
-    if second:
-        assert compiling.early(ptx, "ptx") == compiling.early(done.asm["sass"], "sass") == []
-    if second and first:
-        assert ptx.index(wait) < ptx.index(signal)
+    assert order.order_problems(done, compiling.for_chip(launch, arch)) == []
+    if second:  # launched early or not
+        assert order.ahead_of_wait(ptx.partition(".entry")[2], "ptx") == []
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "sm_100"])
 def test_kernels_wait_before_they_read_or_write(arch):
     """Each kernel in each of its roles."""
     found = {}
@@ -163,6 +165,14 @@ def _inside_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def _hasty_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Lets the next kernel begin before it has waited itself."""
+    start_dependent(PDL)
+    wait_for_primary(PDL)
+    tl.store(y_ptr + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
 def _sometimes_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Waits in some programs."""
     offs = tl.arange(0, BLOCK)
@@ -171,31 +181,72 @@ def _sometimes_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
         tl.store(y_ptr + offs, tl.load(x_ptr + offs))
 
 
+def problems(launch: common.Launch, arch: str = "sm_90") -> str:
+    return "; ".join(compiling.row_of(launch, arch)["problems"])
+
+
 @pytest.mark.parametrize(
-    "kernel, access",
+    "kernel, ptx, sass",
     [
-        (_late_kernel, r"ld\.global"),
-        (_inside_kernel, r"cp\.async"),
-        (_sometimes_kernel, r"bra"),
+        (_late_kernel, r"ld\.global", "LDG"),
+        (_inside_kernel, r"cp\.async", "LDGSTS"),
+        (_sometimes_kernel, r"bra", "BRA|EXIT"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_the_check_finds_what_comes_before_a_wait(kernel, access):
+def test_the_check_finds_what_comes_before_a_wait(kernel, ptx, sass):
     x = torch.empty(64, 512, dtype=torch.bfloat16, device="meta")
     y = torch.empty(64, 64, device="meta")
     args = {"x_ptr": x, "y_ptr": y, "N": 512, "BLOCK": 64, "PDL": True}
     with common.recording() as launches:
         common.launch(kernel, (8,), **args, dependent=True, num_stages=3)
-    row = compiling.row_of(launches[0], "sm_90")
-    assert "must wait for the kernel before it first" in row["problems"][0]
-    assert any(re.search(access, line) for line in row["early"]), row["early"]
+    assert "must wait for the kernel before it first" in problems(launches[0])
+    done = compiled(launches[0], "sm_90")
+    ahead = {
+        ptx: order.ahead_of_wait(done.asm["ptx"].partition(".entry")[2], "ptx"),
+        sass: order.ahead_of_wait(order.sass_of(done), "sass"),
+    }
+    for access, lines in ahead.items():
+        assert any(re.search(rf"\b({access})\b", line) for line in lines), lines
     # A launch that may begin early, of a kernel that does not wait.
     careless = launches[0]._replace(args=args | {"PDL": False})
-    assert "no wait" in compiling.row_of(careless, "sm_90")["problems"][0]
-    # In order, nobody has to wait; nor where there is no such launch.
-    plain = launches[0]._replace(args=args | {"PDL": False}, options=careless.options)
-    plain.options.pop("launch_pdl")
-    assert compiling.row_of(plain, "sm_90")["problems"] == []
+    assert "no wait" in problems(careless)
+    # Who begins behind the end of the one before has nothing to wait for.
+    options = {k: v for k, v in careless.options.items() if k != "launch_pdl"}
+    assert problems(careless._replace(options=options)) == ""
+    assert problems(launches[0], "sm_80") == ""
+
+
+def test_the_check_finds_a_signal_that_comes_too_early():
+    x = torch.empty(64, device="meta")
+    args = {"x_ptr": x, "y_ptr": x, "N": 64, "BLOCK": 64}
+    with common.recording() as launches:
+        common.launch(_hasty_kernel, (8,), **args, PDL=True, dependent=True)
+        common.launch(_hasty_kernel, (8,), **args, PDL=False)
+    assert problems(launches[0]) == "must wait before it lets the next kernel begin"
+    assert problems(launches[1]) == ""
+    # Of a launch that asked for neither.
+    done = compiled(launches[0], "sm_90")
+    assert "must neither wait" in order.order_problems(done, launches[1])[0]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_tensor_memory_is_taken_before_the_next_kernel_may_begin(moved):
+    """Else the second on sm_100 could take it, and wait for a first one that waits for it."""
+    pairs = [launches[:2] for launches in calls(True) if len(launches) > 1]
+    launch = next(first for first, second in pairs if name(second) == "_decode_mlp_up_fwd_kernel")
+    done = compiled(launch, "sm_100")
+    ptx = done.asm["ptx"]
+    assert "tcgen05.alloc" in ptx
+    if moved:
+        signal = re.search(rf"\t{re.escape(order.SIGNAL)}.*\n", ptx).group()
+        rest = ptx.replace(signal, "")
+        at = rest.index("bar.sync")
+        ptx = rest[:at] + signal + rest[at:]
+    found = order.order_problems(SimpleNamespace(asm={"ptx": ptx}), launch)
+    assert [text.partition(" before")[0] for text in found] == [
+        "must take its tensor memory"
+    ] * moved
 
 
 @pytest.mark.parametrize(
