@@ -32,6 +32,7 @@ from koff.model.arch import Site
 from koff.model.attach import contiguous
 from koff.model.state import count_weights
 
+from . import timing
 from .models import Shape, forward_flops, llama_config, vary
 
 NAMES = tuple(f"m{index}" for index in range(8))
@@ -56,8 +57,8 @@ class Case(NamedTuple):
         phase: "prefill", "decode", or "train": forward, backward and AdamW.
         rows: of the batch.
         way: "transformers"; "compiled": its generate with a static cache, which compiles; "peft";
-            "koff": on a GPU with a static cache, which replays a CUDA graph; "koff-dynamic": with
-            the dynamic one there too.
+            "koff": on a GPU with a static cache, which replays a CUDA graph; "koff-pdl": with
+            programmatic dependent launch; "koff-dynamic": with the dynamic cache there too.
         backbone: one of ``BACKBONES``, or "gated" for a dense one whose gates learn too.
         memories: 0, 1 for all rows, or 8 that the rows use in turn.
         keys: each memory has learned keys too.
@@ -204,6 +205,11 @@ class Models:
         return koff.compact(model, inplace=True).eval()
 
     @functools.cache  # noqa: B019
+    def overlapped(self, backbone: str, keys: bool) -> PreTrainedModel:
+        """The same again: it captures graphs of its own."""
+        return shared_copy(self.koff(backbone, keys))
+
+    @functools.cache  # noqa: B019
     def transformers(self, backbone: str) -> PreTrainedModel:
         """The same backbone as a plain model of transformers, over the same weights."""
         if backbone in ("dense", "gated"):
@@ -270,6 +276,8 @@ class Models:
 
     def model(self, case: Case) -> nn.Module:
         """What runs a case."""
+        if case.way == "koff-pdl":
+            return self.overlapped(case.backbone, case.keys)
         if case.way.startswith("koff"):
             return self.koff(case.backbone, case.keys)
         if case.memories:
@@ -346,19 +354,22 @@ class Models:
         options |= {"max_new_tokens": new, "min_new_tokens": new}
         options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         options |= self.choice(case, case.rows)
-        graph = case.way == "koff" and self.device.type == "cuda"
+        graph = case.way in ("koff", "koff-pdl") and self.device.type == "cuda"
+        generate = model.generate
+        if case.way == "koff-pdl":
+            generate = timing.overlapped(generate)
         if graph or case.way == "compiled":
             options["cache_implementation"] = "static"
 
         @torch.no_grad()
         def reading() -> float:
             clock = _Clock()
-            model.generate(streamer=clock, **options)
+            generate(streamer=clock, **options)
             # The first is the prompt's, the next the first token's.
             return statistics.median(b - a for a, b in itertools.pairwise(clock.times[1:]))
 
         with torch.no_grad():
-            out = model.generate(return_dict_in_generate=True, output_logits=True, **options)
+            out = generate(return_dict_in_generate=True, output_logits=True, **options)
         if out.sequences.shape != (case.rows, self.sizes.prompt + new):
             got = tuple(out.sequences.shape)
             raise Wrong(f"{case.name}: generate must give {new} tokens, got {got}; no time")
@@ -530,6 +541,7 @@ def cases(sizes: Sizes, cuda: bool) -> list[Case]:
         # Memories, against PEFT.
         *(Case("decode", rows, way, "dense", 8) for rows in (8, 64) for way in ("koff", "peft")),
         *(Case("decode", 1, way, "dense", 1) for way in ("koff", "peft")),
+        *(Case("decode", n, "koff-pdl", "dense", n) for n in (1, 8) if cuda),  # n rows, n memories
         *(Case("prefill", prefill, way, "dense", m) for m in (1, 8) for way in ("koff", "peft")),
         *(Case("train", train, way, "dense", 1) for way in ("koff", "peft")),
         Case("train", train, "koff", "25-equal", 1),

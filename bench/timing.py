@@ -3,6 +3,8 @@ the machine hits both sides, and the ratio is taken pair by pair."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import statistics
@@ -13,7 +15,8 @@ from pathlib import Path
 from koff.commands.machine import environment, version_of
 
 __all__ = [
-    "alternate", "environment", "limits", "paired_ratio", "spread", "version_of", "write"
+    "alternate", "environment", "limits", "overlapped", "paired_ratio", "spread", "version_of",
+    "write",
 ]  # fmt: skip
 
 
@@ -38,6 +41,18 @@ def alternate(
             if turn >= warmup:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def overlapped(call: Callable[..., object]) -> Callable[..., object]:
+    """Return the same call with programmatic dependent launch, which is off by default."""
+    launch = importlib.import_module("koffkernels._triton.shared.launch")
+
+    @functools.wraps(call)
+    def run(*args: object, **named: object) -> object:
+        with launch.programmatic(True):
+            return call(*args, **named)
+
+    return run
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 
 from koffkernels._triton.shared.launch import Launch, leaves_of, tensors_of
 
+from .order import WAIT, order_problems
+
 # Shared memory that one block may use, in bytes: 163 KB and 227 KB (CUDA C++ Programming Guide,
 # table "Technical Specifications per Compute Capability").
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
@@ -35,6 +37,7 @@ _INSTRUCTIONS = {
 _NAMED, _COMPILED = 1000, 2000
 _FULL_TILE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _COPY = r"\bcp\.async\.c[ag]\.shared\.global(?:\.L2::\w+)? \[[^]]*\], \[[^]]*\], 0x10\b"  # 16 bytes
+_EARLIEST = 90  # compute capability from which on a kernel can begin early
 _MEASURED = (
     "registers",
     "spill_bytes",
@@ -43,6 +46,7 @@ _MEASURED = (
     "tensor_columns",
     "wide_copies",
     "mma",
+    "waits",
 )
 
 
@@ -197,14 +201,27 @@ def _amd_resources(text: str) -> dict[str, int]:
     }
 
 
+def for_chip(launch: Launch, arch: str) -> Launch:
+    """Return a launch that was recorded for no chip as it would be made on ``arch``."""
+    options, args = dict(launch.options), launch.args
+    if arch.startswith("gfx"):
+        options.pop("maxnreg", None)
+    if arch.startswith("gfx") or int(arch.removeprefix("sm_")) < _EARLIEST:
+        options.pop("launch_pdl", None)
+        args = args | {"PDL": False} if "PDL" in args else args
+    return launch._replace(args=args, options=options)
+
+
 def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
     """Compile one launch for ``arch``, from scratch.
 
     Returns:
         registers per thread, spill_bytes (stores + loads), stack_bytes, shared_bytes,
-        tensor_columns, wide_copies (16-byte copies to shared memory in the PTX), and mma: how often
-        each tensor-core instruction stands there.
+        tensor_columns, wide_copies (16-byte copies to shared memory in the PTX), mma: how often
+        each tensor-core instruction stands there, waits: how often a wait for the kernel before it,
+        and order: what is wrong with that.
     """
+    launch = for_chip(launch, arch)
     log = io.StringIO()
     knobs = triton.knobs
     with _chip(arch, _COMPILED) as chip, knobs.compilation.scope(), knobs.nvidia.scope():
@@ -212,11 +229,8 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         launch.kernel.device_caches.pop(chip.device, None)
-        options = dict(launch.options)
-        if arch.startswith("gfx"):
-            options.pop("maxnreg", None)
         with contextlib.redirect_stdout(log):
-            done = launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
+            done = launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options)
     amd = done.asm.get("amdgcn")
     ptx = amd or done.asm["ptx"]
     return {
@@ -225,6 +239,8 @@ def compile_launch(launch: Launch, arch: str) -> dict[str, Any]:
         "tensor_columns": getattr(done.metadata, "tmem_size", 0) or 0,
         "wide_copies": len(re.findall(_COPY, ptx)),
         "mma": {kind: len(re.findall(p, ptx)) for kind, p in _INSTRUCTIONS.items()},
+        "waits": ptx.count(WAIT),
+        "order": [] if amd else order_problems(done, launch),
     }
 
 
@@ -270,7 +286,7 @@ def problems_of(row: dict[str, Any], contract: Contract, args: dict[str, Any]) -
         contract: what the kernel promises.
         args: the launch's arguments; a prefill GEMM has BLOCK_M and BLOCK_N.
     """
-    found, arch = [], row["arch"]
+    found, arch = list(row["order"]), row["arch"]
     if row["spill_bytes"]:
         found.append(f"spills {row['spill_bytes']} bytes ({row['registers']} registers)")
     if row["shared_bytes"] > row["shared_limit"]:

@@ -146,20 +146,30 @@ def _row(
     )
 
 
-@torch.no_grad()
-def decode(bench: Bench, sizes: Sizes, target: float) -> list[dict]:
-    """One query per row: our speed-up over the concatenated cache, as a share of the ideal one."""
-    total = sizes.keys + sizes.prefix
-    cache = 2 * sizes.rows * bench.shape.kv_heads * bench.shape.head_dim * bench.dtype.itemsize
-    sets = bench.sets(cache * sizes.keys)
+def _cache(bench: Bench, sizes: Sizes) -> int:
+    """Bytes of a key and its value, of every row."""
+    return 2 * sizes.rows * bench.shape.kv_heads * bench.shape.head_dim * bench.dtype.itemsize
+
+
+def decode_calls(bench: Bench, sizes: Sizes) -> tuple[list[Prefix], Callable[[int], Tensor], int]:
+    """(prefixes, our call, number of input sets) of one query per row."""
+    sets = bench.sets(_cache(bench, sizes) * sizes.keys)
     ids = torch.zeros(sizes.rows, dtype=torch.int64, device=bench.device)
     own = [_qkv(bench, sizes.rows, 1, sizes.keys) for _ in range(sets)]
-    whole = [_qkv(bench, sizes.rows, 1, total) for _ in range(bench.sets(cache * total))]
     prefixes = [_prefix(bench, sizes.prefix) for _ in range(sets)]
 
     def ours(i: int) -> Tensor:
         return koffkernels.prefix_attention(*own[i], prefixes[i], memory_ids=ids)
 
+    return prefixes, ours, sets
+
+
+@torch.no_grad()
+def decode(bench: Bench, sizes: Sizes, target: float) -> list[dict]:
+    """One query per row: our speed-up over the concatenated cache, as a share of the ideal one."""
+    total, cache = sizes.keys + sizes.prefix, _cache(bench, sizes)
+    prefixes, ours, sets = decode_calls(bench, sizes)
+    whole = [_qkv(bench, sizes.rows, 1, total) for _ in range(bench.sets(cache * total))]
     peers = {
         name: lambda i, b=backend: _sdpa(b, *whole[i % len(whole)], False)
         for name, backend in _backends(bench).items()
@@ -188,13 +198,16 @@ def decode(bench: Bench, sizes: Sizes, target: float) -> list[dict]:
     ]
 
 
+def short(bench: Bench) -> Sizes:
+    """Decode over many learned keys and few of one's own."""
+    return Sizes(4, 1, 4, 16) if bench.dry else Sizes(64, 1, 128, 2048)
+
+
 def cases(bench: Bench) -> Iterator[Case]:
     """The attention rows."""
     many = Sizes(2, 16, 16, 8) if bench.dry else Sizes(4, 4096, 4096, 512)
-    long, short = Sizes(64, 1, 2048, 2048), Sizes(64, 1, 128, 2048)
-    if bench.dry:
-        long, short = Sizes(4, 1, 16, 16), Sizes(4, 1, 4, 16)
+    long = Sizes(4, 1, 16, 16) if bench.dry else Sizes(64, 1, 2048, 2048)
     yield "attention-prefill", lambda: prefill(bench, many, backward=False)
     yield "attention-training", lambda: prefill(bench, many, backward=True)
     yield "attention-decode-long", lambda: decode(bench, long, 0.75)
-    yield "attention-decode-short", lambda: decode(bench, short, 0.6)
+    yield "attention-decode-short", lambda: decode(bench, short(bench), 0.6)

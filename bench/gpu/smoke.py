@@ -22,6 +22,7 @@ import koffkernels
 from koffkernels import GatedMLPLoRA, LoRA, Prefix, RowBounds
 from koffkernels.routes import force_route
 
+from .. import timing
 from .context import Bench, pruned
 from .results import Case, Deadline, Results
 
@@ -29,6 +30,8 @@ from .results import Case, Deadline, Results
 # gradient up to five.
 FORWARD_TOLERANCE = 0.01
 BACKWARD_TOLERANCE = 0.02
+PDL = "pdl"  # the decode kernels with programmatic dependent launch
+ACTIVATIONS = {"x", "q", "k", "v"}  # what changes between the steps of a decode
 Call = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -221,6 +224,7 @@ def _routed(bench: Bench, route: str) -> Iterator[None]:
             vendor = importlib.import_module("koffkernels._triton.attention.vendor")
             stack.enter_context(vendor.forced(route))
             route = "vendor"
+        route = "decode" if route == PDL else route
         if route != "auto" and not bench.dry:
             stack.enter_context(force_route(route))
         yield
@@ -260,13 +264,60 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return off / size if size else (0.0 if off == 0.0 else float("inf"))
 
 
+def race(bench: Bench, problem: Problem, replays: int = 40) -> int:
+    """How many replays of a CUDA graph with programmatic dependent launch gave other bits than
+    launches in order.
+
+    Activations change their sign between replays, so that a kernel which did not wait for the one
+    before it would find that one's results of the replay before, which are wrong now.
+    """
+    tensors = {k: t.clone() if k in ACTIVATIONS else t for k, t in problem.tensors.items()}
+
+    def change() -> None:
+        for name in ACTIVATIONS & tensors.keys():
+            tensors[name].neg_()
+
+    call = timing.overlapped(lambda: problem.ours(tensors))
+    with torch.no_grad():
+        want = []
+        for _ in range(2):
+            change()
+            want.append(problem.ours(tensors).clone())
+        replay = capture(call) if bench.device.type == "cuda" else call
+        wrong = 0
+        for i in range(replays):
+            change()
+            wrong += not torch.equal(replay(), want[i % 2])
+    return wrong
+
+
+def capture(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What replays a call's CUDA graph, and gives its output."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiled
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
 def check(bench: Bench, name: str, make: Callable[[], Problem], route: str, train: bool) -> dict:
     """One row: errors against fp32, and whether a second run gives the same bits."""
     torch.manual_seed(7)
     problem = make()
     with _routed(bench, route):
-        got = _run(problem.ours, problem, train, False)
-        again = _run(problem.ours, problem, train, False)
+        ours = timing.overlapped(problem.ours) if route == PDL else problem.ours
+        got = _run(ours, problem, train, False)
+        again = _run(ours, problem, train, False)
+        wrong = race(bench, problem, 2 if bench.warm else 40) if route == PDL else 0
     varies = [key for key in got if not torch.equal(got[key], again[key])]
     shapes = {key: list(value.shape) for key, value in problem.tensors.items()}
     row = {"name": name, "route": route, "train": train, "shapes": shapes, "varies": varies}
@@ -280,6 +331,8 @@ def check(bench: Bench, name: str, make: Callable[[], Problem], route: str, trai
     worst = max(errors, key=lambda key: errors[key] / limits[key])
     row |= {"errors": errors, "tolerance": limits, "bad": bad}
     bits = "same bits" if not varies else f"bits vary: {','.join(varies)[:30]}"
+    if wrong:
+        return row | {"error": f"{wrong} of 40 replays differ from launches in order"}
     if bad:
         said = " ".join(f"{key}={errors[key]:.2g}" for key in bad)
         return row | {"error": f"off from fp32 by {said}; {bits}"}
@@ -328,6 +381,11 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
         cells = (64, 1), hidden, hidden, n, 64
         yield f"linear-decode-{what}-r64", at(linear, *cells), "decode", False
         yield f"mlp-decode-{what}-r64", at(mlp, (64, 1), narrow, n, 64), "decode", False
+    for n, rows in ((1, 1), (8, 64)):
+        yield f"mlp-decode-{rows}-pdl", at(mlp, (rows, 1), narrow, n, 16), PDL, False
+        yield f"linear-decode-{rows}-pdl", at(linear, (rows, 1), hidden, hidden, n, 16), PDL, False
+        size = Attention(rows, heads, kvs, 1, min(600, long), long, wide, n)
+        yield f"attention-decode-{rows}-pdl", at(attention, size), PDL, False
     yield "mlp-train-mixed-recompute", at(mlp, lead, narrow, 8, 16, True), "auto", True
     for width in (64, 128):
         size = Attention(5, 8, 2, 160, 160, 70, width, 3)

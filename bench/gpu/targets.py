@@ -87,15 +87,20 @@ def _products(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(F.linear(x, weights["gate"]), weights["down"])
 
 
-@torch.no_grad()
-def pruned_mlp_few_tokens(bench: Bench, tokens: int) -> list[dict]:
-    """The pruned MLP with gates and one memory at decode, as a share of the copy bandwidth."""
-    hidden, dense = bench.shape.hidden, bench.shape.intermediate
-    width = pruned(dense)
+def _few_tokens(bench: Bench, tokens: int) -> tuple[int, list[Layer], list[Tensor], Tensor]:
+    """(number of sets, pruned MLPs, inputs, gates) at decode."""
+    hidden, width = bench.shape.hidden, pruned(bench.shape.intermediate)
     sets = bench.sets(3 * hidden * width * bench.dtype.itemsize)
     found = _mlps(bench, width, sets)
     xs = [bench.normal(tokens, 1, hidden) for _ in range(sets)]
-    gates = torch.rand(width, device=bench.device) + 0.5
+    return sets, found, xs, torch.rand(width, device=bench.device) + 0.5
+
+
+@torch.no_grad()
+def pruned_mlp_few_tokens(bench: Bench, tokens: int) -> list[dict]:
+    """The pruned MLP with gates and one memory at decode, as a share of the copy bandwidth."""
+    hidden, width = bench.shape.hidden, pruned(bench.shape.intermediate)
+    sets, found, xs, gates = _few_tokens(bench, tokens)
     ours = Koff(True, gates=gates)
     times = bench.measure(
         dense=Variant(lambda i: Plain().mlp(found[i], xs[i]), sets),
@@ -121,8 +126,11 @@ def pruned_mlp_few_tokens(bench: Bench, tokens: int) -> list[dict]:
     ]
 
 
-def _seven(bench: Bench, memories: int, rows: tuple[int, int]) -> tuple[dict, Layer, int]:
-    """Times of all seven linears: by torch and by koff without LoRA, and by koff with it."""
+def _seven_ways(
+    bench: Bench, memories: int, rows: tuple[int, int]
+) -> tuple[dict[str, Variant], Layer, int]:
+    """All seven linears by torch and by koff without LoRA, and by koff with it; a layer, and the
+    bytes of an input."""
     width = bench.shape.intermediate
     elements = sum(n * k for n, k in layers.sizes(bench.shape, width).values())
     sets = bench.sets(elements * bench.dtype.itemsize)
@@ -134,8 +142,14 @@ def _seven(bench: Bench, memories: int, rows: tuple[int, int]) -> tuple[dict, La
     def variant(path: layers.Path) -> Variant:
         return Variant(lambda i: layers.seven(path, found[i], *inputs[i]), sets)
 
-    times = bench.measure(**{name: variant(path) for name, path in paths.items()})
-    return times, found[0], inputs[0][0].nbytes
+    variants = {name: variant(path) for name, path in paths.items()}
+    return variants, found[0], inputs[0][0].nbytes
+
+
+def _seven(bench: Bench, memories: int, rows: tuple[int, int]) -> tuple[dict, Layer, int]:
+    """The times of ``_seven_ways``."""
+    variants, layer, size = _seven_ways(bench, memories, rows)
+    return bench.measure(**variants), layer, size
 
 
 def _baseline(times: dict[str, list[float]]) -> str:
@@ -222,6 +236,48 @@ def mixed_decode(bench: Bench, tokens: int) -> list[dict]:
     ]
 
 
+@torch.no_grad()
+def overlap(bench: Bench, name: str, ours: Variant, **shape: int) -> list[dict]:
+    """What programmatic dependent launch makes of a decode row: time in order over time with it."""
+    times = bench.measure(ours=ours, pdl=ours._replace(call=timing.overlapped(ours.call)))
+    speedup = timing.paired_ratio(times["ours"], times["pdl"])
+    return [
+        judged(
+            f"{name}-pdl",
+            speedup["median"],
+            None,
+            us=_median(times["pdl"]),
+            limit_us=_median(times["ours"]),
+            limit="the same, each kernel behind the end of the one before",
+            shape=shape,
+            speedup=speedup,
+            times=_spreads(times),
+        )
+    ]
+
+
+def overlap_mlp(bench: Bench, tokens: int) -> list[dict]:
+    """``overlap`` of the pruned MLP with gates and one memory."""
+    sets, found, xs, gates = _few_tokens(bench, tokens)
+    ours = Koff(True, gates=gates)
+    variant = Variant(lambda i: ours.mlp(found[i], xs[i]), sets)
+    return overlap(bench, f"mlp-pruned-decode-{tokens}", variant, tokens=tokens)
+
+
+def overlap_seven(bench: Bench, memories: int, tokens: int) -> list[dict]:
+    """``overlap`` of the seven linears with one or several memories."""
+    name = f"{'mixed' if memories > 1 else 'lora-overhead'}-decode-{tokens}"
+    variant = _seven_ways(bench, memories, (tokens, 1))[0]["ours"]
+    return overlap(bench, name, variant, tokens=tokens, memories=memories)
+
+
+def overlap_attention(bench: Bench) -> list[dict]:
+    """``overlap`` of attention over many learned keys and few of one's own."""
+    sizes = attention.short(bench)
+    _, ours, sets = attention.decode_calls(bench, sizes)
+    return overlap(bench, "attention-decode-short", Variant(ours, sets, calls=8), **sizes._asdict())
+
+
 def cases(bench: Bench) -> Iterator[Case]:
     """All target rows, the most telling first."""
     attend = dict(attention.cases(bench))
@@ -234,6 +290,10 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield "mixed-decode-64", lambda: mixed_decode(bench, 64)
     yield "lora-overhead-prefill", lambda: overhead_prefill(bench)
     yield "attention-training", attend.pop("attention-training")
+    yield "mlp-pruned-decode-1-pdl", lambda: overlap_mlp(bench, 1)
+    yield "mixed-decode-64-pdl", lambda: overlap_seven(bench, MEMORIES, 64)
+    yield "attention-decode-short-pdl", lambda: overlap_attention(bench)
+    yield "lora-overhead-decode-1-pdl", lambda: overlap_seven(bench, 1, 1)
     yield from attend.items()
     yield from train.items()
     yield "mixed-decode-16", lambda: mixed_decode(bench, 16)

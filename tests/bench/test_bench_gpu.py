@@ -1,5 +1,6 @@
 """bench.gpu without a GPU: every part dry, the peers' results, and what the files hold."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -64,8 +65,11 @@ def test_bench_gpu_targets_dry(tmp_path):
     }
     assert {name: rows[name]["target"] for name in wanted} == wanted
     assert rows["lora-overhead-prefill"]["target"] > 0.02  # the shrink's reads come on top
-    decode = [rows[name]["target"] for name in rows if name.startswith("attention-decode")]
+    overlap = {name for name in rows if name.endswith("-pdl")}
+    attention = [name for name in rows if name.startswith("attention-decode")]
+    decode = [rows[name]["target"] for name in attention if name not in overlap]
     assert decode == [0.75, 0.6]
+    assert len(overlap) == 4 and all(rows[name]["target"] is None for name in overlap)
     for row in rows.values():
         assert row["passed"] is None  # dry times are not judged
         assert row["dtype"] == "bf16" and "condition" in row and row["case"]
@@ -142,6 +146,21 @@ def test_bench_gpu_smoke_dry(tmp_path):
     assert set(trained["errors"]) == {"y", "dx", "dz"} | wanted
     assert trained["route"] == "auto" and trained["shapes"]["gate.lora.a"][0] == 8
     assert all(0 < e <= trained["tolerance"][k] for k, e in trained["errors"].items())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_bench_gpu_smoke_sees_a_kernel_that_does_not_wait(bench, early, monkeypatch):
+    """What is read too soon is the result of the call before."""
+    launch, real = importlib.import_module("koffkernels._triton.shared.launch"), smoke.koffkernels
+    results, right = [], real.lora_linear
+
+    def stale(*args, **named):
+        results.append(right(*args, **named))
+        return results[-2] if early and launch._pdl and len(results) > 1 else results[-1]
+
+    monkeypatch.setattr(real, "lora_linear", stale)
+    (row,) = dict(smoke.cases(bench))["linear-decode-64-pdl"]()
+    assert ("replays differ from launches in order" in row.get("error", "")) == early
 
 
 @pytest.mark.parametrize("op", ["lora_linear", "gated_mlp", "prefix_attention"])

@@ -25,6 +25,7 @@ def test_e2e_cases_say_all_that_is_compared():
     assert {case.way for case in found} - {case.way for case in e2e.cases(e2e.SMALL, False)} == {
         "compiled",
         "koff-dynamic",
+        "koff-pdl",
     }
 
 

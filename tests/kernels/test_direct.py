@@ -3,6 +3,7 @@
 No GPU is needed: triton's driver is one that launches nothing and notes what it is given. Triton's
 own launch code says which variant it would compile."""
 
+import itertools
 import json
 import os
 import random
@@ -37,13 +38,18 @@ def tensor(dtype: torch.dtype, misaligned: bool = False) -> torch.Tensor:
     return torch.empty(17, dtype=dtype)[int(misaligned) :]
 
 
+# The kernels that may begin before the one before them has ended (tests/kernels/test_overlap.py).
+EARLY = {"_decode_expand_fwd_kernel", "_decode_mlp_up_fwd_kernel"}
+EARLY |= {"_prefix_attention_own_kernel", "_prefix_attention_merge_kernel"}
+
 TENSORS = [tensor(dtype, misaligned) for dtype in DTYPES for misaligned in (False, True)]
 TENSORS += [None, Parameter(tensor(torch.float32))]
 
 
 def options_of(launch: Launch) -> tuple:
     options = launch.options
-    return options["num_warps"], options["num_stages"], options.get("maxnreg")
+    first = options["num_warps"], options["num_stages"], options.get("maxnreg")
+    return *first, options.get("launch_pdl", False)
 
 
 def ours(launch: Launch) -> tuple | None:
@@ -79,11 +85,14 @@ def most(found: list[tuple[str, tuple, str]]) -> int:
 
 @pytest.fixture(scope="module")
 def recorded() -> list[Launch]:
-    """Every launch of the compile gate's cases, each with the same arguments once."""
+    """Every launch of the compile gate's cases, each with the same arguments once; of decode also
+    those that begin early."""
     found = {}
-    for at in settings():
-        for _, case in cases(at):
-            with common.recording() as launches:
+    for at, early in itertools.product(settings(), (False, True)):
+        for file, case in cases(at):
+            if early and "decode" not in file:
+                continue
+            with common.programmatic(early), common.recording() as launches:
                 case.run()
             for launch in launches:
                 leaves = tuple(common.leaves_of(launch.args))
@@ -135,6 +144,7 @@ def variations(launch: Launch) -> list[Launch]:
     for option, values in {"num_warps": (1, 2), "num_stages": (1, 7), "maxnreg": (64, 80)}.items():
         for value in values:
             found.append(launch._replace(options=launch.options | {option: value}))
+    found.append(launch._replace(options=launch.options | {"launch_pdl": True}))
     return found
 
 
@@ -354,8 +364,11 @@ def test_the_driver_is_told_the_same(tmp_path):
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in rows} == {name for _, name in all_kernels()}
+    early = {row["kernel"] for row in rows if row["early"]}
+    assert early == EARLY
     for row in rows:
         by_triton, first, later = row["launched"]
+        assert by_triton[2] == row["early"]
         assert by_triton[2:] == first[2:] == later[2:] and any(later[-1])
         # launches, and how often Triton bound arguments for them
         assert [by_triton[:2], first[:2], later[:2]] == [[1, 1], [1, 1], [1, 0]]

@@ -126,4 +126,4 @@ def test_a_launch_makes_the_gpu_of_its_tensors_the_current_one(monkeypatch, oper
     args = {"ids_ptr": None, "M": 4, "x_ptr": per_head(x) if operand else x}
     common.launch(None, (3,), **args, num_warps=8)
     assert entered == [torch.device("meta")]
-    assert ran == [(None, (3,), args, (8, 2, 255))]
+    assert ran == [(None, (3,), args, (8, 2, 255, False))]

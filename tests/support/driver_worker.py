@@ -5,6 +5,7 @@ A process of its own: the driver must not get between torch and a real one.
 """
 
 import ctypes
+import itertools
 import json
 import sys
 
@@ -23,7 +24,7 @@ class Launched(ctypes.Structure):
 
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
-        *((name, ctypes.c_uint32) for name in ("threads", "shared", "launches")),
+        *((name, ctypes.c_uint32) for name in ("threads", "shared", "launches", "early")),
         *((name, ctypes.c_uint64) for name in ("function", "stream")),
         ("values", ctypes.c_uint64 * 96),
     ]
@@ -65,14 +66,17 @@ def main() -> None:
         return run(self, *args, **kwargs)
 
     triton.JITFunction.run = noted
-    for at in subset():
+    for at, early in itertools.product(subset(), (False, True)):
         for _, case in cases(at):
-            with common.recording() as recorded:
+            with common.programmatic(early), common.recording() as recorded:
                 case.run()
-            launches |= {launch.kernel.fn.__name__: launch for launch in recorded}
-    for name, (kernel, grid, args, options) in launches.items():
+            launches |= {
+                (launch.kernel.fn.__name__, launch.options.get("launch_pdl", False)): launch
+                for launch in recorded
+            }
+    for (name, early), (kernel, grid, args, options) in launches.items():
         args = dict(tensors(args))
-        chosen = options["num_warps"], options["num_stages"], options.get("maxnreg")
+        chosen = options["num_warps"], options["num_stages"], options.get("maxnreg"), early
 
         def by_triton(kernel=kernel, grid=grid, args=args, options=options):
             return kernel[grid](**args, **options)
@@ -87,11 +91,11 @@ def main() -> None:
             before, bound = launched.launches, len(binds)
             launch()
             values = list(launched.values)[: count.value]
-            sizes = list(launched.grid), launched.threads, launched.shared
+            sizes = launched.early, list(launched.grid), launched.threads, launched.shared
             handles = launched.function, launched.stream
             counts = launched.launches - before, len(binds) - bound
             found.append([*counts, *sizes, *handles, values])
-        print(json.dumps({"kernel": name, "launched": found}), flush=True)
+        print(json.dumps({"kernel": name, "early": early, "launched": found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 #undef cuCtxGetLimit
 
 struct {
-    uint32_t grid[3], threads, shared, launches;
+    uint32_t grid[3], threads, shared, launches, early;
     uint64_t function, stream, values[96];
 } launched;
 int count; // of the parameters of the kernel that is launched next
@@ -52,6 +52,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, 
     launched.grid[0] = c->gridDimX, launched.grid[1] = c->gridDimY, launched.grid[2] = c->gridDimZ;
     launched.threads = c->blockDimX, launched.shared = c->sharedMemBytes;
     launched.launches = launches;
+    for (unsigned i = 0; i < c->numAttrs; i++) // may it begin before the kernel before it has ended?
+        if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+            launched.early = c->attrs[i].value.programmaticStreamSerializationAllowed;
     launched.function = (uint64_t)f, launched.stream = (uint64_t)c->hStream;
     for (int i = 0; i < count; i++) // four bytes are a number, and the half of an address that varies
         memcpy(&launched.values[i], params[i], 4);

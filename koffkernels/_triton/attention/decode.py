@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.config import Config
-from ..shared.launch import SMALLEST_TILE, cdiv, launch, multiprocessors, power_of_2
+from ..shared.launch import (
+    SMALLEST_TILE,
+    cdiv,
+    launch,
+    multiprocessors,
+    pdl,
+    power_of_2,
+    start_dependent,
+    wait_for_primary,
+)
 from ..shared.operands import per_head
 from .call import LN2, LOG2E, Call, attend, memory_length, row_bounds, row_prefix
 from .fwd import empty_output
@@ -128,8 +137,10 @@ def _prefix_attention_group_kernel(
     BLOCK_N: tl.constexpr,
     IDS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: some rows of one memory, one kv head, one split of the learned keys."""
+    start_dependent(PDL)
     kv = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     slots = BLOCK_M // (group * T)
@@ -188,12 +199,16 @@ def _prefix_attention_own_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: all queries of one kv head of one row, one split of the row's own keys.
 
     Where there is only one split, ``merged`` takes the output: with the partial results of the
     prefix, which are those before ``first_split``.
     """
+    wait_for_primary(PDL)
+    if merged is None:
+        start_dependent(PDL)
     kv_heads = heads // group
     kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     b = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -266,8 +281,10 @@ def _prefix_attention_merge_kernel(
     splits,
     D: tl.constexpr,
     MERGED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: one query of one head. A row without a prefix has no prefix splits."""
+    wait_for_primary(PDL)
     out = tl.program_id(0).to(tl.int64)
     b = out // (heads * T)
     out_rows = rows.to(tl.int64) * heads * T
@@ -353,7 +370,7 @@ def decode(
     o, lse = empty_output(call.q)
     common = {"q": per_head(call.q), "o_ptr": part, "lse_ptr": part_lse, "rows": rows}
     common |= call.sizes()
-    prefix = call.prefix_args()
+    prefix, overlaps = call.prefix_args(), pdl(device)
     if call.prefix is not None:
         launch(
             _prefix_attention_group_kernel,
@@ -361,6 +378,7 @@ def decode(
             **prefix,
             splits=prefix_splits,
             IDS=_IDS,
+            PDL=overlaps,
             **common,
             **group.args(),
         )
@@ -376,6 +394,8 @@ def decode(
         S=keys,
         splits=own_splits,
         first_split=prefix_splits,
+        PDL=overlaps and (merges or tiles > 0),
+        dependent=overlaps and tiles > 0,
         **common,
         **own._replace(block_m=_block(call.group * queries, MOST_PACKED)).args(),
     )
@@ -395,6 +415,8 @@ def decode(
             splits=splits,
             D=width,
             MERGED=_MERGED,
+            PDL=overlaps,
+            dependent=overlaps,
             num_warps=4,
         )
     return o, lse

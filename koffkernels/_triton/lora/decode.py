@@ -31,7 +31,18 @@ from ..shared.decode import (
     tile_args,
     token_block,
 )
-from ..shared.launch import Rows, cdiv, dot, launch, memory_range, precision, token_memory
+from ..shared.launch import (
+    Rows,
+    cdiv,
+    dot,
+    launch,
+    memory_range,
+    pdl,
+    precision,
+    start_dependent,
+    token_memory,
+    wait_for_primary,
+)
 from ..shared.operands import Linear, up_to_three
 
 
@@ -153,12 +164,14 @@ def _decode_linear_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_A: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_N rows of a W or, in the first tiles, of a stacked A, for one split of K.
 
     out is [splits, M, N of the first and, beside it, of the second and the third], s likewise
     [splits, M, ranks]. There may be no W (and N is 0), or no A.
     """
+    start_dependent(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
     # Cuts are multiples of a constant, so the compiler knows that rows stay aligned.
@@ -298,9 +311,11 @@ def _decode_expand_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_N outputs of one layer, of all tokens. part and s are ``out`` and s of the
     first launch; R is 0 for a first layer without an update."""
+    wait_for_primary(PDL)
     tile = tl.program_id(0)
     width, rank1, ranks = N, R, R
     if y1 is not None:
@@ -350,9 +365,9 @@ def _decode_expand_fwd_kernel(
                 )  # fmt: skip
 
 
-def _multiply(x, weights, bias, loras, rows, out, s, blocks, config) -> None:
+def _multiply(x, weights, bias, loras, rows, out, s, blocks, config, paired=True) -> None:
     """First launch: out [splits, M, sum of N] and, with memories, s [splits, M, sum of ranks]; a
-    bias only of a single weight."""
+    bias only of a single weight. The next launch, if ``paired``, is the second."""
     (m, k), splits = x.shape, (s if out is None else out).shape[0]
     w0, w1, w2 = up_to_three([Weight(w, w.stride(0), w.shape[0]) for w in weights])
     memories = loras[0].a.shape[0] if loras else 0
@@ -386,6 +401,7 @@ def _multiply(x, weights, bias, loras, rows, out, s, blocks, config) -> None:
         blocks=blocks,
         # Beside W as many bytes in a stage as it takes: a program of A must not outlast the others.
         BLOCK_A=tile["BLOCK_K"] * size // largest,
+        PDL=paired and pdl(x.device),
         **tile,
     )
 
@@ -397,7 +413,7 @@ def _expand(part, biases, s, bs, ys, rows) -> None:
     b, b1, b2 = up_to_three([None if b is None else StackedB(b, b.shape[2]) for b in bs])
     y, y1, y2 = up_to_three([Output(y, y.shape[1]) for y in ys])
     ranks = [b.shape[2] for b in bs if b is not None]
-    block_m = token_block(m)
+    block_m, overlaps = token_block(m), pdl(part.device)
     launch(
         _decode_expand_fwd_kernel,
         (sum(cdiv(y.shape[1], _EXPAND_BLOCK) for y in ys),),
@@ -423,6 +439,8 @@ def _expand(part, biases, s, bs, ys, rows) -> None:
         BLOCK_M=block_m,
         BLOCK_R=rank_step(max(ranks, default=0), block_m),
         PRECISION=precision(y.ptr.dtype),
+        PDL=overlaps,
+        dependent=overlaps,
         num_warps=4,
         num_stages=3,
     )
@@ -468,7 +486,8 @@ def decode_linears(
     if not loras:
         rows = Rows(None, 1)  # not read: no variant of its own
         if splits == 1 and len(layers) == 1:
-            _multiply(x, weights, layers[0].bias, [], rows, ys[0][None], None, blocks, config)
+            y = ys[0][None]
+            _multiply(x, weights, layers[0].bias, [], rows, y, None, blocks, config, paired=False)
             return ys
     part = x.new_empty(splits, m, sum(widths), dtype=torch.float32)
     s = None

@@ -15,7 +15,17 @@ from ...types import LoRA
 from ..lora.decode import decode_shrink
 from ..shared.config import Config
 from ..shared.decode import expand_rows, inside, narrow, rank_step, tile_args, token_block
-from ..shared.launch import Rows, activate, cdiv, dot, launch, memory_range, token_memory
+from ..shared.launch import (
+    Rows,
+    activate,
+    cdiv,
+    dot,
+    launch,
+    memory_range,
+    pdl,
+    token_memory,
+    wait_for_primary,
+)
 
 EXPECTS = {"_decode_mlp_up_fwd_kernel": "dot"}
 
@@ -59,11 +69,13 @@ def _decode_mlp_up_fwd_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_N of the N neurons for all tokens.
 
     s is [splits, M, R_GATE + R_UP]; a projection without an update has rank 0.
     """
+    wait_for_primary(PDL)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -120,6 +132,7 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
     (w_gate, w_up), (m, k) = weights, x.shape
     b_gate, b_up = lora_b
     r_gate, r_up = (0 if b is None else b.shape[2] for b in lora_b)
+    overlaps = s is not None and pdl(x.device)
     launch(
         _decode_mlp_up_fwd_kernel,
         (cdiv(h.shape[1], config.block_n),),
@@ -145,6 +158,8 @@ def _multiply_both(x, weights, gates, s, lora_b, rows, h, activation, config) ->
         splits=0 if s is None else s.shape[0],
         ACTIVATION=activation,
         BLOCK_R=rank_step(max(r_gate, r_up), token_block(m)),
+        PDL=overlaps,
+        dependent=overlaps,
         **tile_args(x, config),
     )
 

@@ -43,8 +43,9 @@ _MOST_VARIANTS = 1024  # of a kernel: shapes that are ever new must not fill the
 _FIELDS = (int, float, bool, type(None), Tensor, Parameter)
 _CONSTANTS = (int, bool, str, type(None))
 
-# num_warps, num_stages, and the registers of a thread, None for as many as ptxas likes.
-Options = tuple[int, int, int | None]
+# num_warps, num_stages, the registers of a thread, None for as many as ptxas likes, and whether the
+# kernel may begin before the last one has ended.
+Options = tuple[int, int, int | None, bool]
 
 
 class _Variant(NamedTuple):
@@ -142,9 +143,13 @@ def _observed(kernel: triton.JITFunction) -> bool:
 
 def by_name(options: Options) -> dict[str, Any]:
     """Return options as Triton takes them."""
-    num_warps, num_stages, registers = options
+    num_warps, num_stages, registers, dependent = options
     found = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    return found if registers is None else found | {"maxnreg": registers}
+    if registers is not None:
+        found["maxnreg"] = registers
+    if dependent:  # not said otherwise: not every backend has it
+        found["launch_pdl"] = True
+    return found
 
 
 def launch(

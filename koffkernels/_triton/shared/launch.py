@@ -20,6 +20,11 @@ from torch import Tensor
 
 from . import direct
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton without programmatic dependent launch
+    gdc_launch_dependents = gdc_wait = None
+
 
 def _find_cache() -> None:
     """Give Triton a folder it can write compiled kernels to, where the home folder is read-only."""
@@ -43,6 +48,9 @@ _NO_MEMORY = tl.constexpr(1 << 30)  # above every id, so that a minimum passes o
 # Ids read at a time: eight for each thread of four warps, so that a chunk of some thousand tokens
 # takes a handful of loads.
 _IDS_BLOCK = tl.constexpr(1024)
+
+# Programmatic dependent launch, off until a GPU has shown it right and faster (docs/kernels.md).
+_pdl = os.environ.get("KOFF_PDL", "0") == "1"
 
 _REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
 
@@ -115,6 +123,34 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@contextlib.contextmanager
+def programmatic(on: bool) -> Iterator[None]:
+    """Turn programmatic dependent launch on or off, whatever ``KOFF_PDL`` says."""
+    global _pdl
+    before, _pdl = _pdl, on
+    try:
+        yield
+    finally:
+        _pdl = before
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Return whether Triton and the GPU know programmatic dependent launch; True for a device that
+    is no GPU, of which the compile gate knows better."""
+    if gdc_wait is None or INTERPRETED or ROCM:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pdl(device: torch.device) -> bool:
+    """Return whether the second of two dependent launches may begin while the first one runs.
+
+    Both kernels take it as ``PDL``, the second launch also as ``dependent``.
+    """
+    return _pdl and has_pdl(device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:
     """Run ``kernel`` over ``grid``; an empty grid runs nothing.
 
@@ -125,21 +161,23 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:
         kernel: a ``triton.jit`` function.
         grid: one to three sizes.
         args: the kernel's arguments: tensors, numbers, None, or operands (see ``operands``). Beside
-            them ``num_warps`` of a program (4), ``num_stages`` of the software pipeline (2), and
-            ``most_registers`` that a thread may use. 255 is all, and what is not said: kernels with
-            large tiles are compiled with it, since ptxas, left to itself (None), spills a few bytes
-            of theirs to reach a higher occupancy. Streaming kernels live by occupancy and leave it
-            to ptxas.
+            them ``num_warps`` of a program (4), ``num_stages`` of the software pipeline (2),
+            ``dependent`` (False) of a kernel that may begin before the one launched before it has
+            ended, and waits for that by itself (``pdl``), and ``most_registers`` that a thread may
+            use. 255 is all, and what is not said: kernels with large tiles are compiled with it,
+            since ptxas, left to itself (None), spills a few bytes of theirs to reach a higher
+            occupancy. Streaming kernels live by occupancy and leave it to ptxas.
     """
     num_warps = args.pop("num_warps", 4)
     num_stages = args.pop("num_stages", 2)
     most_registers = args.pop("most_registers", 255)
+    dependent = args.pop("dependent", False)
     if 0 in grid:
         return
     registers = None
     if most_registers is not None and not ROCM:
         registers = min(most_registers, _REGISTERS // (32 * num_warps))
-    options = num_warps, num_stages, registers
+    options = num_warps, num_stages, registers, dependent
     if _recorded is not None:
         # Looked at here, for the gate and the tests, since a real launch has no time for it.
         for name, value in args.items():
@@ -198,6 +236,28 @@ def rank_block(r: int, limit: int = 64) -> int:
     """Return the tile width for a rank r: a power of two in 16..limit; larger ranks go in several
     steps."""
     return min(limit, max(SMALLEST_TILE, power_of_2(r)))
+
+
+@triton.jit
+def wait_for_primary(PDL: tl.constexpr):
+    """Wait until the kernel before this one has ended and all that it wrote can be read.
+
+    It comes before a kernel's first load or store, and in no loop: there Triton's pipeline would
+    put loads ahead of it.
+    """
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def start_dependent(PDL: tl.constexpr):
+    """Let the next kernel begin once every program has come here: it waits for this one's end.
+
+    A kernel that waits itself does so before, so that whoever begins early runs beside this one
+    kernel alone.
+    """
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit
