@@ -1,0 +1,96 @@
+"""Replayed calls compute what calls as they are written do, bit by bit, from tensors of their own."""
+
+import pytest
+import torch
+from support import linears_inputs, mlp_inputs
+from support.kernel_inputs import attention_tensors, ids_of, prefix_from
+from support.oracle import run
+
+import koffkernels
+from koffkernels import prefix_attention, replay
+from koffkernels._triton.shared.tape import Tape
+
+LEAD, MEMORIES = (3, 5), 2
+
+
+@pytest.fixture(autouse=True)
+def replays(monkeypatch):
+    """Let calls on CPU tensors be replayed, and count how many are."""
+    monkeypatch.setattr(replay, "DEVICES", ["cpu"])
+    replay.forget()
+    played, play = [], Tape.play
+
+    def note(self, tensors):
+        played.append(self)
+        return play(self, tensors)
+
+    monkeypatch.setattr(Tape, "play", note)
+    yield played
+    replay.forget()
+
+
+def linears(kind):
+    shape = (LEAD, 40, ((48, 4), (16, None), (16, 20)), 1 if kind == "none" else MEMORIES)
+    tensors, weights = linears_inputs.make(shape, torch.float16)
+    return linears_inputs.caller(weights, ids_of(kind, LEAD[0], MEMORIES)), tensors
+
+
+def mlp(kind):
+    shape = (LEAD, 13, 29, 1 if kind == "none" else MEMORIES, 4)
+    tensors, weights = mlp_inputs.make(shape, torch.float16)
+    return mlp_inputs.caller(weights, ids_of(kind, LEAD[0], MEMORIES)), tensors
+
+
+def attention(kind, queries=40):
+    n = 1 if kind == "none" else MEMORIES
+    shape = {"B": 3, "Hq": 4, "Hkv": 2, "T": queries, "S": 45, "D": 64, "n": n, "P": 20}
+    lengths, ids = torch.tensor([20, 7][:n]), ids_of(kind, 3, n)
+
+    def call(t):
+        prefix = prefix_from(t, lengths)
+        return prefix_attention(t["q"], t["k"], t["v"], prefix, memory_ids=ids)
+
+    return call, attention_tensors(shape, torch.float16)
+
+
+CASES = {
+    "linears": (linears, ("vendor", "fused", "decode")),
+    "mlp": (mlp, ("vendor", "fused", "decode")),
+    "attention": (attention, ("fused",)),
+    "attention of few queries": (lambda kind: attention(kind, 1), ("fused",)),
+}
+ALL = [(name, route) for name, (_, routes) in CASES.items() for route in routes]
+
+
+def others(tensors, seed):
+    """Tensors of the same kind with other numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(t.shape, generator=generator).to(t.dtype) for name, t in tensors.items()
+    }
+
+
+def same(one, other):
+    assert torch.equal(one[0], other[0]) and one[0].stride() == other[0].stride()
+    assert set(one[1]) == set(other[1])
+    for name, gradient in one[1].items():
+        assert torch.equal(gradient, other[1][name]), name
+        assert gradient.dtype == other[1][name].dtype
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", ["none", "mixed"])
+@pytest.mark.parametrize("name, route", ALL)
+def test_the_same_bits(replays, monkeypatch, name, route, kind, trains):
+    call, tensors = CASES[name][0](kind)
+    frozen = () if trains else tuple(tensors)
+    with koffkernels.force_route(route):
+        for seed in (1, 2):
+            run(call, others(tensors, seed), frozen)
+        assert replays == []
+        found = run(call, others(tensors, 3), frozen)
+        assert len(replays) == 1 + trains  # backward is a call of its own
+        monkeypatch.setattr(replay, "DEVICES", [])
+        same(found, run(call, others(tensors, 3), frozen))
+        assert len(replays) == 1 + trains
+        assert not torch.equal(found[0], run(call, others(tensors, 4), frozen)[0])
