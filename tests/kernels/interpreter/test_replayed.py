@@ -1,4 +1,4 @@
-"""Replayed calls compute what calls as they are written do, bit by bit, from tensors of their own."""
+"""Replayed calls compute, from tensors of their own, the bits that calls as they are written do."""
 
 import pytest
 import torch
