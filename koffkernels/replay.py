@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,8 @@ from torch.nn import Parameter
 
 from . import checks, dispatch, routes
 
-if TYPE_CHECKING:
-    from ._triton.shared.tape import Tape
-
-DEVICES = ["cuda"]  # where kernels are launched
+# Where kernels are launched.
+DEVICES = ["cuda"] if os.environ.get("KOFF_REPLAY", "1") != "0" else []
 _MOST_KINDS = 1024  # of a function: shapes that are ever new must not fill the memory
 _PLAIN = (int, float, bool, str, torch.dtype)
 _forgetters: list[Callable[[], None]] = []
@@ -102,7 +101,7 @@ def replayed(function: Callable) -> Callable:
         function: its arguments are tensors, numbers, words, and tuples or lists of these, the first
             a tensor or None. What it does beside launching kernels are functions of torch.
     """
-    known: dict[tuple, Tape | bool] = {}  # False: seen once; True: never to be replayed
+    known: dict[tuple, Any] = {}  # a tape; False: seen once; True: never to be replayed
     _forgetters.append(known.clear)
 
     @functools.wraps(function)
@@ -126,7 +125,7 @@ def replayed(function: Callable) -> Callable:
                 result, tape = tapes.record(lambda: function(*args, **options), tensors)
             finally:
                 _thread.records = False
-            known[kind] = tape or True
+            known[kind] = True if tape is None else tape
             return result
         elif tape is not True and tape.usable():
             return tape.play(tensors)

@@ -274,6 +274,22 @@ def test_whoever_debugs_gets_tritons_way(launched, played, monkeypatch):
         assert len(played) == 2
 
 
+def test_a_call_that_somebody_watched_is_recorded_later(launched, played):
+    call = linear()
+    with koffkernels.force_route("decode"):
+        call()
+        knobs.runtime.launch_enter_hook.add(print)
+        try:
+            call()
+            call()
+        finally:
+            knobs.runtime.launch_enter_hook.remove(print)
+        call()
+        assert played == []
+        call()
+        assert len(played) == 1
+
+
 def test_training_replays_forward_and_backward(launched, played):
     x, weight, update = tensor(3, 40, 64).requires_grad_(), tensor(64, 64), lora()
     for part in update[:2]:

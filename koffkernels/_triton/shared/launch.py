@@ -183,11 +183,8 @@ def _run(
     if not _several_gpus():
         return direct.launch(kernel, grid, args, options)
     # Triton launches on the current GPU, wherever the tensors are.
-    device = _device_of(args)
-    here = device.index == torch.cuda.current_device()
-    with torch.cuda.device(device):
-        variant = direct.launch(kernel, grid, args, options)
-    return variant if here else None
+    with torch.cuda.device(_device_of(args)):
+        return direct.launch(kernel, grid, args, options)
 
 
 def _device_of(args: dict[str, Any]) -> torch.device:

@@ -83,7 +83,7 @@ class Tape:
         return self.result(slots)
 
 
-def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tape | None]:
+def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tape | bool | None]:
     """Make a call that was made before, with other tensors.
 
     Args:
@@ -92,10 +92,12 @@ def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tap
 
     Returns:
         What it returns, and a tape that does the same to others; None where there can be none, or
-        it would launch nothing.
+        it would launch nothing; False while somebody wants to see launches as they are written.
     """
-    if launches.collecting():
-        return call(), None
+    if launches.collecting() or direct.observed(()):
+        return call(), False
+    if any(t.is_cuda and t.get_device() != torch.cuda.current_device() for t in tensors):
+        return call(), None  # each launch would have to change the device
     with _Recorder(tensors) as recorder:
         result = call()
     return result, recorder.tape(result)
