@@ -230,6 +230,11 @@ def force_backend(backend: str) -> Iterator[None]:
         _FORCED = before
 
 
+def forced() -> str | None:
+    """Return what ``force_backend`` has set."""
+    return _FORCED
+
+
 @contextlib.contextmanager
 def recompute_hidden(enabled: bool = True) -> Iterator[None]:
     """Let ``gated_mlp`` save x [M, H] for backward inside the ``with`` block, and compute the two

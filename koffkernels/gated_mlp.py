@@ -7,9 +7,11 @@ from torch import Tensor
 from . import dispatch
 from .checks import check_gated_mlp, refuse
 from .reference import ACTIVATIONS
+from .replay import replayed
 from .types import GatedMLPLoRA, RowGroups
 
 
+@replayed
 def gated_mlp(
     x: Tensor,
     w_gate: Tensor,

@@ -9,9 +9,11 @@ from torch import Tensor
 from . import dispatch
 from ._torch.rows import as_rows, known_rows, plus_delta
 from .checks import check_ids, check_linear, check_linears, check_lora, check_shape, check_tensor
+from .replay import replayed
 from .types import LoRA, RowGroups
 
 
+@replayed
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -45,6 +47,7 @@ def lora_linear(
     return run(x, (weight,), (bias,), (lora,), memory_ids)[0]
 
 
+@replayed
 def lora_linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import check_prefix_attention, check_tensor
+from .replay import replayed
 from .types import Prefix, RowBounds, RowGroups
 
 
+@replayed
 def prefix_attention(
     q: Tensor,
     k: Tensor,

@@ -69,6 +69,7 @@ class Route(NamedTuple):
 # Plain globals, set by force_route for the whole process: of every operation, and of single ones.
 _FORCED: Route | None = None
 _FORCED_FOR: dict[str, Route] = {}
+_readings = 0  # how often the tables were forgotten
 
 
 @contextlib.contextmanager
@@ -102,6 +103,12 @@ def force_route(route: str, op: str | None = None) -> Iterator[None]:
         _FORCED = before[0]
         _FORCED_FOR.clear()
         _FORCED_FOR.update(before[1])
+
+
+def settings() -> tuple:
+    """Return what choices depend on beside the call: what ``force_route`` has set, and which
+    reading of the tables they are by."""
+    return _readings, _FORCED, *_FORCED_FOR.items()
 
 
 def _file(gpu: str) -> str:
@@ -180,6 +187,8 @@ def _of(row: dict, now: dict[str, str | None]) -> bool:
 
 def forget() -> None:
     """Read the tables anew at the next choice."""
+    global _readings
+    _readings += 1
     table.cache_clear()
     _nearest.cache_clear()
 

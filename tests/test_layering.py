@@ -36,6 +36,7 @@ DIRECTION = {
         ("koffkernels.reference", "koffkernels.checks"),
         ("koffkernels.routes",),
         ("koffkernels.dispatch",),  # loads the two below by name, when they are used
+        ("koffkernels.replay",),  # as it does
         ("koffkernels._torch",),
         ("koffkernels._triton.shared",),
         ("koffkernels._triton.lora", "koffkernels._triton.attention"),

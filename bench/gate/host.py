@@ -1,9 +1,10 @@
-"""Host time of operations: microseconds from the call to the driver, which is left out.
+"""Host time of operations and of a decoder layer: microseconds from the call to the driver.
 
-Each operation runs on small CPU tensors through the Triton launchers, before a driver that launches
-nothing, so that what Python, torch and Triton do before a GPU would is all that takes time; torch's
-own operators take what they take on a CPU. In turns, every launch goes Triton's own way, or
-``koffkernels._triton.shared.direct``, or nowhere, which leaves what lies around the launches.
+Each runs on small CPU tensors through the Triton launchers, before a driver that launches nothing,
+so that what Python, torch and Triton do before a GPU would is all that takes time. torch's own
+matrix products are left out likewise: on a CPU they would take longer than everything else. In
+turns, calls run as they are written with every launch going Triton's own way; with launches that go
+past it (``koffkernels._triton.shared.direct``); and replayed (``koffkernels.replay``).
 
     python -m bench.gate.host [--rounds 15] [--only TEXT]
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,17 +25,17 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import koffkernels
-from koffkernels import GatedMLPLoRA, LoRA, Prefix, dispatch, routes
+from koffkernels import GatedMLPLoRA, LoRA, Prefix, dispatch, replay, routes
 from koffkernels._triton.shared import direct
 from koffkernels._triton.shared import launch as common
 
-from .. import timing
 from .compiling import Chip
+from .host_layer import Layer
 
 _DEVICE = 3000  # a number that no GPU has: triton keeps what it compiled by it
-WIDTH, ROWS, TOKENS, MEMORIES, RANK, LEARNED = 64, 8, 16, 8, 16, 32
+WIDTH, ROWS, TOKENS, MEMORIES, RANK, LEARNED = 64, 8, 32, 8, 16, 32
 OPERATIONS = ("lora_linear", "gated_mlp", "prefix_attention")
-WAYS = ("triton", "direct", "none")
+WAYS = ("triton", "direct", "replayed")
 
 
 class _NotCompiled(CompiledKernel):
@@ -86,11 +88,37 @@ def triton_on_cpu() -> Iterator[None]:
         dispatch._LOADED.update(before)
 
 
+@contextlib.contextmanager
+def without_products() -> Iterator[None]:
+    """Let torch's matrix products give memory that nobody has written to."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    def mm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        return x.new_empty(x.shape[0], y.shape[1]) if out is None else out
+
+    stubs = {
+        (torch.nn.functional, "linear"): linear,
+        (torch, "mm"): mm,
+        (Tensor, "__matmul__"): mm,
+        (Tensor, "addmm_"): lambda self, x, y: self,
+    }
+    before = {(holder, name): getattr(holder, name) for holder, name in stubs}
+    try:
+        for (holder, name), stub in stubs.items():
+            setattr(holder, name, stub)
+        yield
+    finally:
+        for (holder, name), product in before.items():
+            setattr(holder, name, product)
+
+
 class Case(NamedTuple):
-    """An operation, called without arguments, and the route that it takes."""
+    """What is called without arguments, and the route that it takes; None: the usual one."""
 
     name: str
-    route: str
+    route: str | None
     call: Callable[[], object]
 
 
@@ -99,11 +127,12 @@ def _lora(trains: bool) -> LoRA:
     return LoRA(a.requires_grad_(trains), b.requires_grad_(trains), torch.ones(MEMORIES))
 
 
-def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Tensor]]:
+def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Any]]:
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_(trains)
 
-    x, weight = tensor(ROWS, tokens, WIDTH), torch.zeros(WIDTH, WIDTH, dtype=torch.bfloat16)
+    x = tensor(ROWS, tokens, WIDTH)
+    weights = [torch.zeros(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(3)]
     ids, gates = torch.arange(ROWS) % MEMORIES, tensor(WIDTH, dtype=torch.float32)
     loras = [_lora(trains) for _ in range(3)]
     q, keys = tensor(ROWS, 4, tokens, WIDTH), max(tokens, 256 if tokens == 1 else 0)
@@ -111,9 +140,12 @@ def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Tensor]]:
     learned = [tensor(MEMORIES, 2, LEARNED, WIDTH, dtype=torch.float32) for _ in range(2)]
     prefix = Prefix(*learned, torch.full((MEMORIES,), LEARNED))
     return {
-        "lora_linear": lambda: koffkernels.lora_linear(x, weight, lora=loras[0], memory_ids=ids),
+        "lora_linear": lambda: koffkernels.lora_linear(
+            x, weights[0], lora=loras[0], memory_ids=ids
+        ),
+        "lora_linears": lambda: koffkernels.lora_linears(x, weights, lora=loras, memory_ids=ids),
         "gated_mlp": lambda: koffkernels.gated_mlp(
-            x, weight, weight, weight, gates=gates, lora=GatedMLPLoRA(*loras), memory_ids=ids
+            x, *weights, gates=gates, lora=GatedMLPLoRA(*loras), memory_ids=ids
         ),
         "prefix_attention": lambda: koffkernels.prefix_attention(q, k, v, prefix, memory_ids=ids),
     }
@@ -122,12 +154,16 @@ def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Tensor]]:
 def cases() -> list[Case]:
     """Return what is timed: decode, a prefill's forward, forward and backward of training."""
 
-    def step(call: Callable[[], Tensor]) -> Callable[[], object]:
-        dy = torch.ones_like(call())
-        return lambda: call().backward(dy)
+    def step(call: Callable[[], Any]) -> Callable[[], object]:
+        def outputs() -> tuple[Tensor, ...]:
+            found = call()
+            return found if isinstance(found, tuple) else (found,)
 
+        dys = [torch.ones_like(y) for y in outputs()]
+        return lambda: torch.autograd.backward(outputs(), dys)
+
+    found = []
     with triton_on_cpu(), empty_driver():
-        found = []
         for op, call in _operations(1, trains=False).items():
             found.append(Case(f"{op} decode", "decode", call))
         for op, call in _operations(TOKENS, trains=False).items():
@@ -136,63 +172,67 @@ def cases() -> list[Case]:
         for op, call in _operations(TOKENS, trains=True).items():
             route = "fused" if op == "prefix_attention" else "vendor"
             found.append(Case(f"{op} training", route, step(call)))
+        for memories in (1, MEMORIES):
+            of = f"of {memories}"
+            found.append(Case(f"layer decode {of}", "decode", Layer(memories, 1).decode))
+            found.append(Case(f"layer training {of}", None, Layer(memories, TOKENS).train))
         return found
 
 
 @contextlib.contextmanager
 def launching(way: str) -> Iterator[None]:
     """Let launches go one of ``WAYS``."""
-    before = direct.ENABLED, direct.launch
-    direct.ENABLED = way == "direct"
-    if way == "none":
-        direct.launch = lambda *args: None
+    before = direct.ENABLED, replay.DEVICES
+    direct.ENABLED = way != "triton"
+    replay.DEVICES = ["cpu"] if way == "replayed" else []
     try:
         yield
     finally:
-        direct.ENABLED, direct.launch = before
+        direct.ENABLED, replay.DEVICES = before
 
 
-def measure(case: Case, rounds: int, calls: int = 100) -> dict[str, float]:
+def measure(case: Case, rounds: int, seconds: float = 0.002) -> dict[str, float]:
     """Return the launches of a case and the microseconds it takes each way, the least of ``rounds``
-    readings of ``calls`` calls: what else the machine does can only add to one."""
+    readings in turns: what else the machine does can only add to one.
 
-    def reading(way: str) -> Callable[[], None]:
-        def run() -> None:
-            with launching(way):
-                for _ in range(calls):
-                    case.call()
-
-        return run
-
-    with triton_on_cpu(), empty_driver(), routes.force_route(case.route):
+    A reading is of this thread's own time, over as many calls as take some ``seconds``, so that
+    some readings fall between two turns of the others on this core.
+    """
+    forced = contextlib.nullcontext() if case.route is None else routes.force_route(case.route)
+    least = dict.fromkeys(WAYS, float("inf"))
+    with triton_on_cpu(), empty_driver(), without_products(), forced:
+        replay.forget()
         with common.recording() as launches:
             case.call()
-        times = timing.alternate({way: reading(way) for way in WAYS}, rounds)
-    row = {way: min(seconds) / calls * 1e6 for way, seconds in times.items()}
-    return {"launches": len(launches), **row}
+        for _ in range(rounds):
+            for way in WAYS:
+                with launching(way):
+                    for _ in range(3):  # what is new here compiles, and is written down
+                        case.call()
+                    calls, begun = 0, time.thread_time()
+                    while (taken := time.thread_time() - begun) < seconds:
+                        case.call()
+                        calls += 1
+                    least[way] = min(least[way], taken / calls * 1e6)
+    replay.forget()
+    return {"launches": len(launches), **least}
 
 
 def main() -> int:
-    """Print a line for each operation."""
+    """Print a line for each case."""
     parser = argparse.ArgumentParser(prog="python -m bench.gate.host", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="readings of each way")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"triton {triton.__version__}, torch {torch.__version__}; microseconds")
-    print(
-        f"{'operation':28s} {'launches':>8s} {'around':>8s} {'by triton':>10s} {'direct':>8s}"
-        f" {'a launch':>16s} {'ratio':>6s}"
-    )
+    print(f"{'case':28s} {'launches':>8s} {'by triton':>10s} {'direct':>10s} {'replayed':>10s}")
     for case in cases():
         if args.only not in case.name:
             continue
         row = measure(case, args.rounds)
-        each = [(row[way] - row["none"]) / row["launches"] for way in ("triton", "direct")]
-        print(
-            f"{case.name:28s} {row['launches']:8d} {row['none']:8.1f} {row['triton']:10.1f}"
-            f" {row['direct']:8.1f} {each[0]:7.1f} -> {each[1]:5.1f} {each[1] / each[0]:6.2f}"
-        )
+        times = " ".join(f"{row[way]:10.1f}" for way in WAYS)
+        print(f"{case.name:28s} {row['launches']:8d} {times}", flush=True)
     return 0
 
 

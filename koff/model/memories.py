@@ -41,6 +41,13 @@ class LoRAWeights(nn.Module):
         self.a = nn.Parameter(a.to(device))
         self.b = nn.Parameter(torch.zeros(width_out, r, device=device))
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return a and b."""
+        found = self._parameters  # every layer of every training step asks, and getattr is slow
+        if "a" in found:
+            return found["a"], found["b"]
+        return self.a, self.b  # where somebody, as FSDP does, has put others in their place
+
 
 class KVWeights(nn.Module):
     """Learned cache of one layer: k, v [Hkv, P, D].
@@ -65,6 +72,8 @@ class KVWeights(nn.Module):
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
+        if self.k_frozen.shape[1] == 0:
+            return self.k, self.v
         return torch.cat([self.k_frozen, self.k], 1), torch.cat([self.v_frozen, self.v], 1)
 
     @torch.no_grad()
@@ -167,8 +176,9 @@ class Memory(nn.Module):
 
     def lora_at(self, site: Site) -> LoRAWeights | None:
         """Return the LoRA of one linear layer; None if this memory has none there."""
-        key = site_key(site)  # not str(site): torch.compile traces this
-        return self.lora[key] if key in self.lora else None
+        # Every layer of every training step asks for every memory, and torch's getattr is slow. Not
+        # str(site): torch.compile traces this.
+        return self._modules["lora"]._modules.get(site_key(site))
 
     def matrices(self, site: Site) -> tuple[Tensor, Tensor] | None:
         """Return A [r, K] and B [N, r] on one linear layer; None if this memory has none there.
@@ -177,7 +187,7 @@ class Memory(nn.Module):
         """
         weights = self.lora_at(site)
         if weights is not None:
-            return weights.a, weights.b
+            return weights.matrices()
         if site.linear not in HALVES:
             return None
         whole, half = HALVES[site.linear]
@@ -404,6 +414,7 @@ class MemoryBank(nn.Module):
         self.roster = Roster()
         self._stacks = _StackCache()
         self._constants: dict[tuple, Tensor] = {}
+        self._turns: dict[tuple, tuple] = {}
         self.register_buffer(
             "inverse_frequencies", inverse_frequencies.detach().clone(), persistent=False
         )
@@ -605,15 +616,29 @@ class MemoryBank(nn.Module):
             memory.kv[layer] if p else None for memory, p in zip(memories, lengths, strict=True)
         ]
         longest = max(lengths)
-        like = next(w for w in weights if w is not None).k
-        k, v = [], []
-        for w, p in zip(weights, lengths, strict=True):
-            key, value = (None, None) if w is None else w.full()
-            if key is not None and layer not in self._without_rope:
-                key = rotate(key, -p, self.inverse_frequencies)
-            k.append(_padded(key, 1, longest, like))
-            v.append(_padded(value, 1, longest, like))
-        return Prefix(_stack(k), _stack(v), self._constant(lengths, k[0].device))
+        if len({memory.kv_config for memory in memories}) == 1:
+            k, v = _full(weights)
+        else:
+            like = next(w for w in weights if w is not None).k
+            found = [(None, None) if w is None else w.full() for w in weights]
+            k, v = (_stack([_padded(pair[i], 1, longest, like) for pair in found]) for i in (0, 1))
+        if layer not in self._without_rope:
+            k = turned(k, *self._angles(lengths, k))
+        return Prefix(k, v, self._constant(lengths, k.device))
+
+    def _angles(self, lengths: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [M, 1, 1, R / 2] that move memories of these lengths to where they
+        stand, made once for all layers."""
+        frequencies = self.inverse_frequencies
+        shift = -self._constant(lengths, like.device)[:, None, None, None]
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return angles(shift, frequencies, like.dtype)
+        key = (lengths, like.dtype)
+        made_from = (frequencies, _edits([frequencies]))
+        found = self._turns.get(key)
+        if found is None or found[0][0] is not frequencies or found[0][1] != made_from[1]:
+            found = self._turns[key] = made_from, angles(shift, frequencies, like.dtype)
+        return found[1]
 
     def start(
         self, layer: int, memories: tuple[Memory, ...], stacks: Stacks | None = None
@@ -650,6 +675,17 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one: a view, no copy
 
 
+def _full(weights: list[KVWeights]) -> tuple[Tensor, Tensor]:
+    """Return k and v [M, Hkv, P, D] of memories of equal sizes, stacked before the frozen tokens
+    come to the front: fewer operators where there are many."""
+    k, v = _stack([w.k for w in weights]), _stack([w.v for w in weights])
+    if weights[0].k_frozen.shape[1] == 0:
+        return k, v
+    k_frozen = _stack([w.k_frozen for w in weights])
+    v_frozen = _stack([w.v_frozen for w in weights])
+    return torch.cat([k_frozen, k], 2), torch.cat([v_frozen, v], 2)
+
+
 def _rounded(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``stack`` in a dtype of 16 bits; as it is for any other, or one of no more bits than its
     own."""
@@ -669,6 +705,22 @@ def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
     return zeros if tensor is None else torch.cat([tensor, zeros], dim)
 
 
+def angles(
+    shift: int | Tensor, inverse_frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [..., R / 2] of a rotation by ``shift`` [..., 1] positions."""
+    # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
+    angle = inverse_frequencies.double() * shift
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return keys [..., P, D] rotated by angles [..., R / 2] in their first R dimensions."""
+    half = cos.shape[-1]
+    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+
+
 def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     """Return post-RoPE keys moved by ``shift`` positions: a pure rotation, so scaled RoPE (yarn)
     keeps its factor.
@@ -685,9 +737,4 @@ def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
     Source: RoFormer (arXiv 2104.09864), relative form of the rotation; half-split layout as in
     transformers.
     """
-    # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
-    angle = inverse_frequencies.double() * shift
-    cos, sin = angle.cos().to(keys.dtype), angle.sin().to(keys.dtype)
-    half = len(angle)
-    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+    return turned(keys, *angles(shift, inverse_frequencies, keys.dtype))

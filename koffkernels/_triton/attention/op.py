@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import routes
 from ..._torch import prefix_attention as plain
+from ...replay import replayed
 from ...types import Prefix, RowBounds
 from ..shared.torch_operator import NAMESPACE
 from . import decode as few
@@ -140,22 +141,34 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, ctx.scale, ctx.route = args
-        call = _call(*tensors, ctx.scale)
-        ctx.dtypes = None if call.prefix is None else (call.prefix.k.dtype, call.prefix.v.dtype)
-        call = call.ready(call.q.dtype)
-        o, lse = forward(call, ctx.route)
+        *_, k, v, _, _, _, _, _, ctx.scale, ctx.route = args
+        ctx.dtypes = None if k is None else (k.dtype, v.dtype)
+        *saved, o, lse = _forward_eager(*args)
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(*_tensors(call), o, lse)
+        ctx.save_for_backward(*saved, o, lse)
         return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, _):
-        *tensors, o, lse = ctx.saved_tensors
-        call, needs = _call(*tensors, ctx.scale), ctx.needs_input_grad[:5]
-        grads = backward(call, do, o, lse, needs, ctx.route, ctx.dtypes)
+        needs = ctx.needs_input_grad[:5]
+        grads = _backward_eager(do, *ctx.saved_tensors, ctx.scale, needs, ctx.route, ctx.dtypes)
         return *grads, *(None for _ in range(7))
+
+
+@replayed
+def _forward_eager(*args):
+    """Return what backward reads of a call: its tensors, with the prefix cast, o and lse."""
+    *tensors, scale, route = args
+    call = _call(*tensors, scale)
+    call = call.ready(call.q.dtype)
+    return *_tensors(call), *forward(call, route)
+
+
+@replayed
+def _backward_eager(do, *args):
+    *tensors, o, lse, scale, needs, route, dtypes = args
+    return backward(_call(*tensors, scale), do, o, lse, needs, route, dtypes)
 
 
 _ARGUMENTS = (

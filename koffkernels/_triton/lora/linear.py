@@ -46,7 +46,8 @@ def updates(s: Tensor | None, parts: Sequence[tuple[Tensor, Tensor] | None]) -> 
     """
     if s is None:
         return [None for _ in parts]
-    columns = iter(s.split([part[0].shape[2] for part in parts if part is not None], 1))
+    ranks = [part[0].shape[2] for part in parts if part is not None]
+    columns = iter(s.split_with_sizes(ranks, 1) if len(ranks) > 1 else (s,))
     return [None if part is None else Delta(next(columns), *part) for part in parts]
 
 

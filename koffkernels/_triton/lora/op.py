@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._torch import lora_linear as plain
 from ...dispatch import compute_dtype, without_autocast
 from ...types import LoRA
-from ..shared.launch import Rows, dense, unit_stride
+from ..shared.launch import Rows, cast, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
 from .linear import Linear, linears_backward, linears_forward, linears_inference
 
@@ -172,12 +172,12 @@ def run(
     trained = False
     with without_autocast(x.device):
         for weight, bias, lora in zip(weights, biases, loras, strict=True):
-            bias = None if bias is None else dense(bias.to(dtype))
+            bias = None if bias is None else dense(cast(bias, dtype))
             matrices = (None, None, None) if lora is None else tuple(map(dense, lora))
-            parts += (unit_stride(weight.to(dtype)), bias, *matrices)
+            parts += (unit_stride(cast(weight, dtype)), bias, *matrices)
             trained = trained or needs_grad(*matrices)
         parts += [None] * (_PARTS * MOST - len(parts))
-        inputs = flat(x.to(dtype)), *parts, ids, tokens
+        inputs = flat(cast(x, dtype)), *parts, ids, tokens
         ys = (_OPERATION if trained or needs_grad(x) else _INFERENCE)(*inputs)
     return tuple(
         y.view(*x.shape[:-1], weight.shape[0]) for y, weight in zip(ys, weights, strict=False)

@@ -16,7 +16,7 @@ from ... import dispatch
 from ..._torch import gated_mlp as plain
 from ...types import GatedMLPLoRA, LoRA
 from ..lora.op import flat, rows_of
-from ..shared.launch import Rows, dense, unit_stride
+from ..shared.launch import Rows, cast, dense, unit_stride
 from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
 from .mlp import Layer, Saved, mlp_backward, mlp_forward, mlp_inference
 
@@ -147,8 +147,8 @@ def run(
     ids, tokens = rows_of(x, memory_ids)
     with dispatch.without_autocast(x.device):
         inputs = (
-            flat(x.to(dtype)),
-            *(unit_stride(weight.to(dtype)) for weight in weights),
+            flat(cast(x, dtype)),
+            *(unit_stride(cast(weight, dtype)) for weight in weights),
             *(dense(t) for t in trained),
             ids,
             tokens,

@@ -48,7 +48,7 @@ _CONSTANTS = (int, bool, str, type(None))
 Options = tuple[int, int, int | None, bool]
 
 
-class _Variant(NamedTuple):
+class Variant(NamedTuple):
     """A compiled kernel: its launcher, and two things which that wants."""
 
     run: Callable[..., None]
@@ -68,7 +68,7 @@ class Kernel:
         self.constants = _getter(p.name for p in params if p.is_constexpr)
         self.free = _getter(free)
         self.others = _getter(p.name for p in params if not p.is_constexpr and p.name not in free)
-        self.variants: dict[tuple, _Variant] = {}
+        self.variants: dict[tuple, Variant] = {}
 
 
 def _getter(names: Iterable[str]) -> Callable[[dict[str, Any]], tuple]:
@@ -126,18 +126,17 @@ def _says_all(kernel: Kernel, args: dict[str, Any]) -> bool:
     )
 
 
-def _observed(kernel: triton.JITFunction) -> bool:
+def observed(kernels: Iterable[triton.JITFunction]) -> bool:
     """Return whether somebody debugs, instruments or profiles kernels: then all of Triton's code
     has to run. (A chain of hooks is always there, and mostly empty.)"""
     runtime = knobs.runtime
     return bool(
         runtime.debug
-        or kernel.debug
-        or kernel.pre_run_hooks
         or knobs.compilation.instrumentation_mode
         or runtime.add_stages_inspection_hook
         or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
         or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or any([kernel.debug or kernel.pre_run_hooks for kernel in kernels])
     )
 
 
@@ -154,12 +153,16 @@ def by_name(options: Options) -> dict[str, Any]:
 
 def launch(
     kernel: triton.JITFunction, grid: tuple[int, ...], args: dict[str, Any], options: Options
-) -> None:
-    """Run ``kernel[grid](**args, **by_name(options))``, on the current device."""
+) -> Variant | None:
+    """Run ``kernel[grid](**args, **by_name(options))``, on the current device.
+
+    Returns:
+        What ran, if later launches of this kind will run it; None where they go Triton's way.
+    """
     global _driver
     if not ENABLED:
         kernel[grid](**args, **by_name(options))
-        return
+        return None
     active = driver.active
     if active is not _driver:
         _kernels.clear()
@@ -168,7 +171,7 @@ def launch(
     if known is None:
         known = _kernels[id(kernel)] = Kernel(kernel)
     key = None
-    if len(args) == known.count and not _observed(kernel):
+    if len(args) == known.count and not observed((kernel,)):
         device = active.get_current_device()
         key = key_of(known, args, (device, *options))
         found = known.variants.get(key)
@@ -178,11 +181,12 @@ def launch(
             nobody = None, None, None
             stream = active.get_current_stream(device)
             found.run(x, y, z, stream, found.function, found.metadata, *nobody, *known.names(args))
-            return
+            return found
     compiled = kernel[grid](**args, **by_name(options))
     if key is None or not isinstance(compiled, CompiledKernel) or not _says_all(known, args):
-        return
+        return None
     if len(known.variants) >= _MOST_VARIANTS:
         known.variants.clear()
-    variant = _Variant(compiled.run, compiled.function, compiled.packed_metadata)
+    variant = Variant(compiled.run, compiled.function, compiled.packed_metadata)
     known.variants[key] = variant
+    return variant

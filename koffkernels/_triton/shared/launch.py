@@ -9,7 +9,8 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +111,26 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+def collecting() -> bool:
+    """Return whether launches are collected instead of run."""
+    return _recorded is not None
+
+
+class _Noted(threading.local):
+    """What is told of every launch of this thread."""
+
+    by: Callable[..., None] | None = None
+
+
+_noted = _Noted()
+
+
+def noted_by(note: Callable[..., None] | None) -> None:
+    """Let ``note(kernel, grid, args, options, variant)`` hear of every launch of this thread, with
+    what ``direct.launch`` returned; None: nobody."""
+    _noted.by = note
+
+
 @functools.cache
 def _several_gpus() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 1
@@ -132,6 +153,11 @@ def programmatic(on: bool) -> Iterator[None]:
         yield
     finally:
         _pdl = before
+
+
+def is_programmatic() -> bool:
+    """Return whether programmatic dependent launch is on, where there is any."""
+    return _pdl
 
 
 @functools.cache
@@ -185,12 +211,23 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:
             assert not absent, f"{name}: a field of an operand must not be None (see operands.py)"
         _recorded.append(Launch(kernel, grid, args, direct.by_name(options)))
         return
-    if not _several_gpus():
-        direct.launch(kernel, grid, args, options)
+    if _noted.by is None:
+        _run(kernel, grid, args, options)
         return
+    with torch._C.DisableTorchFunction():  # what Triton asks of torch is part of the launch
+        variant = _run(kernel, grid, args, options)
+    _noted.by(kernel, grid, args, options, variant)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: direct.Options
+) -> direct.Variant | None:
+    """Launch where the tensors are, and return what ``direct.launch`` does."""
+    if not _several_gpus():
+        return direct.launch(kernel, grid, args, options)
     # Triton launches on the current GPU, wherever the tensors are.
     with torch.cuda.device(_device_of(args)):
-        direct.launch(kernel, grid, args, options)
+        return direct.launch(kernel, grid, args, options)
 
 
 def _device_of(args: dict[str, Any]) -> torch.device:
@@ -217,6 +254,11 @@ def cdiv(x: int, y: int) -> int:
 def power_of_2(x: int) -> int:
     """Return the smallest power of two that is at least x; 1 for 0."""
     return 1 << max(x - 1, 0).bit_length()
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype; to ask ``x.to`` for nothing takes a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def dense(x: Tensor | None) -> Tensor | None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...replay import replayed
+
 # Of the operators: the name of the whole package, "koffkernels" as installed by pip. A copy loaded
 # from a hub has a name of its own, so that two of them can live in one process.
 NAMESPACE = __name__.partition(".")[0]
@@ -113,11 +115,13 @@ def operation(
         lambda ctx, *dys: gradients(op_backward, ctx, *dys[:outputs]), setup_context=prepare
     )
 
+    forward_again, backward_again = replayed(forward), replayed(backward)
+
     class Eager(torch.autograd.Function):
         # ctx in forward, and no setup_context, with which torch reads the signature in every call.
         @staticmethod
         def forward(ctx, *args):
-            output = forward(*args)
+            output = forward_again(*args)
             ctx.mark_non_differentiable(*(t for t in output[outputs:] if t is not None))
             prepare(ctx, args, output)
             return output
@@ -125,7 +129,7 @@ def operation(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *dys):
-            return gradients(backward, ctx, *dys[:outputs])
+            return gradients(backward_again, ctx, *dys[:outputs])
 
     return Operation(Eager.apply, op)
 

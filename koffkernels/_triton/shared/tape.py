@@ -1,0 +1,311 @@
+"""What a call does to its tensors, written down: see ``koffkernels.replay`` for when it is played.
+
+On a tape stand the functions of torch that were called, most of them for views and empty tensors,
+and the launches. Each value that they take or give has a slot: the call's own tensors first, then
+whatever is the same in every call of its kind, and what steps make.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.runtime import driver
+
+from . import direct
+from . import launch as launches
+
+# They give memory that nobody has written to: on the tape stands how it lies.
+_EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty}
+# They say of a tensor what its kind says, as its attributes do. Whatever else is no tensor was read
+# out of one, and may differ from call to call.
+_OF_KIND = {
+    Tensor.data_ptr, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_contiguous,
+    Tensor.numel, Tensor.size, Tensor.stride, Tensor.__len__,
+}  # fmt: skip
+
+# They give the tensor itself where it is as it is asked for, which is then so in every call.
+_CASTS = {Tensor.to, Tensor.contiguous}
+
+Slots = list  # of values, by number
+Step = Callable[[Slots, Any], None]  # the second is the stream
+
+
+class Tape:
+    """The steps of a call.
+
+    Args:
+        slots: what each holds before the first step.
+        steps: each with the slots that no later one takes. They are emptied behind it, so that
+            memory comes free as early as where the call runs as it is written.
+        result: of the slots, what the call returns.
+        kernels: those launched.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        steps: list[tuple[Step, tuple[int, ...]]],
+        result: Callable[[Slots], Any],
+        kernels: Iterable[Any],
+    ):
+        self.slots, self.steps, self.result, self.kernels = slots, steps, result, kernels
+        self.programmatic = launches.is_programmatic()
+        # For whom the kernels were compiled; nobody, where they are interpreted.
+        self.driver = driver.active if direct.ENABLED else None
+        self.device = self.driver.get_current_device() if direct.ENABLED else None
+
+    def usable(self) -> bool:
+        """Return whether launches may go now where they went when they were recorded."""
+        if launches.collecting() or launches.is_programmatic() != self.programmatic:
+            return False
+        if self.driver is None or not direct.ENABLED:
+            return self.driver is None and not direct.ENABLED
+        return (
+            driver.active is self.driver
+            and self.driver.get_current_device() == self.device
+            and not direct.observed(self.kernels)
+        )
+
+    def play(self, tensors: list[Tensor]) -> Any:
+        """Return what the call returns for these tensors."""
+        slots = self.slots.copy()
+        slots[: len(tensors)] = tensors
+        stream = None if self.driver is None else self.driver.get_current_stream(self.device)
+        for step, last in self.steps:
+            step(slots, stream)
+            for slot in last:
+                slots[slot] = None
+        return self.result(slots)
+
+
+def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tape | bool | None]:
+    """Make a call that was made before, with other tensors.
+
+    Args:
+        call: what is called.
+        tensors: all that it takes.
+
+    Returns:
+        What it returns, and a tape that does the same to others; None where there can be none, or
+        it would launch nothing; False while somebody wants to see launches as they are written.
+    """
+    if launches.collecting() or direct.observed(()):
+        return call(), False
+    if any(t.is_cuda and t.get_device() != torch.cuda.current_device() for t in tensors):
+        return call(), None  # each launch would have to change the device
+    with _Recorder(tensors) as recorder:
+        result = call()
+    return result, recorder.tape(result)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down what is done in the ``with`` block."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__()
+        self.given = len(tensors)
+        self.slots: Slots = [None] * self.given
+        # The weak reference says whether it is still that tensor that has this id.
+        self.known = {id(t): (slot, weakref.ref(t)) for slot, t in enumerate(tensors)}
+        self.steps: list[tuple[Step, list[int]]] = []  # each with the slots that it touches
+        self.kernels: set[Any] = set()
+        self.refused = False
+
+    def __enter__(self) -> _Recorder:
+        super().__enter__()
+        launches.noted_by(self.launch)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        launches.noted_by(None)
+        super().__exit__(*exception)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if not self.refused:
+            self._operator(function, args, kwargs, result)
+        return result
+
+    def _operator(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if not all(isinstance(part, Tensor) for part in results):
+            is_attribute = getattr(function, "__name__", "") == "__get__"
+            self.refused |= not (is_attribute or function in _OF_KIND)
+            return
+        # Which of the vendors' attentions runs is chosen by more than a kind holds.
+        if "attention" in getattr(function, "__name__", str(function)):
+            self.refused = True
+            return
+        if function in _CASTS and result is args[0]:
+            return
+        touched: list[int] = []
+        if function in _EMPTY:
+            self._add(_empty(result, self._new(result, touched)), touched)
+            return
+        pick = self._picker(args, touched)
+        pick_options = self._picker(tuple(kwargs.values()), touched) if kwargs else None
+        new = [self._slot(part, touched, makes=True) for part in results]
+        target = new[0] if result is results[0] else tuple(new)
+        self._add(_operator(function, pick, tuple(kwargs), pick_options, target), touched)
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: dict[str, Any],
+        options: direct.Options,
+        variant: direct.Variant | None,
+    ) -> None:
+        """Write a launch down; ``variant`` is what ran, if that can run without Triton."""
+        self.refused |= direct.ENABLED and variant is None
+        if self.refused:
+            return
+        touched: list[int] = []
+        self.kernels.add(kernel)
+        if variant is None:
+            pick = self._picker(tuple(args.values()), touched)
+            self._add(_launch(kernel, grid, tuple(args), pick, options), touched)
+        else:
+            in_order = tuple(args[p.name] for p in kernel.params)
+            self._add(_direct(variant, grid, self._picker(in_order, touched)), touched)
+
+    def tape(self, result: Any) -> Tape | None:
+        """Return the tape of a call that returned ``result``."""
+        kept: list[int] = []
+        pick = self._picker((result,), kept)
+        if self.refused or not self.kernels:
+            return None
+        made = {slot for _, touched in self.steps for slot in touched if slot >= self.given}
+        made.difference_update(kept)
+        steps = []
+        for step, touched in reversed(self.steps):
+            steps.append((step, tuple(made.intersection(touched))))
+            made.difference_update(touched)
+        return Tape(self.slots, steps[::-1], lambda slots: pick(slots)[0], self.kernels)
+
+    def _add(self, step: Step, touched: list[int]) -> None:
+        self.steps.append((step, touched))
+
+    def _new(self, tensor: Tensor, touched: list[int]) -> int:
+        """Return a slot for what a step makes."""
+        self.slots.append(None)
+        slot = len(self.slots) - 1
+        self.known[id(tensor)] = slot, weakref.ref(tensor)
+        touched.append(slot)
+        return slot
+
+    def _slot(self, value: Any, touched: list[int], makes: bool = False) -> int:
+        """Return the slot of a value, which is a new one of a tensor only where a step makes it."""
+        if not isinstance(value, Tensor):
+            self.slots.append(value)
+            return len(self.slots) - 1
+        slot, tensor = self.known.get(id(value), (0, lambda: None))
+        if tensor() is value:
+            touched.append(slot)
+            return slot
+        self.refused |= not makes
+        return self._new(value, touched)
+
+    def _picker(self, values: tuple, touched: list[int]) -> Callable[[Slots], tuple]:
+        """Return what picks these values out of the slots; tuples and lists of tensors, as operands
+        are, are put together anew."""
+        slots: list[int] = []
+        groups: list[tuple[int, Callable, Callable[[Slots], tuple]]] = []
+        for value in values:
+            if isinstance(value, (tuple, list)) and _has_tensors(value):
+                slots.append(self._slot(None, touched))
+                touched.append(slots[-1])
+                make = getattr(type(value), "_make", type(value))
+                groups.append((slots[-1], make, self._picker(tuple(value), touched)))
+            else:
+                slots.append(self._slot(value, touched))
+        flat = _getter(slots)
+        if not groups:
+            return flat
+
+        def pick(values: Slots) -> tuple:
+            for slot, make, parts in groups:
+                values[slot] = make(parts(values))
+            return flat(values)
+
+        return pick
+
+
+def _has_tensors(values: Iterable[Any]) -> bool:
+    return any(
+        isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and _has_tensors(value))
+        for value in values
+    )
+
+
+def _getter(slots: Sequence[int]) -> Callable[[Slots], tuple]:
+    """Return what picks slots: itemgetter, but always a tuple."""
+    if len(slots) > 1:
+        return itemgetter(*slots)
+    return lambda values: tuple([values[slot] for slot in slots])
+
+
+def _empty(like: Tensor, slot: int) -> Step:
+    """Return a step that makes memory which lies like that of ``like``."""
+    size, stride, dtype, device = like.shape, like.stride(), like.dtype, like.device
+
+    def step(slots: Slots, stream: Any) -> None:
+        slots[slot] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+    return step
+
+
+def _operator(
+    function: Callable,
+    pick: Callable[[Slots], tuple],
+    names: tuple[str, ...],
+    pick_options: Callable[[Slots], tuple] | None,
+    target: int | tuple[int, ...],
+) -> Step:
+    """Return a step that calls a function of torch's; ``target`` is where its results go."""
+
+    def step(slots: Slots, stream: Any) -> None:
+        if pick_options is None:
+            result = function(*pick(slots))
+        else:
+            result = function(*pick(slots), **dict(zip(names, pick_options(slots), strict=True)))
+        if type(target) is int:
+            slots[target] = result
+        else:
+            for slot, part in zip(target, result, strict=True):
+                slots[slot] = part
+
+    return step
+
+
+def _direct(variant: direct.Variant, grid: tuple[int, ...], pick: Callable[[Slots], tuple]) -> Step:
+    """Return a step that launches a compiled kernel as ``direct.launch`` does."""
+    run, function, metadata = variant
+    x, y, z = (*grid, 1, 1)[:3]
+
+    def step(slots: Slots, stream: Any) -> None:
+        run(x, y, z, stream, function, metadata, None, None, None, *pick(slots))
+
+    return step
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    names: tuple[str, ...],
+    pick: Callable[[Slots], tuple],
+    options: direct.Options,
+) -> Step:
+    """Return a step that launches a kernel as Triton does, which is how it is interpreted."""
+
+    def step(slots: Slots, stream: Any) -> None:
+        direct.launch(kernel, grid, dict(zip(names, pick(slots), strict=True)), options)
+
+    return step
