@@ -12,6 +12,13 @@ from ..errors import asker
 Cells = Mapping[tuple[str, str | None], float]
 
 
+# What a share won back above 1 means; its text beside the number.
+BETTER_THAN_DENSE = (
+    "above 100 %: with its own memory the pruned model is better than the dense one, so memories "
+    "also adapt to the text; what is more than that, the gain of offloading says"
+)
+
+
 class Undefined(ValueError):
     """A measure that has no value here, and why."""
 

@@ -44,6 +44,11 @@ def build_mixture(
     state = model.koff
     names = state.memories.names
     size = settings.block_size
+    if settings.distractor_rows and len(names) < 2:
+        raise ValueError(
+            "KoffTrainer: distractor_rows must be 0 with fewer than two memories (there is no "
+            f"other one to give), got {settings.distractor_rows} and {names}; leave it out"
+        )
     general_datasets = general_datasets or {}
     for name, given in (
         ("train_datasets", train_datasets),
@@ -95,6 +100,7 @@ def build_mixture(
         mixed=settings.batching == "mixed",
         seed=seed,
         no_memory=settings.no_memory_rows,
+        distractors=settings.distractor_rows,
     )
     for source in mixture.sources:
         if isinstance(source.blocks, StreamedBlocks):

@@ -21,7 +21,7 @@ Index = tuple[int, int, int]
 
 # What a random stream is for: the first part of its key after the seed. Two purposes never share a
 # stream, whatever the numbers that follow.
-_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER, _NO_MEMORY = 1, 2, 3, 4
+_ROW_ORDER, _GENERAL_ROWS, _DOMAIN_ORDER, _NO_MEMORY, _DISTRACTORS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Mixture:
         seed: of everything random here.
         no_memory: probability that a row (without ``mixed``: a batch) goes without the memory it
             would have.
+        distractors: probability that a domain's row (without ``mixed``: a batch) has the memory of
+            another domain.
     """
 
     domains: list[Source]
@@ -68,6 +70,7 @@ class Mixture:
     mixed: bool
     seed: int
     no_memory: float = 0.0
+    distractors: float = 0.0
 
     @property
     def sources(self) -> list[Source]:
@@ -200,6 +203,7 @@ class MixtureSampler(Sampler):
                         rows = self._rows(cursors, first=domain_rows, stride=1)
                     else:
                         rows = self._rows(cursors, first=self._domain(domain_batches), stride=0)
+                    rows = self._some_with_another(rows, step, micro)
                     domain_rows += len(rows)
                     domain_batches += 1
                 if step < self.gate_steps:
@@ -217,6 +221,22 @@ class MixtureSampler(Sampler):
         return [
             (source, row, -1 if without else memory)
             for (source, row, memory), without in zip(rows, bare.tolist(), strict=True)
+        ]
+
+    def _some_with_another(self, rows: list[Index], step: int, micro: int) -> list[Index]:
+        """Return rows of domains, a share of them (of single-domain batches: all or none) with the
+        memory of another domain; the draws are a stream of their own, too."""
+        mix = self.mixture
+        if not mix.distractors:
+            return rows
+        generator = _generator(mix.seed, _DISTRACTORS, step, micro)
+        draws = len(rows) if mix.mixed else 1
+        chosen = torch.rand(draws, generator=generator) < mix.distractors
+        further = torch.randint(1, mix.memories, (draws,), generator=generator)
+        shifts = torch.where(chosen, further, 0).expand(len(rows)).tolist()
+        return [
+            (source, row, (memory + shift) % mix.memories)
+            for (source, row, memory), shift in zip(rows, shifts, strict=True)
         ]
 
     def _domain(self, batch: int) -> int:

@@ -42,6 +42,9 @@ class Settings:
         no_memory_rows: share of the rows that go without a memory, in 0..1, until the mask is
             fixed: the backbone then stays a model of its own, for ``memory=None`` and for memories
             that come later.
+        distractor_rows: share of the domains' rows, in 0..1, that have the memory of another
+            domain: a wrong memory then costs less, and the own one gains a little less
+            (docs/experiments.md, 8).
         mask: "learned" together with the memories; or fixed before the first step, which trains the
             memories alone: "random", by "magnitude" (``koff.pruning.scores``) or by "saliency".
         fix_mask_at: share of the steps after which a mask that is learned is binarised and only the
@@ -71,6 +74,7 @@ class Settings:
     general_every: int = 4
     batching: Literal["mixed", "single"] = "mixed"
     no_memory_rows: float = 0.3
+    distractor_rows: float = 0.0
     mask: Literal["learned", "random", "magnitude", "saliency"] = "learned"
     # With the rates above, half of the run for tuning won back more than 30 % of it at half of them
     # (docs/experiments.md, 2).
@@ -128,11 +132,12 @@ class Settings:
                 "KoffTrainingArguments: sparsity_warmup_ratio must lie in 0..1, got "
                 f"{self.sparsity_warmup_ratio}; change it"
             )
-        if not 0 <= self.no_memory_rows <= 1:
-            raise ValueError(
-                "KoffTrainingArguments: no_memory_rows must lie in 0..1, got "
-                f"{self.no_memory_rows}; change it"
-            )
+        for name in ("no_memory_rows", "distractor_rows"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(
+                    f"KoffTrainingArguments: {name} must lie in 0..1, got {value}; change it"
+                )
         weight = self.distillation_weight
         if weight is not None and not 0 <= weight <= 1:
             raise ValueError(

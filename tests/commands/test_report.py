@@ -3,8 +3,10 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from support.command_line import fail, succeed
@@ -17,6 +19,7 @@ from koff.commands.report.content import Lines, Page, Section, Series, Text
 from koff.commands.report.html import DARK, HEATS, LIGHT, style
 from koff.commands.report.markdown import plain
 from koff.commands.report.write import write_report
+from koff.evaluation.measures import BETTER_THAN_DENSE
 
 VOID = {"meta", "path", "circle"}  # without an end: the last two close themselves
 HOSTILE = (
@@ -102,6 +105,17 @@ def test_report_of_many_runs_says_what_was_found(grid, tmp_path):
     assert [line.partition(":")[0] for line in missing if line] == [
         "Which neurons went", "Tasks", "Speed of the trained model"
     ]  # fmt: skip
+
+
+def test_report_says_what_a_share_above_one_is(grid, tmp_path):
+    folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in grid[:3]]
+    sentence = BETTER_THAN_DENSE.capitalize()
+    assert sentence not in read(write_report(folders, tmp_path / "a.html")).text
+    for file in folders[0].glob("eval-*.json"):
+        rows = json.loads(file.read_text("utf-8"))
+        own = [row for row in rows if row["memory"] == row["domain"]]
+        write(file, [row | ({"perplexity": 1.5} if row in own else {}) for row in rows])
+    assert sentence in read(write_report(folders, tmp_path / "b.html")).text
 
 
 def test_report_names_what_a_folder_does_not_have(tmp_path):

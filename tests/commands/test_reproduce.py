@@ -25,6 +25,7 @@ from koff.commands.reproduce.collect import budget
 from koff.commands.reproduce.page import _budget
 from koff.commands.reproduce.plan import Plan, Run
 from koff.commands.reproduce.runner import Runner
+from koff.evaluation.measures import BETTER_THAN_DENSE
 
 pytestmark = pytest.mark.usefixtures("no_data_root")
 
@@ -195,6 +196,18 @@ def test_reproduce_says_what_has_no_value(finished, root, tmp_path):
     reason = "en, seed 1: share won back: gates only must be above the dense 20, got 19"
     assert f"on perplexity undefined ({reason}" in text
     assert "Not positive" in text and "so nothing was offloaded" in text
+
+
+def test_reproduce_says_what_a_share_above_one_is(finished, root, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "runs"))
+    assert BETTER_THAN_DENSE not in text_of(finished)
+    better = [(20.0, 18.0, 24.0, 17.0, 26.0), (20.0, 18.0, 25.0, 16.0, 27.0)]
+    rewrite(output, PERPLEXITIES | {"en": better})
+    succeed(*asked(root, output))
+    record = record_of(output)
+    notes = {claim["sentence"]: claim["note"] for claim in record["claims"]}
+    assert notes["memories win back what pruning loses"] == BETTER_THAN_DENSE
+    assert BETTER_THAN_DENSE.capitalize() in text_of(output)
 
 
 @pytest.mark.parametrize(

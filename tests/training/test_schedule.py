@@ -117,6 +117,23 @@ def test_a_share_of_the_rows_goes_without_a_memory_while_gates_train(mixed):
 
 
 @pytest.mark.parametrize("mixed", [True, False])
+def test_a_share_of_the_rows_of_domains_has_the_memory_of_another(mixed):
+    plain = mixture(mixed=mixed)
+    got = batches(dataclasses.replace(plain, distractors=0.3), steps=400)
+    for batch, full in zip(got, batches(plain, steps=400), strict=True):
+        assert [row[:2] for row in batch] == [row[:2] for row in full]
+        if full[0][0] >= 3:
+            assert batch == full  # the memories of general rows are drawn at random as they are
+    rows = [row for batch in got for row in batch if row[0] < 3]
+    counts = collections.Counter((source, memory) for source, _, memory in rows if source != memory)
+    # Of 1800 draws the standard deviation is 0.011; of whole batches, 300 draws, 0.027.
+    assert abs(counts.total() / len(rows) - 0.3) < (0.05 if mixed else 0.11)
+    assert set(counts) == {(s, m) for s in range(3) for m in range(3) if s != m}
+    kinds = [{s == m for s, _, m in batch} for batch in got if batch[0][0] < 3]
+    assert all(len(kind) == 1 for kind in kinds) != mixed
+
+
+@pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_rows_of_all_ranks_are_those_of_one_larger_batch(ranks, mixed):
     dealt = batches(mixture(mixed=mixed), size=6 // ranks, accumulation=2, ranks=ranks)

@@ -128,6 +128,7 @@ def test_evaluate_takes_domains_and_predict_is_refused(tmp_path):
             dict(ddp_find_unused_parameters=False),
             "ddp_find_unused_parameters must be True or left out .*, got False; leave it out",
         ),
+        (dict(distractor_rows=1.5), "distractor_rows must lie in 0..1, got 1.5; change it"),
     ],
 )
 def test_settings_that_a_run_cannot_honour_are_refused(tmp_path, changes, message):
@@ -192,6 +193,9 @@ def test_arguments_of_other_kinds_are_refused(tmp_path):
         koff.KoffTrainer(fresh(), arguments(tmp_path), DOMAINS, [["a"]])
     with pytest.raises(TypeError, match=r"config must be a koff\.KoffConfig, got dict"):
         koff.attach(tiny("llama"), {"memories": ["en"]})
+    alone, domains = fresh(memories=("en",)), {"en": DOMAINS["en"]}
+    with pytest.raises(ValueError, match="distractor_rows must be 0 with fewer than two memories"):
+        trainer(tmp_path / "run", alone, domains, distractor_rows=0.1)
     foreign = {**DOMAINS, "en": [{"input_ids": [VOCAB] * 40}]}
     with pytest.raises(ValueError, match=rf"text of 'en' must have token ids in 0..{VOCAB - 1}"):
         koff.KoffTrainer(fresh(), arguments(tmp_path / "run"), foreign)

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ...evaluation.measures import (
+    BETTER_THAN_DENSE,
     Undefined,
     offloading_gain,
     share_won_back,
@@ -369,6 +370,8 @@ def _won_back(groups: list[Group], split: str, missing: list[str]) -> Section | 
             gain = _gains(group, gates, unpruned, dense)
             gains += _intervals(group, gain, alone) if gain else []
         mean = spread(_means(found)).text(1, 100, " %") if found else _NONE
+        if found and fmean(_means(found)) > 1:
+            reasons.append(f"{BETTER_THAN_DENSE.capitalize()}.")
         lines.append([group.label, mean, spread(_means(gain)).text(4) if gain else _NONE])
     if not lines:
         missing.append(
@@ -393,7 +396,7 @@ def _won_back(groups: list[Group], split: str, missing: list[str]) -> Section | 
     text += "what the same training wins on the dense one; above 0, knowledge was offloaded. "
     text += "Bars are one standard deviation over seeds, where there are several."
     for reason in dict.fromkeys(reasons):
-        parts.append(Text(cut(reason)))
+        parts.append(Text(reason))
     return Section("Won back", [Text(text), *parts])
 
 
@@ -434,7 +437,7 @@ def _per_language(
             try:
                 found.setdefault(name, []).append(function(dense[name], *pair))
             except Undefined as error:
-                reasons.append(f"{name}: {error}")
+                reasons.append(cut(f"{name}: {error}"))
     return found
 
 

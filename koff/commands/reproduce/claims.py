@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ...evaluation.measures import Undefined, confidence, offloading_gain, share_won_back, spread
+from ...evaluation.measures import (
+    BETTER_THAN_DENSE,
+    Undefined,
+    confidence,
+    offloading_gain,
+    share_won_back,
+    spread,
+)
 from .plan import GATES, KOFF, KV, LORA, MASKS, NO_GENERAL, Run
 
 if TYPE_CHECKING:
@@ -112,9 +119,16 @@ def _offloading(table: Table, at: float) -> Iterator[Claim]:
         f"{100 * math.expm1(fmean(bare)):.1f} % of perplexity; with memories, the own one is "
         f"{100 * math.expm1(fmean(with_own)):.1f} % above dense",
     )
-    shares, why = _shares(lambda: table.per_seed(at, _won_back))
+    shares, note = _shares(lambda: table.per_seed(at, _won_back))
+    if shares and fmean(shares) > 1:
+        note = BETTER_THAN_DENSE
     yield Claim(
-        "memories win back what pruning loses", "share won back, perplexity", at, SHARE, shares, why
+        "memories win back what pruning loses",
+        "share won back, perplexity",
+        at,
+        SHARE,
+        shares,
+        note,
     )
     yield Claim(
         "what is won back is offloaded knowledge, not adaptation",

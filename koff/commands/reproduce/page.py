@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ...evaluation.measures import Spread, confidence, spread
+from ...evaluation.measures import BETTER_THAN_DENSE, Spread, confidence, spread
 from ..report.content import Interval, Intervals, Page, Part, Section, Table, Text
 from .claims import NATS, SHARE, Claim, claims
 from .collect import Table as Cells
@@ -235,7 +235,10 @@ def _shares(found: dict[str, dict]) -> str:
             text += f"{name} undefined ({values['undefined']});"
             continue
         text += f"{name} {_percent(values['mean'])} ({_each(values, _percent)});"
-    return text.rstrip(";")
+    text = text.rstrip(";")
+    if any(values["mean"]["mean"] > 1 for values in found.values() if "mean" in values):
+        text += f". {BETTER_THAN_DENSE.capitalize()}"
+    return text
 
 
 def _gain(found: dict) -> str:
