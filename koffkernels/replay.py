@@ -15,7 +15,7 @@ replays against calls as they are written.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable
@@ -27,8 +27,9 @@ from torch.nn import Parameter
 
 from . import checks, dispatch, routes
 
-# Where kernels are launched.
-DEVICES = ["cuda"] if os.environ.get("KOFF_REPLAY", "1") != "0" else []
+# Where kernels are launched; nowhere without Triton, which not every torch with CUDA brings.
+_has_triton = importlib.util.find_spec("triton") is not None
+DEVICES = ["cuda"] if _has_triton and os.environ.get("KOFF_REPLAY", "1") != "0" else []
 _MOST_KINDS = 1024  # of a function: shapes that are ever new must not fill the memory
 _PLAIN = (int, float, bool, str, torch.dtype)
 _forgetters: list[Callable[[], None]] = []
@@ -70,13 +71,18 @@ def _add(kind: list, tensors: list[Tensor], values: tuple | list) -> bool:
     return True
 
 
+def _settings() -> tuple:
+    """Return what ours decide by beside the arguments."""
+    return dispatch.forced(), *routes.settings()
+
+
 def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor]]:
     """Return the kind of a call with these arguments, and the tensors among them, in order.
 
     None if it has none: autograd would record it, autocast changes it, ids are to be looked at, or
     an argument is of a type that is not known here.
     """
-    kind, tensors = [dispatch.forced(), *routes.settings()], []
+    kind, tensors = [*_settings()], []
     try:
         known = _add(kind, tensors, values) and not checks.CHECK_IDS
     except RuntimeError:  # a tensor without an address, of torch.func
@@ -120,12 +126,13 @@ def replayed(function: Callable) -> Callable:
         elif tape is False:
             # By name, as dispatch loads what not everybody has.
             tapes = importlib.import_module("._triton.shared.tape", __package__)
-            _thread.records = True
+            _thread.records, settings = True, _settings()
             try:
                 result, tape = tapes.record(lambda: function(*args, **options), tensors)
             finally:
                 _thread.records = False
-            known[kind] = True if tape is None else tape
+            if settings == _settings():  # else another thread has forced a route meanwhile
+                known[kind] = True if tape is None else tape
             return result
         elif tape is not True and tape.usable():
             return tape.play(tensors)

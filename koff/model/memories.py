@@ -178,7 +178,10 @@ class Memory(nn.Module):
         """Return the LoRA of one linear layer; None if this memory has none there."""
         # Every layer of every training step asks for every memory, and torch's getattr is slow. Not
         # str(site): torch.compile traces this.
-        return self._modules["lora"]._modules.get(site_key(site))
+        key, lora = site_key(site), self._modules["lora"]
+        if type(lora) is nn.ModuleDict:
+            return lora._modules.get(key)
+        return lora[key] if key in lora else None  # somebody's wrapper of it
 
     def matrices(self, site: Site) -> tuple[Tensor, Tensor] | None:
         """Return A [r, K] and B [N, r] on one linear layer; None if this memory has none there.
@@ -396,6 +399,9 @@ class Roster(NamedTuple):
     memories: tuple[Memory, ...] = ()
 
 
+_MOST_TURNS = 64  # mixes of lengths of which a bank keeps cosines and sines
+
+
 class MemoryBank(nn.Module):
     """All memories of a model.
 
@@ -499,8 +505,9 @@ class MemoryBank(nn.Module):
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
-                for memory in memories:
-                    memory.check_finite("forward")
+                if stream is not None or self.inverse_frequencies.device.type != "cuda":
+                    for memory in memories:
+                        memory.check_finite("forward")  # reads back, which a capture cannot
                 modules = [self, *(m for memory in memories for m in memory.modules())]
                 found = Stacks(modules, stream)
             mixes[memories] = found
@@ -630,13 +637,19 @@ class MemoryBank(nn.Module):
         """Cosines and sines [M, 1, 1, R / 2] that move memories of these lengths to where they
         stand, made once for all layers."""
         frequencies = self.inverse_frequencies
+        stream = stream_of(frequencies.device)
         shift = -self._constant(lengths, like.device)[:, None, None, None]
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        # Another stream would read what this one has only begun to make, and what a capture makes
+        # is the graph's.
+        capturing = stream is None and like.is_cuda
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or capturing:
             return angles(shift, frequencies, like.dtype)
-        key = (lengths, like.dtype)
+        key = (lengths, like.dtype, stream)
         made_from = (frequencies, _edits([frequencies]))
         found = self._turns.get(key)
         if found is None or found[0][0] is not frequencies or found[0][1] != made_from[1]:
+            if len(self._turns) >= _MOST_TURNS:  # mixes of memories of many lengths
+                self._turns.clear()
             found = self._turns[key] = made_from, angles(shift, frequencies, like.dtype)
         return found[1]
 

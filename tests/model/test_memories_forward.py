@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import koff
 from koff.model.arch import Site
-from koff.model.memories import rotate
+from koff.model.memories import _MOST_TURNS, rotate
 
 MIX = ["es", None, "keys"]
 # fp32, three layers: sums of up to ~100 products reordered, 2^-24 each, logits of size ~1.
@@ -247,6 +247,35 @@ def test_a_memory_that_is_not_finite_is_refused_where_it_is_stacked(part, bad):
     assert model(ids, memory=["en", None, "keys"]).logits.isfinite().all()
     number.copy_(before)
     assert torch.equal(model(ids, memory=MIX).logits, want)
+
+
+def test_a_bank_keeps_few_angles():
+    model, ids = attached("llama"), tokens()
+    for length in range(3 * _MOST_TURNS):
+        model.koff.memories._angles((length,), torch.zeros(1))
+    assert len(model.koff.memories._turns) <= _MOST_TURNS
+    model(ids, memory="es")
+
+
+def test_loras_are_found_behind_a_wrapper():
+    """As FSDP may put around any module."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __contains__(self, key):
+            return key in self.inner
+
+        def __getitem__(self, key):
+            return self.inner[key]
+
+    memory = attached("llama").koff.memories["es"]
+    site = Site(2, "down_proj")
+    found = memory.lora_at(site)
+    memory.lora = Wrapped(memory.lora)
+    assert memory.lora_at(site) is found is not None
 
 
 def test_a_scaling_equal_to_a_length_is_another_constant():

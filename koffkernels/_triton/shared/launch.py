@@ -212,14 +212,14 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:
         _recorded.append(Launch(kernel, grid, args, direct.by_name(options)))
         return
     if _noted.by is None:
-        _run(kernel, grid, args, options)
+        run(kernel, grid, args, options)
         return
     with torch._C.DisableTorchFunction():  # what Triton asks of torch is part of the launch
-        variant = _run(kernel, grid, args, options)
+        variant = run(kernel, grid, args, options)
     _noted.by(kernel, grid, args, options, variant)
 
 
-def _run(
+def run(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: direct.Options
 ) -> direct.Variant | None:
     """Launch where the tensors are, and return what ``direct.launch`` does."""

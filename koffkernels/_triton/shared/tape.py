@@ -306,6 +306,6 @@ def _launch(
     """Return a step that launches a kernel as Triton does, which is how it is interpreted."""
 
     def step(slots: Slots, stream: Any) -> None:
-        direct.launch(kernel, grid, dict(zip(names, pick(slots), strict=True)), options)
+        launches.run(kernel, grid, dict(zip(names, pick(slots), strict=True)), options)
 
     return step
