@@ -27,9 +27,10 @@ from torch.nn import Parameter
 
 from . import checks, dispatch, routes
 
-# Where kernels are launched; nowhere without Triton, which not every torch with CUDA brings.
-_has_triton = importlib.util.find_spec("triton") is not None
-DEVICES = ["cuda"] if _has_triton and os.environ.get("KOFF_REPLAY", "1") != "0" else []
+# Where kernels are launched: nowhere without CUDA, or without Triton, which not every torch with
+# CUDA brings.
+_launches = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+DEVICES = ["cuda"] if _launches and os.environ.get("KOFF_REPLAY", "1") != "0" else []
 _MOST_KINDS = 1024  # of a function: shapes that are ever new must not fill the memory
 _PLAIN = (int, float, bool, str, torch.dtype)
 _forgetters: list[Callable[[], None]] = []
@@ -112,7 +113,7 @@ def replayed(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_worth_it(args):
+        if not DEVICES or torch.compiler.is_compiling() or not _is_worth_it(args):
             return function(*args, **options)
         kind, tensors = kind_of((*args, *options.values()))
         if kind is None:
