@@ -317,10 +317,14 @@ def _edits(tensors: list[Tensor]) -> list[int]:
         return [-1 if t.is_inference() else t._version for t in tensors]
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def stream_of(device: torch.device) -> int | None:
     """Return the number of the current thread's current stream on a GPU; None without a GPU, and
     during a capture, which has a stream of its own for what is known of another."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or _is_capturing(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -505,7 +509,7 @@ class MemoryBank(nn.Module):
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
-                if stream is not None or self.inverse_frequencies.device.type != "cuda":
+                if not _is_capturing(self.inverse_frequencies.device):
                     for memory in memories:
                         memory.check_finite("forward")  # reads back, which a capture cannot
                 modules = [self, *(m for memory in memories for m in memory.modules())]
@@ -637,20 +641,23 @@ class MemoryBank(nn.Module):
         """Cosines and sines [M, 1, 1, R / 2] that move memories of these lengths to where they
         stand, made once for all layers."""
         frequencies = self.inverse_frequencies
-        stream = stream_of(frequencies.device)
-        shift = -self._constant(lengths, like.device)[:, None, None, None]
-        # Another stream would read what this one has only begun to make, and what a capture makes
-        # is the graph's.
-        capturing = stream is None and like.is_cuda
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or capturing:
+
+        def make() -> tuple[Tensor, Tensor]:
+            shift = -self._constant(lengths, like.device)[:, None, None, None]
             return angles(shift, frequencies, like.dtype)
-        key = (lengths, like.dtype, stream)
+
+        # What a capture makes is the graph's, and another stream would read what this one has only
+        # begun to make.
+        graphed = torch.compiler.is_compiling() or _is_capturing(like.device)
+        if graphed or torch.is_inference_mode_enabled():
+            return make()
+        key = (lengths, like.dtype, stream_of(like.device))
         made_from = (frequencies, _edits([frequencies]))
         found = self._turns.get(key)
         if found is None or found[0][0] is not frequencies or found[0][1] != made_from[1]:
             if len(self._turns) >= _MOST_TURNS:  # mixes of memories of many lengths
                 self._turns.clear()
-            found = self._turns[key] = made_from, angles(shift, frequencies, like.dtype)
+            found = self._turns[key] = made_from, make()
         return found[1]
 
     def start(

@@ -127,12 +127,7 @@ class Settings:
                     f"KoffTrainingArguments: {name} must be a finite number of at least 0, got "
                     f"{value!r}; change it"
                 )
-        if not 0 <= self.sparsity_warmup_ratio <= 1:
-            raise ValueError(
-                "KoffTrainingArguments: sparsity_warmup_ratio must lie in 0..1, got "
-                f"{self.sparsity_warmup_ratio}; change it"
-            )
-        for name in ("no_memory_rows", "distractor_rows"):
+        for name in ("sparsity_warmup_ratio", "no_memory_rows", "distractor_rows"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(

@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from support import activation_checkpointing
 from support.models import VOCAB, tiny
+from support.peft_models import with_adapters
 from torch import nn
 
 import koff
@@ -35,18 +36,13 @@ def of(name: str):
 
 def peft(model, targets=SEVEN, adapters=("fr",), **config) -> PeftModel:
     """A PEFT model whose adapters do something, each of its own rank."""
-    out = model
-    for number, name in enumerate(adapters):
-        settings = LoraConfig(r=3 + number, lora_alpha=5 + number, target_modules=targets, **config)
-        if number == 0:
-            out = get_peft_model(model, settings, adapter_name=name)
-        else:
-            out.add_adapter(name, settings)
-    generator = torch.Generator().manual_seed(1)
-    for key, p in out.named_parameters():
-        if "lora_" in key:
-            p.data.normal_(std=0.2, generator=generator)
-    return out.eval()
+    return with_adapters(
+        model,
+        {
+            name: LoraConfig(r=3 + i, lora_alpha=5 + i, target_modules=targets, **config)
+            for i, name in enumerate(adapters)
+        },
+    )
 
 
 def ids(rows=4, tokens=7) -> torch.Tensor:

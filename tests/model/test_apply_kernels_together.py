@@ -6,9 +6,10 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from support import activation_checkpointing
 from support.models import HYBRID, VOCAB, tiny
+from support.peft_models import with_adapters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,15 +30,10 @@ LAYERS = 3  # of ``tiny``
 def with_lora(model, adapters=("fr",), **config):
     """A PEFT model with LoRA on all of an attention, whose adapters do something."""
     config = {"target_modules": [*QKV, "o_proj"], "rank_pattern": {"k_proj": 2}} | config
-    settings = [LoraConfig(r=4 + i, lora_alpha=6, **config) for i in range(len(adapters))]
-    out = get_peft_model(model, settings[0], adapter_name=adapters[0])
-    for name, more in zip(adapters[1:], settings[1:], strict=True):
-        out.add_adapter(name, more)
-    generator = torch.Generator().manual_seed(1)
-    for name, p in out.named_parameters():
-        if "lora_" in name:
-            p.data.normal_(std=0.2, generator=generator)
-    return out.eval()
+    settings = {
+        name: LoraConfig(r=4 + i, lora_alpha=6, **config) for i, name in enumerate(adapters)
+    }
+    return with_adapters(model, settings)
 
 
 def pair(architecture="llama", **kwargs):

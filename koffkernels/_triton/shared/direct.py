@@ -64,19 +64,20 @@ class Kernel:
         params = kernel.params
         free = [p.name for p in params if p.do_not_specialize and not p.is_constexpr]
         self.count = len(params)
-        self.names = _getter(p.name for p in params)
-        self.constants = _getter(p.name for p in params if p.is_constexpr)
-        self.free = _getter(free)
-        self.others = _getter(p.name for p in params if not p.is_constexpr and p.name not in free)
+        self.names = getter(p.name for p in params)
+        self.constants = getter(p.name for p in params if p.is_constexpr)
+        self.free = getter(free)
+        self.others = getter(p.name for p in params if not p.is_constexpr and p.name not in free)
         self.variants: dict[tuple, Variant] = {}
 
 
-def _getter(names: Iterable[str]) -> Callable[[dict[str, Any]], tuple]:
-    """Return what picks these arguments out of a launch's: itemgetter, but always a tuple."""
-    names = list(names)
-    if len(names) > 1:
-        return itemgetter(*names)
-    return lambda args: tuple(args[name] for name in names)
+def getter(keys: Iterable[Any]) -> Callable[[Any], tuple]:
+    """Return what picks these out of a launch's arguments, or out of a tape's slots: itemgetter,
+    but always a tuple."""
+    keys = list(keys)
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    return lambda values: tuple([values[key] for key in keys])
 
 
 _kernels: dict[int, Kernel] = {}  # by id: to hash a jitted function takes long

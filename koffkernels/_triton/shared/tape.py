@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -226,7 +225,7 @@ class _Recorder(TorchFunctionMode):
                 groups.append((slots[-1], make, self._picker(tuple(value), touched)))
             else:
                 slots.append(self._slot(value, touched))
-        flat = _getter(slots)
+        flat = direct.getter(slots)
         if not groups:
             return flat
 
@@ -243,13 +242,6 @@ def _has_tensors(values: Iterable[Any]) -> bool:
         isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and _has_tensors(value))
         for value in values
     )
-
-
-def _getter(slots: Sequence[int]) -> Callable[[Slots], tuple]:
-    """Return what picks slots: itemgetter, but always a tuple."""
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return lambda values: tuple([values[slot] for slot in slots])
 
 
 def _empty(like: Tensor, slot: int) -> Step:
