@@ -6,6 +6,7 @@ An operator takes and returns single tensors, so up to three layers travel as th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,26 +61,31 @@ def _layers(*arguments: Any) -> tuple[list[Linear], Rows]:
     return layers, Rows(ids, tokens)
 
 
+def _shaped(ys: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Return each y [M, N] with the leading dimensions of x."""
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
 def _forward(x, *arguments):
     layers, rows = _layers(*arguments)
-    ys, s = linears_forward(x, layers, rows)
-    return *ys, *[None] * (MOST - len(ys)), s
+    ys, s = linears_forward(flat(x), layers, rows)
+    return *_shaped(ys, x), *[None] * (MOST - len(ys)), s
 
 
 def _fake(x, *arguments):
     layers, _ = _layers(*arguments)
     ys = _fake_inference(x, *arguments)
     width = sum(layer.lora.a.shape[1] for layer in layers if layer.lora is not None)
-    return *ys, *[None] * (MOST - len(ys)), x.new_empty(x.shape[0], width)
+    return *ys, *[None] * (MOST - len(ys)), x.new_empty(math.prod(x.shape[:-1]), width)
 
 
 def _inference(x, *arguments):
-    return linears_inference(x, *_layers(*arguments))
+    return _shaped(linears_inference(flat(x), *_layers(*arguments)), x)
 
 
 def _fake_inference(x, *arguments):
     layers, _ = _layers(*arguments)
-    return [x.new_empty(x.shape[0], layer.weight.shape[0]) for layer in layers]
+    return [x.new_empty(*x.shape[:-1], layer.weight.shape[0]) for layer in layers]
 
 
 def _matrices(parts: Sequence[Any]) -> list[Any]:
@@ -105,14 +111,18 @@ def _backward(*arguments):
     *dys, x, s = arguments[: MOST + 2]
     *parts, needs = arguments[MOST + 2 :]
     layers, rows = _layers(*parts)
+    dys = dys[: len(layers)]
     wants = needs[0], list(_of_each(needs[1 : 1 + 3 * len(layers)], 3))
-    return wanted(linears_backward(dys[: len(layers)], x, s, layers, rows, wants))
+    x = None if x is None else flat(x)
+    dx, *matrices = linears_backward([flat(dy) for dy in dys], x, s, layers, rows, wants)
+    dx = None if dx is None else _shaped([dx], dys[0])[0]
+    return wanted([dx, *matrices])
 
 
 def _backward_fake(*arguments):
     dy = arguments[0]
     *parts, _, _, needs = arguments[MOST + 2 :]
-    dx = dy.new_empty(dy.shape[0], parts[0].shape[1])
+    dx = dy.new_empty(*dy.shape[:-1], parts[0].shape[1])
     return [
         like if like is dx else torch.empty_like(like, memory_format=torch.contiguous_format)
         for like, need in zip((dx, *_matrices(parts)), needs, strict=True)
@@ -123,13 +133,13 @@ def _backward_fake(*arguments):
 def _gradients(run, ctx, *dys):
     needs = list(_needs(ctx))
     x, s, *parts, ids = ctx.saved_tensors
-    m = next(dy.shape[0] for dy in dys if dy is not None and dy.dim() == 2)
+    leading = next(dy.shape[:-1] for dy in dys if dy is not None and dy.dim() > 1)
     given = []
     for i, (dy, (weight, *_)) in enumerate(zip(dys, _of_each(parts), strict=True)):
         if weight is None:
             given.append(None)
         elif dy is None:  # nobody used this output: its update has no gradient, which is not zeros
-            given.append(weight.new_zeros(m, weight.shape[0]))
+            given.append(weight.new_zeros(*leading, weight.shape[0]))
             needs[1 + 3 * i : 4 + 3 * i] = [False] * 3
         else:
             given.append(dy.contiguous())
@@ -177,8 +187,6 @@ def run(
             parts += (unit_stride(cast(weight, dtype)), bias, *matrices)
             trained = trained or needs_grad(*matrices)
         parts += [None] * (_PARTS * MOST - len(parts))
-        inputs = flat(cast(x, dtype)), *parts, ids, tokens
+        inputs = cast(x, dtype), *parts, ids, tokens
         ys = (_OPERATION if trained or needs_grad(x) else _INFERENCE)(*inputs)
-    return tuple(
-        y.view(*x.shape[:-1], weight.shape[0]) for y, weight in zip(ys, weights, strict=False)
-    )
+    return tuple(ys[: len(weights)])

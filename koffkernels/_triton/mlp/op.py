@@ -6,6 +6,7 @@ names: three weights, the gates, a, b and scaling of gate, up and down, and who 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,13 +53,13 @@ def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
 
 def _forward(x, *rest):
     *arguments, recompute = rest
-    y, saved = mlp_forward(x, _layer(*arguments), not recompute)
-    return y, *saved
+    y, saved = mlp_forward(flat(x), _layer(*arguments), not recompute)
+    return y.view(x.shape), *saved
 
 
 def _fake(x, *rest):
     *arguments, recompute = rest
-    layer, m = _layer(*arguments), x.shape[0]
+    layer, m = _layer(*arguments), math.prod(x.shape[:-1])
     r_gate, r_up, r_down = (0 if part is None else part.a.shape[1] for part in layer.lora)
     widths = (0 if recompute else 2 * layer.weights[0].shape[0], r_gate + r_up, r_down)
     return (
@@ -69,7 +70,7 @@ def _fake(x, *rest):
 
 def _inference(x, *rest):
     *arguments, _ = rest
-    return mlp_inference(x, _layer(*arguments))
+    return mlp_inference(flat(x), _layer(*arguments)).view(x.shape)
 
 
 def _fake_inference(x, *_):
@@ -95,7 +96,8 @@ def _backward(dy, x, gu, s_gate_up, s_down, *rest):
     needs_x, needs_gates, *nine = needs
     saved = Saved(gu, s_gate_up, s_down)
     wants = needs_x, needs_gates, list(_in_threes(nine))
-    return wanted(mlp_backward(dy, x, saved, _layer(*arguments), wants))
+    dx, *others = mlp_backward(flat(dy), flat(x), saved, _layer(*arguments), wants)
+    return wanted([None if dx is None else dx.view(x.shape), *others])
 
 
 def _backward_fake(dy, x, gu, s_gate_up, s_down, *rest):
@@ -147,7 +149,7 @@ def run(
     ids, tokens = rows_of(x, memory_ids)
     with dispatch.without_autocast(x.device):
         inputs = (
-            flat(cast(x, dtype)),
+            cast(x, dtype),
             *(unit_stride(cast(weight, dtype)) for weight in weights),
             *(dense(t) for t in trained),
             ids,
@@ -155,5 +157,4 @@ def run(
             activation,
             dispatch.recomputes(),
         )
-        y = _OPERATION(*inputs)[0] if needs_grad(x, *trained) else _INFERENCE(*inputs)
-    return y.view(x.shape)
+        return _OPERATION(*inputs)[0] if needs_grad(x, *trained) else _INFERENCE(*inputs)
