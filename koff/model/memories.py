@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,11 @@ class KVWeights(nn.Module):
         for name in ("k_frozen", "v_frozen"):
             zeros = torch.zeros(kv_heads, frozen, head_dim, device=device)
             self.register_buffer(name, zeros, persistent=frozen > 0)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """Return k and v [Hkv, P - frozen, D]."""
+        found = self._parameters  # see ``LoRAWeights.matrices``
+        return (found["k"], found["v"]) if "k" in found else (self.k, self.v)
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
@@ -579,14 +584,19 @@ class MemoryBank(nn.Module):
         like = next((pair for pair in found if pair is not None), None)
         if like is None:
             return None
-        rank = max(pair[0].shape[0] for pair in found if pair is not None)
-        a, b = (
-            [_padded(pair and pair[part], part, rank, like[part]) for pair in found]
-            for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
-        )
+        ranks = {0 if pair is None else pair[0].shape[0] for pair in found}
+        if len(ranks) == 1:
+            a, b = zip(*found, strict=True)
+        else:
+            a, b = (
+                [_padded(pair and pair[part], part, max(ranks), like[part]) for pair in found]
+                for part in (0, 1)  # of A the rank is dimension 0, of B it is 1
+            )
         scaling = tuple(
-            0.0 if pair is None else memory.scaling
-            for pair, memory in zip(found, memories, strict=True)
+            [
+                0.0 if pair is None else memory.scaling
+                for pair, memory in zip(found, memories, strict=True)
+            ]
         )
         return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
 
@@ -638,8 +648,8 @@ class MemoryBank(nn.Module):
         return Prefix(k, v, self._constant(lengths, k.device))
 
     def _angles(self, lengths: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [M, 1, 1, R / 2] that move memories of these lengths to where they
-        stand, made once for all layers."""
+        """Cosines and sines [M, 1, 1, R] that move memories of these lengths to where they stand,
+        made once for all layers."""
         frequencies = self.inverse_frequencies
 
         def make() -> tuple[Tensor, Tensor]:
@@ -691,14 +701,14 @@ class MemoryBank(nn.Module):
         return Start(_stack(state), _stack(conv))
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one: a view, no copy
 
 
 def _full(weights: list[KVWeights]) -> tuple[Tensor, Tensor]:
     """Return k and v [M, Hkv, P, D] of memories of equal sizes, stacked before the frozen tokens
     come to the front: fewer operators where there are many."""
-    k, v = _stack([w.k for w in weights]), _stack([w.v for w in weights])
+    k, v = map(_stack, zip(*[w.trained() for w in weights], strict=True))
     if weights[0].k_frozen.shape[1] == 0:
         return k, v
     k_frozen = _stack([w.k_frozen for w in weights])
@@ -728,17 +738,22 @@ def _padded(tensor: Tensor | None, dim: int, size: int, like: Tensor) -> Tensor:
 def angles(
     shift: int | Tensor, inverse_frequencies: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [..., R / 2] of a rotation by ``shift`` [..., 1] positions."""
+    """Return what ``turned`` takes for a rotation by ``shift`` [..., 1] positions: cosines and
+    signed sines [..., R] of the R dimensions that turn."""
     # In fp32 an angle of some hundred turns would keep too few digits of what is left of it.
     angle = inverse_frequencies.double() * shift
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return keys [..., P, D] rotated by angles [..., R / 2] in their first R dimensions."""
-    half = cos.shape[-1]
-    low, high, rest = keys.split((half, half, keys.shape[-1] - 2 * half), dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+    """Return keys [..., P, D] rotated by angles [..., R] in their first R dimensions."""
+    size = cos.shape[-1]
+    part = keys if size == keys.shape[-1] else keys[..., :size]
+    # The halves change places: low cos - high sin, high cos + low sin. By few operators, since
+    # every layer of every training step does this, forward and backward.
+    part = part * cos + part.roll(size // 2, -1) * sin
+    return part if size == keys.shape[-1] else torch.cat([part, keys[..., size:]], -1)
 
 
 def rotate(keys: Tensor, shift: int, inverse_frequencies: Tensor) -> Tensor:
