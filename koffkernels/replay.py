@@ -7,6 +7,9 @@ arguments but for what is in the tensors, and the settings that ours look at. So
 kind runs as it is written, which compiles; the second is recorded on a tape
 (``_triton.shared.tape``); later ones replay it with their own tensors.
 
+Where autograd records, what lies around an operation's ``autograd.Function`` is skipped alike: from
+the third call of a kind on the Function is called straight away, and replays its forward.
+
 A kind must hold all that anything of ours decides by, bad arguments included: a call is replayed
 unchecked because one of its kind has passed every check. ``tests/kernels/test_replay.py`` holds
 replays against calls as they are written.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 import threading
 from collections.abc import Callable
@@ -37,9 +41,15 @@ _forgetters: list[Callable[[], None]] = []
 
 
 class _Thread(threading.local):
-    """Whether this thread records a call: what that calls in turn then belongs on its tape."""
+    """What this thread is about, whose calls in turn know of it.
+
+    Attributes:
+        records: whether it records a call: what that calls then belongs on its tape.
+        notes: what becomes known of a call that autograd records, or None.
+    """
 
     records = False
+    notes: Differentiable | None = None
 
 
 _thread = _Thread()
@@ -74,31 +84,95 @@ def _add(kind: list, tensors: list[Tensor], values: tuple | list) -> bool:
 
 def _settings() -> tuple:
     """Return what ours decide by beside the arguments."""
-    return dispatch.forced(), *routes.settings()
+    return dispatch.forced(), dispatch.recomputes(), *routes.settings()
 
 
-def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor]]:
-    """Return the kind of a call with these arguments, and the tensors among them, in order.
+def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor], bool]:
+    """Return the kind of a call with these arguments, the tensors among them, in order, and whether
+    autograd records it.
 
-    None if it has none: autograd would record it, autocast changes it, ids are to be looked at, or
-    an argument is of a type that is not known here.
+    The kind is None if it has none: autocast changes it, ids are to be looked at, or an argument is
+    of a type that is not known here.
     """
     kind, tensors = [*_settings()], []
     try:
         known = _add(kind, tensors, values) and not checks.CHECK_IDS
     except RuntimeError:  # a tensor without an address, of torch.func
         known = False
-    if (
-        not known
-        or (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
-        or torch.is_autocast_enabled(tensors[0].device.type)
-    ):
-        return None, tensors
+    if not known or torch.is_autocast_enabled(tensors[0].device.type):
+        return None, tensors, False
     # A tensor that is given twice is one on the tape, and in its place two others might come.
     ids = [*map(id, tensors)]
     if len({*ids}) < len(ids):
-        kind += map(ids.index, ids)
-    return tuple(kind), tensors
+        kind += ("again", *map(ids.index, ids))
+    trained = [t.requires_grad for t in tensors] if torch.is_grad_enabled() else ()
+    records = True in trained
+    if records:
+        kind += ("trained", *trained)
+    return tuple(kind), tensors, records
+
+
+class Differentiable:
+    """Calls of one kind that autograd records: how their tensors become the arguments of an
+    operation's ``autograd.Function``, whose forward is replayed under this very object as its kind.
+
+    Args:
+        settings: that the kind has.
+        tensors: of the call from which this is to be learned.
+    """
+
+    def __init__(self, settings: tuple, tensors: list[Tensor]):
+        self.settings = settings
+        self._given = [*map(id, tensors)]  # only while that call lasts
+        self._functions: list[type[torch.autograd.Function]] = []
+        self._made: list[int] = []
+
+    def takes(self, function: type[torch.autograd.Function], args: tuple) -> bool:
+        """Return whether the Function's arguments are what the call was given, and what is the same
+        in every call of the kind; not if something was cast or laid out anew."""
+        self._functions.append(function)
+        slots: list[int] = []
+        self._constants: list[Any] = []  # behind the tensors
+        for arg in args:
+            if not isinstance(arg, Tensor):
+                slots.append(len(self._given) + len(self._constants))
+                self._constants.append(arg)
+            elif id(arg) in self._given:
+                slots.append(self._given.index(id(arg)))
+            else:
+                return False
+        self._pick = operator.itemgetter(*slots)
+        return True
+
+    def gave(self, results: tuple) -> None:
+        """Take down what the Function returned."""
+        self._made = [*map(id, results)]
+
+    def is_all(self, returned: Any) -> bool:
+        """Return whether the call did nothing else, by what it returned."""
+        self._single = isinstance(returned, Tensor)
+        wanted = [id(y) for y in ((returned,) if self._single else returned)]
+        if len(self._functions) != 1 or not {*wanted} <= {*self._made}:
+            return False
+        self._results = [*map(self._made.index, wanted)]
+        return True
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        """Return what the call returns for these tensors."""
+        made = self._functions[0].apply(*self._pick(tensors + self._constants), self)
+        if self._single:
+            return made[self._results[0]]
+        return tuple([made[i] for i in self._results])
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """Call the Function of an operation, which takes its kind, or None, behind its arguments."""
+    notes = _thread.notes
+    if notes is None or not notes.takes(function, args):
+        return function.apply(*args, None)
+    results = function.apply(*args, notes)
+    notes.gave(results)
+    return results
 
 
 def replayed(function: Callable) -> Callable:
@@ -107,38 +181,73 @@ def replayed(function: Callable) -> Callable:
     Args:
         function: its arguments are tensors, numbers, words, and tuples or lists of these, the first
             a tensor or None. What it does beside launching kernels are functions of torch.
+
+    Returns:
+        The same function, and as its ``of_kind`` one that takes a ``Differentiable`` in front, or
+        None: calls with the same one are of one kind, which has been called before.
     """
-    known: dict[tuple, Any] = {}  # a tape; False: seen once; True: never to be replayed
+    # A tape or a Differentiable; False: seen once; True: never to be replayed.
+    known: dict[Any, Any] = {}
     _forgetters.append(known.clear)
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         if not DEVICES or torch.compiler.is_compiling() or not _is_worth_it(args):
             return function(*args, **options)
-        kind, tensors = kind_of((*args, *options.values()))
+        kind, tensors, records = kind_of((*args, *options.values()))
         if kind is None:
             return function(*args, **options)
         kind = (*kind, *options)
-        tape = known.get(kind)
-        if tape is None:
-            if len(known) >= _MOST_KINDS:
-                known.clear()
-            known[kind] = False
-        elif tape is False:
-            # By name, as dispatch loads what not everybody has.
-            tapes = importlib.import_module("._triton.shared.tape", __package__)
-            _thread.records, settings = True, _settings()
-            try:
-                result, tape = tapes.record(lambda: function(*args, **options), tensors)
-            finally:
-                _thread.records = False
-            if settings == _settings():  # else another thread has forced a route meanwhile
-                known[kind] = True if tape is None else tape
-            return result
-        elif tape is not True and tape.usable():
-            return tape.play(tensors)
-        return function(*args, **options)
+        found = known.get(kind)
+        if found is None:
+            know(kind, False)
+            return function(*args, **options)
+        if found is True:
+            return function(*args, **options)
+        if not records:
+            return play(kind, found, tensors, args, options)
+        if found is not False:
+            return found(tensors)
+        before = _thread.notes
+        notes = _thread.notes = Differentiable(_settings(), tensors)
+        try:
+            result = function(*args, **options)
+        finally:
+            _thread.notes = before
+        if notes.settings == _settings():  # else another thread has forced a route meanwhile
+            know(kind, notes if notes.is_all(result) else True)
+        return result
 
+    def of_kind(kind: Differentiable | None, *args: Any) -> Any:
+        if kind is None:
+            return call(*args)
+        found = known.get(kind, False)
+        if found is True:
+            return function(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        return play(kind, found, tensors, args, {})
+
+    def play(kind: Any, tape: Any, tensors: list[Tensor], args: tuple, options: dict) -> Any:
+        if tape is not False:
+            return tape.play(tensors) if tape.usable() else function(*args, **options)
+        # By name, as dispatch loads what not everybody has.
+        tapes = importlib.import_module("._triton.shared.tape", __package__)
+        _thread.records = True
+        settings = kind.settings if isinstance(kind, Differentiable) else _settings()
+        try:
+            result, tape = tapes.record(lambda: function(*args, **options), tensors)
+        finally:
+            _thread.records = False
+        if settings == _settings():
+            know(kind, True if tape is None else tape)
+        return result
+
+    def know(kind: Any, what: Any) -> None:
+        if kind not in known and len(known) >= _MOST_KINDS:
+            known.clear()
+        known[kind] = what
+
+    call.of_kind = of_kind
     return call
 
 
@@ -151,7 +260,6 @@ def _is_worth_it(args: tuple) -> bool:
         isinstance(first, Tensor)
         and first.device.type in DEVICES
         and first.dtype != torch.float32  # computed as settings of torch's say, and rarely here
-        and not (first.requires_grad and torch.is_grad_enabled())
         and not _thread.records
     )
 

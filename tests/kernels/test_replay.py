@@ -4,6 +4,7 @@ No GPU is needed: Triton's driver is one that launches nothing and notes what it
 numbers are the same is shown in the interpreter (``interpreter/test_replayed.py``)."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -14,7 +15,16 @@ from triton import knobs
 
 import koffkernels
 from bench.gate import host
-from koffkernels import GatedMLPLoRA, LoRA, Prefix, RowBounds, checks, replay, routes
+from koffkernels import (
+    GatedMLPLoRA,
+    LoRA,
+    Prefix,
+    RowBounds,
+    checks,
+    dispatch,
+    replay,
+    routes,
+)
 from koffkernels._triton.shared import direct, tape
 from koffkernels._triton.shared import launch as common
 from koffkernels._triton.shared.reduce import _sum_partials_kernel
@@ -98,17 +108,35 @@ CALLS = {
 }
 
 
-def described(launch):
-    """A launch, with what a kernel sees of a tensor."""
+def described(launches):
+    """Launches, with what a kernel sees of a tensor: where it begins, in which of the pieces of
+    memory that these launches get. On a tape a view may be that address alone."""
+    memory = {}  # where it begins -> where it ends
+
+    def tensors(values):
+        for value in values:
+            if isinstance(value, tuple):
+                yield from tensors(value)
+            elif isinstance(value, Tensor):
+                yield value
+
+    for t in tensors([args[9:] for args in launches]):
+        storage = t.untyped_storage()
+        memory[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
+    order = []
 
     def of(value):
         if isinstance(value, tuple):
-            return type(value), tuple(map(of, value))
-        if isinstance(value, Tensor):
-            return value.dtype, value.shape, value.stride(), value.storage_offset()
+            return tuple(map(of, value))
+        address = value.data_ptr() if isinstance(value, Tensor) else value
+        if type(address) is int:
+            for begin, end in memory.items():
+                if begin <= address < end:
+                    order.extend([begin] if begin not in order else [])
+                    return "memory", order.index(begin), address - begin
         return value
 
-    return launch[:3], launch[4], tuple(map(of, launch[9:]))
+    return [(args[:3], args[4], tuple(map(of, args[9:]))) for args in launches]
 
 
 def forms(result):
@@ -126,16 +154,16 @@ def test_the_launches_are_the_same(launched, played, name):
         launched.clear()
         written = forms(call())
         assert len(played) == 1
-        replayed = [*map(described, launched)]
+        replayed = described(launched)
         other = make()  # tensors of its own
         launched.clear()
         replay.DEVICES.clear()
         assert forms(other()) == written
-        assert [*map(described, launched)] == replayed != []
+        assert described(launched) == replayed != []
         replay.DEVICES.append("cpu")
         launched.clear()
         assert forms(other()) == written and len(played) == 2
-        assert [*map(described, launched)] == replayed
+        assert described(launched) == replayed
 
 
 def test_a_call_is_given_its_own_tensors(launched, played):
@@ -293,23 +321,149 @@ def test_a_call_that_somebody_watched_is_recorded_later(launched, played):
         assert len(played) == 1
 
 
-def test_training_replays_forward_and_backward(launched, played):
-    x, weight, update = tensor(3, 40, 64).requires_grad_(), tensor(64, 64), lora()
-    for part in update[:2]:
-        part.requires_grad_()
+def trained(call, *tensors):
+    """Forward and backward of a call, in which these require gradients."""
+    for t in tensors:
+        t.requires_grad_()
 
     def step():
-        launched.clear()
-        y = koffkernels.lora_linear(x, weight, lora=update, memory_ids=IDS)
-        y.backward(torch.ones_like(y))
-        return [*map(described, launched)]
+        for t in tensors:
+            t.grad = None
+        ys = call()
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        return [t.grad is not None and t.grad.shape == t.shape for t in tensors]
 
+    return step
+
+
+def train_linear(update=None, **extra):
+    x, update = tensor(3, 40, 64), update or lora()
+    return trained(linear(x, lora=update, **extra), x, update.a, update.b)
+
+
+def train_linears():
+    x, weights, loras = tensor(3, 40, 64), [tensor(64, 64) for _ in range(3)], [lora(), lora()]
+
+    def call():
+        return koffkernels.lora_linears(x, weights, lora=[*loras, None], memory_ids=IDS)
+
+    return trained(call, x, *loras[0][:2], *loras[1][:2])
+
+
+def train_mlp():
+    x, weights, gates = tensor(3, 40, 64), [tensor(64, 64) for _ in range(3)], torch.ones(64)
+    up, down = lora(), lora()
+
+    def call():
+        given = {"gates": gates, "lora": GatedMLPLoRA(None, up, down), "memory_ids": IDS}
+        return koffkernels.gated_mlp(x, *weights, **given)
+
+    return trained(call, x, gates, *up[:2], *down[:2])
+
+
+def train_attention():
+    q, k, v = (tensor(3, heads, 80, 64) for heads in (4, 2, 2))
+    learned = [tensor(2, 2, 32, 64, dtype=torch.float32) for _ in range(2)]
+    prefix = Prefix(*learned, torch.tensor([32, 7]))
+    return trained(
+        lambda: koffkernels.prefix_attention(q, k, v, prefix, memory_ids=IDS), q, k, v, *learned
+    )
+
+
+TRAIN = {
+    "linear, vendor": (train_linear, "vendor"),
+    "linear, fused": (train_linear, "fused"),
+    "linears": (train_linears, "vendor"),
+    "mlp, vendor": (train_mlp, "vendor"),
+    "mlp, fused": (train_mlp, "fused"),
+    "attention": (train_attention, "fused"),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_training_replays_forward_and_backward(launched, played, name):
+    make, route = TRAIN[name]
+    step = make()
+    with koffkernels.force_route(route):
+        assert all(step())
+        first = described(launched)
+        for count in (0, 2, 4):
+            launched.clear()
+            assert all(step()) and described(launched) == first and len(played) == count
+        other = make()  # tensors of its own
+        launched.clear()
+        assert all(other()) and described(launched) == first and len(played) == 6
+
+
+def test_training_skips_what_lies_around_the_operation(launched, played, monkeypatch):
+    step, checked = train_linear(), []
+    module = sys.modules["koffkernels.lora_linear"]
+    monkeypatch.setattr(module, "check_linear", lambda *args: checked.append(args))
     with koffkernels.force_route("vendor"):
-        first = step()
-        assert step() == first and played == []
-        assert step() == first and len(played) == 2
-        update.a.requires_grad_(False)  # another kind of backward
-        assert len(step()) < len(first) and len(played) == 3
+        for _ in range(5):
+            step()
+    assert len(checked) == 2 and len(played) == 6
+
+
+def test_what_is_trained_is_part_of_the_kind(launched, played):
+    x, update = tensor(3, 40, 64), lora()
+    call, step = linear(x, lora=update), train_linear(update)
+    with koffkernels.force_route("vendor"):
+        for _ in range(3):
+            step()
+        whole = len(launched) // 3
+        update.a.requires_grad_(False)
+        for count in (2, 2, 4):
+            launched.clear()
+            call().backward(tensor(3, 40, 64))
+            assert 0 < len(launched) < whole and len(played) == count
+        update.b.requires_grad_(False)
+        assert not call().requires_grad and len(played) == 4
+    # Tensors given twice are told apart from tensors that are trained.
+    one, other = tensor(4).requires_grad_(), tensor(4).requires_grad_()
+    with torch.no_grad():
+        twice, _, records = replay.kind_of((x, one, one))
+    kind, _, trains = replay.kind_of((x, one, other))
+    assert not records and trains and twice != kind
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused_in_training(launched, name):
+    changes, told = BAD[name]
+    with koffkernels.force_route("vendor"):
+        for _ in range(3):
+            linear(tensor(3, 1, 64).requires_grad_())()
+        for _ in range(3):
+            with pytest.raises((TypeError, ValueError), match=told):
+                given = {"x": tensor(3, 1, 64)} | changes
+                linear(**given | {"x": given["x"].requires_grad_()})()
+
+
+def test_what_is_laid_out_anew_is_trained_as_it_is_written(launched, played):
+    """Autograd has to record that as well."""
+    wide = tensor(2, 16, 128, dtype=torch.float32).requires_grad_()
+    update = lora()._replace(a=wide[:, :, ::2])
+    call = linear(tensor(3, 40, 64), lora=update)
+    with koffkernels.force_route("vendor"):
+        for count in (0, 0, 2, 4):
+            wide.grad = None
+            call().backward(tensor(3, 40, 64))
+            assert wide.grad.shape == wide.shape and len(played) == count
+
+
+def test_whether_hidden_states_are_kept_is_part_of_the_kind(launched, played):
+    step = train_mlp()
+    with koffkernels.force_route("fused"):
+        for _ in range(3):
+            step()
+        kept = len(launched) // 3
+        with dispatch.recompute_hidden():
+            for count in (2, 2, 4):
+                launched.clear()
+                assert all(step()) and len(launched) > 0 and len(played) == count
+        launched.clear()
+        assert all(step()) and len(launched) == kept and len(played) == 6
 
 
 def test_memory_is_free_as_early_as_it_was(launched, played, monkeypatch):
@@ -363,6 +517,26 @@ def test_only_what_follows_from_the_kind_stands_on_a_tape(launched):
         (lambda: x + 1, False),  # nothing is launched
     ):
         assert (tape.record(call, [x])[1] is not None) == fits
+
+
+def test_of_a_view_kernels_get_the_address(launched):
+    """It is made only where something else reads it."""
+    x = tensor(8)
+
+    def steps(call):
+        found = tape.record(call, [x])[1]
+        launched.clear()
+        found.play([other := tensor(8)])
+        addresses = [a.data_ptr() if torch.is_tensor(a) else a for a in launched[-1][9:11]]
+        names = [step.__qualname__.split(".")[0] for step, _ in found.steps]
+        return names, {address - other.data_ptr() for address in addresses}
+
+    launch_sum(x)
+    assert steps(lambda: launch_sum(x.view(2, 4).t())) == (["_direct"], {0})
+    assert steps(lambda: launch_sum(x.view(2, 4)[1])) == (["_address", "_direct"], {8})
+    # Its address is of x, whatever the view was made for.
+    names, at = steps(lambda: launch_sum(x.chunk(2)[1].zero_()))
+    assert sorted(names) == ["_address", "_direct", "_operator", "_operator"] and at == {8}
 
 
 def test_a_thread_that_records_does_not_hear_another(launched, monkeypatch):

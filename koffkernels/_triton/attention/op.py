@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import routes
 from ..._torch import prefix_attention as plain
-from ...replay import replayed
+from ...replay import apply, replayed
 from ...types import Prefix, RowBounds
 from ..shared.torch_operator import NAMESPACE
 from . import decode as few
@@ -141,9 +141,10 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
+        *args, kind = args
         *_, k, v, _, _, _, _, _, ctx.scale, ctx.route = args
         ctx.dtypes = None if k is None else (k.dtype, v.dtype)
-        *saved, o, lse = _forward_eager(*args)
+        *saved, o, lse = _forward_eager.of_kind(kind, *args)
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(*saved, o, lse)
         return o, lse
@@ -153,7 +154,7 @@ class _PrefixAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         needs = ctx.needs_input_grad[:5]
         grads = _backward_eager(do, *ctx.saved_tensors, ctx.scale, needs, ctx.route, ctx.dtypes)
-        return *grads, *(None for _ in range(7))
+        return *grads, *(None for _ in range(8))
 
 
 @replayed
@@ -264,5 +265,5 @@ def run(
     if torch.compiler.is_compiling():
         return _forward_op(*tensors, scale, route)[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _PrefixAttention.apply(*tensors, scale, route)[0]
+        return apply(_PrefixAttention, *tensors, scale, route)[0]
     return forward(call, route)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,28 @@ _OF_KIND = {
 
 # They give the tensor itself where it is as it is asked for, which is then so in every call.
 _CASTS = {Tensor.to, Tensor.contiguous}
+# They give part of a tensor's own memory, unless they must copy.
+_VIEWS = {
+    Tensor.__getitem__, Tensor.chunk, Tensor.narrow, Tensor.reshape, Tensor.split,
+    Tensor.split_with_sizes, Tensor.t, Tensor.transpose, Tensor.unsqueeze, Tensor.view,
+}  # fmt: skip
 
 Slots = list  # of values, by number
 Step = Callable[[Slots, Any], None]  # the second is the stream
+
+
+class _Noted(NamedTuple):
+    """A step as it was done.
+
+    Args:
+        step: that does it again.
+        touched: slots that it reads as they are, or makes.
+        views: of these, what it makes if that is nothing but views of a tensor that is there.
+    """
+
+    step: Step
+    touched: list[int]
+    views: list[int]
 
 
 class Tape:
@@ -112,7 +131,10 @@ class _Recorder(TorchFunctionMode):
         self.slots: Slots = [None] * self.given
         # The weak reference says whether it is still that tensor that has this id.
         self.known = {id(t): (slot, weakref.ref(t)) for slot, t in enumerate(tensors)}
-        self.steps: list[tuple[Step, list[int]]] = []  # each with the slots that it touches
+        self.steps: list[_Noted] = []
+        # Slot of a view -> the slot of whose memory it is a part, and where that begins, in bytes.
+        self.parts: dict[int, tuple[int, int]] = {}
+        self.addresses: dict[int, int] = {}  # slot of a view -> that of where it begins
         self.kernels: set[Any] = set()
         self.refused = False
 
@@ -152,7 +174,16 @@ class _Recorder(TorchFunctionMode):
         pick_options = self._picker(tuple(kwargs.values()), touched) if kwargs else None
         new = [self._slot(part, touched, makes=True) for part in results]
         target = new[0] if result is results[0] else tuple(new)
-        self._add(_operator(function, pick, tuple(kwargs), pick_options, target), touched)
+        step = _operator(function, pick, tuple(kwargs), pick_options, target)
+        if function in _VIEWS and all(_share_memory(part, args[0]) for part in results):
+            base = self._slot(args[0], touched)
+            root, begin = self.parts.get(base, (base, 0))
+            for slot, part in zip(new, results, strict=True):
+                offset = part.data_ptr() - args[0].data_ptr()
+                self.parts[slot] = root, begin + offset
+            self.steps.append(_Noted(step, touched, new))
+        else:
+            self._add(step, touched)
 
     def launch(
         self,
@@ -173,7 +204,8 @@ class _Recorder(TorchFunctionMode):
             self._add(_launch(kernel, grid, tuple(args), pick, options), touched)
         else:
             in_order = tuple(args[p.name] for p in kernel.params)
-            self._add(_direct(variant, grid, self._picker(in_order, touched)), touched)
+            pick = self._picker(in_order, touched, for_kernel=True)
+            self._add(_direct(variant, grid, pick), touched)
 
     def tape(self, result: Any) -> Tape | None:
         """Return the tape of a call that returned ``result``."""
@@ -181,16 +213,23 @@ class _Recorder(TorchFunctionMode):
         pick = self._picker((result,), kept)
         if self.refused or not self.kernels:
             return None
-        made = {slot for _, touched in self.steps for slot in touched if slot >= self.given}
+        # Backwards: views that only kernels read, which got their addresses, are not made.
+        read, steps = set(kept), []
+        for step, touched, views in reversed(self.steps):
+            if views and read.isdisjoint(views):
+                continue
+            read.update(touched)
+            steps.append((step, touched))
+        made = {slot for slot in read if slot >= self.given}
         made.difference_update(kept)
-        steps = []
-        for step, touched in reversed(self.steps):
-            steps.append((step, tuple(made.intersection(touched))))
+        emptied = []
+        for step, touched in steps:
+            emptied.append((step, tuple(made.intersection(touched))))
             made.difference_update(touched)
-        return Tape(self.slots, steps[::-1], lambda slots: pick(slots)[0], self.kernels)
+        return Tape(self.slots, emptied[::-1], lambda slots: pick(slots)[0], self.kernels)
 
     def _add(self, step: Step, touched: list[int]) -> None:
-        self.steps.append((step, touched))
+        self.steps.append(_Noted(step, touched, []))
 
     def _new(self, tensor: Tensor, touched: list[int]) -> int:
         """Return a slot for what a step makes."""
@@ -212,29 +251,53 @@ class _Recorder(TorchFunctionMode):
         self.refused |= not makes
         return self._new(value, touched)
 
-    def _picker(self, values: tuple, touched: list[int]) -> Callable[[Slots], tuple]:
+    def _address(self, value: Any, touched: list[int]) -> int:
+        """Return the slot of a value as kernels take it. For them a view is an address: of the
+        tensor whose memory that is, or where in it the view begins."""
+        slot = self._slot(value, touched)
+        if slot not in self.parts:
+            return slot
+        touched.remove(slot)
+        root, offset = self.parts[slot]
+        touched.append(root)  # whose memory must be there
+        if offset == 0:
+            return root
+        if slot not in self.addresses:
+            self.slots.append(None)
+            self.addresses[slot] = len(self.slots) - 1
+            self._add(_address(root, offset, self.addresses[slot]), [root, self.addresses[slot]])
+        touched.append(self.addresses[slot])
+        return self.addresses[slot]
+
+    def _picker(
+        self, values: tuple, touched: list[int], for_kernel: bool = False
+    ) -> Callable[[Slots], tuple]:
         """Return what picks these values out of the slots; tuples and lists of tensors, as operands
-        are, are put together anew."""
+        are, are put together anew, for a compiled kernel as tuples."""
         slots: list[int] = []
-        groups: list[tuple[int, Callable, Callable[[Slots], tuple]]] = []
+        groups: list[tuple[int, Callable | None, Callable[[Slots], tuple]]] = []
         for value in values:
             if isinstance(value, (tuple, list)) and _has_tensors(value):
                 slots.append(self._slot(None, touched))
                 touched.append(slots[-1])
-                make = getattr(type(value), "_make", type(value))
-                groups.append((slots[-1], make, self._picker(tuple(value), touched)))
+                make = None if for_kernel else getattr(type(value), "_make", type(value))
+                groups.append((slots[-1], make, self._picker(tuple(value), touched, for_kernel)))
             else:
-                slots.append(self._slot(value, touched))
+                slots.append((self._address if for_kernel else self._slot)(value, touched))
         flat = direct.getter(slots)
         if not groups:
             return flat
 
         def pick(values: Slots) -> tuple:
             for slot, make, parts in groups:
-                values[slot] = make(parts(values))
+                values[slot] = parts(values) if make is None else make(parts(values))
             return flat(values)
 
         return pick
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x is not y and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _has_tensors(values: Iterable[Any]) -> bool:
@@ -250,6 +313,15 @@ def _empty(like: Tensor, slot: int) -> Step:
 
     def step(slots: Slots, stream: Any) -> None:
         slots[slot] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+    return step
+
+
+def _address(root: int, offset: int, slot: int) -> Step:
+    """Return a step that says where a part of a tensor's memory begins."""
+
+    def step(slots: Slots, stream: Any) -> None:
+        slots[slot] = slots[root].data_ptr() + offset
 
     return step
 

@@ -7,13 +7,14 @@ operator with a fake and a backward operator.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...replay import replayed
+from ...replay import apply, replayed
 
 # Of the operators: the name of the whole package, "koffkernels" as installed by pip. A copy loaded
 # from a hub has a name of its own, so that two of them can live in one process.
@@ -121,7 +122,8 @@ def operation(
         # ctx in forward, and no setup_context, with which torch reads the signature in every call.
         @staticmethod
         def forward(ctx, *args):
-            output = forward_again(*args)
+            *args, kind = args
+            output = forward_again.of_kind(kind, *args)
             ctx.mark_non_differentiable(*(t for t in output[outputs:] if t is not None))
             prepare(ctx, args, output)
             return output
@@ -129,9 +131,9 @@ def operation(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *dys):
-            return gradients(backward_again, ctx, *dys[:outputs])
+            return *gradients(backward_again, ctx, *dys[:outputs]), None
 
-    return Operation(Eager.apply, op)
+    return Operation(functools.partial(apply, Eager), op)
 
 
 def inference(
