@@ -465,7 +465,7 @@ def test_reproduce_when_the_time_is_up_shows_the_seeds_that_are_whole(root, tmp_
 
     def until(self, arguments, log):
         if "gates-0.25-seed1" in str(log):
-            self._stop()
+            self._stop("the time was up")
             return -15
         return run(self, arguments, log)
 

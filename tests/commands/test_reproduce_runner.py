@@ -141,13 +141,17 @@ plan.Plan.check = lambda self: None
 app(["reproduce", "r.yaml", "--output", {str(tmp_path)!r}, "--seeds", "0", "--only", "main"])
 """
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 120
     while not (tmp_path / "calls.txt").exists():
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    said = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 143
+    assert "interrupted" in said and "the time was up" not in said
     pid = int((tmp_path / "calls.txt").read_text().split()[3])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -17,7 +17,6 @@ from .display import Display
 from .plan import Plan, Run, child, shown
 
 TAIL = 15  # lines of a log that say what went wrong: a traceback's end, and what led to it
-_STOPPED = "the time was up"
 
 
 def cores() -> int:
@@ -45,8 +44,11 @@ class Runner:
         self._children: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._why = ""
         # Counted from here, so that the checks of what is there belong to it.
-        self._clock = None if seconds is None else threading.Timer(seconds, self._stop)
+        self._clock = None
+        if seconds is not None:
+            self._clock = threading.Timer(seconds, self._stop, ["the time was up"])
 
     def execute(self) -> dict[str, str]:
         """Train and measure what is not there yet.
@@ -75,7 +77,7 @@ class Runner:
             finally:
                 if self._clock:
                     self._clock.cancel()
-                self._stop()  # nothing is left but after an interruption
+                self._stop("interrupted")  # nothing is left but after an interruption
                 pool.shutdown(cancel_futures=True)
         return {run.name: failures[run.name] for run in waiting if run.name in failures}
 
@@ -90,14 +92,14 @@ class Runner:
         self.display.expect(run, commands)
         for command in commands:
             if self._stopped.is_set():
-                return _STOPPED
+                return self._why
             with self.display.running(run, command, log) as doing:
                 self.display.say(f"{run.name}: {shown(command, self.threads)}", quiet=True)
                 code = self._run(command, log)
                 took = f"{doing.seconds():.0f} s"
             if self._stopped.is_set() and code != 0:
-                self.display.say(f"{run.name}: {doing.what} ended after {took}: {_STOPPED}")
-                return _STOPPED
+                self.display.say(f"{run.name}: {doing.what} ended after {took}: {self._why}")
+                return self._why
             if code != 0:
                 self._wait_for_others(run)  # one that began just before this one keeps it out
                 if command not in self.plan.left(run):
@@ -146,9 +148,10 @@ class Runner:
                 with self._lock:
                     self._children.discard(process)
 
-    def _stop(self) -> None:
+    def _stop(self, why: str) -> None:
         """End the children and start no more."""
         with self._lock:
+            self._why = self._why or why
             self._stopped.set()
             for process in self._children:
                 process.terminate()
