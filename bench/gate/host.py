@@ -47,6 +47,9 @@ class _NotCompiled(CompiledKernel):
         self.module, self.function, self.packed_metadata = object(), object(), object()
         self._run = note
 
+    def __del__(self):
+        """Unload nothing."""
+
 
 @contextlib.contextmanager
 def empty_driver(note: Callable[..., None] = lambda *args: None) -> Iterator[None]:

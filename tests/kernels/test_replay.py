@@ -496,6 +496,26 @@ def test_memory_is_free_as_early_as_it_was(launched, played, monkeypatch):
     assert alive() == 0 and y.shape == (3, 40, 64)  # y is a view, and the first tensor torch's
 
 
+def test_a_tape_holds_what_it_launches(launched):
+    """From 3.8 on Triton unloads a kernel that nobody holds."""
+    call = linear()
+    with koffkernels.force_route("decode"):
+        for _ in range(3):
+            call()
+    variants = [v for kernel in direct._kernels.values() for v in kernel.variants.values()]
+    compiled = [weakref.ref(variant.compiled) for variant in variants]
+    jitted = [kernel.kernel for kernel in direct._kernels.values()]
+    del variants
+    direct._kernels.clear()
+    for kernel in jitted:
+        kernel.device_caches.pop(host._DEVICE)
+    gc.collect()
+    assert len([ref for ref in compiled if ref() is not None]) == 2
+    replay.forget()
+    gc.collect()
+    assert not any(ref() for ref in compiled)
+
+
 def launch_sum(x, splits=1):
     common.launch(_sum_partials_kernel, (1,), part_ptr=x, out_ptr=x, splits=splits, size=4, BLOCK=4)
 

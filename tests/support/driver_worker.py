@@ -95,7 +95,7 @@ def main() -> None:
             ran.append(direct.launch(kernel, grid, args, chosen))
 
         def played(kernel=kernel, grid=grid, args=args, ran=ran):
-            run, function, metadata = ran[-1]
+            run, function, metadata, _ = ran[-1]
             in_order = as_on_a_tape([args[p.name] for p in kernel.params])
             run(*(*grid, 1, 1)[:3], 77, function, metadata, None, None, None, *in_order)
 

@@ -27,9 +27,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-# This was read of two versions: what ``JITFunction.run`` compiles in, and how it calls what it has
+# Of these versions it was read what ``JITFunction.run`` compiles in, and how it calls what it has
 # compiled. ROCm's backend also compiles in whether a tensor fits 2 GB, which is not looked at here.
-KNOWN = ("3.6.", "3.7.")
+KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")
 ENABLED = (
     os.environ.get("KOFF_DIRECT_LAUNCH", "1") != "0"
     and triton.__version__.startswith(KNOWN)
@@ -49,11 +49,13 @@ Options = tuple[int, int, int | None, bool]
 
 
 class Variant(NamedTuple):
-    """A compiled kernel: its launcher, and two things which that wants."""
+    """A compiled kernel: its launcher, two things which that wants, and all of it, which is held
+    since Triton, from 3.8 on, unloads the function of one that nobody holds."""
 
     run: Callable[..., None]
     function: Any
     metadata: Any
+    compiled: CompiledKernel
 
 
 class Kernel:
@@ -188,6 +190,6 @@ def launch(
         return None
     if len(known.variants) >= _MOST_VARIANTS:
         known.variants.clear()
-    variant = Variant(compiled.run, compiled.function, compiled.packed_metadata)
+    variant = Variant(compiled.run, compiled.function, compiled.packed_metadata, compiled)
     known.variants[key] = variant
     return variant

@@ -351,12 +351,13 @@ def _operator(
 
 def _direct(variant: direct.Variant, grid: tuple[int, ...], pick: Callable[[Slots], tuple]) -> Step:
     """Return a step that launches a compiled kernel as ``direct.launch`` does."""
-    run, function, metadata = variant
+    run, function, metadata, compiled = variant
     x, y, z = (*grid, 1, 1)[:3]
 
     def step(slots: Slots, stream: Any) -> None:
         run(x, y, z, stream, function, metadata, None, None, None, *pick(slots))
 
+    step.compiled = compiled  # held, see ``Variant``
     return step
 
 
