@@ -125,7 +125,7 @@ class Differentiable:
         self.settings = settings
         self._given = [*map(id, tensors)]  # only while that call lasts
         self._functions: list[type[torch.autograd.Function]] = []
-        self._made: list[int] = []
+        self._made: tuple = ()
 
     def takes(self, function: type[torch.autograd.Function], args: tuple) -> bool:
         """Return whether the Function's arguments are what the call was given, and what is the same
@@ -146,15 +146,16 @@ class Differentiable:
 
     def gave(self, results: tuple) -> None:
         """Take down what the Function returned."""
-        self._made = [*map(id, results)]
+        self._made = results  # held until ``is_all``, so that no other tensor gets the id of one
 
     def is_all(self, returned: Any) -> bool:
         """Return whether the call did nothing else, by what it returned."""
         self._single = isinstance(returned, Tensor)
         wanted = [id(y) for y in ((returned,) if self._single else returned)]
-        if len(self._functions) != 1 or not {*wanted} <= {*self._made}:
+        made, self._made = [*map(id, self._made)], ()
+        if len(self._functions) != 1 or not {*wanted} <= {*made}:
             return False
-        self._results = [*map(self._made.index, wanted)]
+        self._results = [*map(made.index, wanted)]
         return True
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -208,9 +209,9 @@ def replayed(function: Callable) -> Callable:
             return play(kind, found, tensors, args, options)
         if found is not False:
             return found(tensors)
-        before = _thread.notes
-        notes = _thread.notes = Differentiable(_settings(), tensors)
+        before, notes = _thread.notes, Differentiable(_settings(), tensors)
         try:
+            _thread.notes = notes
             result = function(*args, **options)
         finally:
             _thread.notes = before
@@ -232,9 +233,9 @@ def replayed(function: Callable) -> Callable:
             return tape.play(tensors) if tape.usable() else function(*args, **options)
         # By name, as dispatch loads what not everybody has.
         tapes = importlib.import_module("._triton.shared.tape", __package__)
-        _thread.records = True
         settings = kind.settings if isinstance(kind, Differentiable) else _settings()
         try:
+            _thread.records = True
             result, tape = tapes.record(lambda: function(*args, **options), tensors)
         finally:
             _thread.records = False

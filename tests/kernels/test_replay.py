@@ -322,15 +322,17 @@ def test_a_call_that_somebody_watched_is_recorded_later(launched, played):
 
 
 def trained(call, *tensors):
-    """Forward and backward of a call, in which these require gradients."""
+    """Forward and backward of a call, in which these require gradients: which of them got one."""
     for t in tensors:
         t.requires_grad_()
 
-    def step():
+    def step(then=None):
         for t in tensors:
             t.grad = None
         ys = call()
         ys = ys if isinstance(ys, tuple) else (ys,)
+        if then is not None:
+            ys = then(ys)
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
         return [t.grad is not None and t.grad.shape == t.shape for t in tensors]
 
@@ -379,6 +381,7 @@ TRAIN = {
     "mlp, fused": (train_mlp, "fused"),
     "attention": (train_attention, "fused"),
 }
+LINEAR = [name for name in TRAIN if name != "attention"]
 
 
 @pytest.mark.parametrize("name", TRAIN)
@@ -426,6 +429,37 @@ def test_what_is_trained_is_part_of_the_kind(launched, played):
         twice, _, records = replay.kind_of((x, one, one))
     kind, _, trains = replay.kind_of((x, one, other))
     assert not records and trains and twice != kind
+
+
+class Swallows(torch.autograd.Function):
+    """Gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, *ys):
+        return torch.zeros((), dtype=BF16)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (None,) * len(ctx.needs_input_grad)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_who_gets_no_gradient_gives_none(launched, name):
+    make, route = TRAIN[name]
+    step = make()
+    with koffkernels.force_route(route):
+        for _ in range(4):
+            assert not any(step(lambda ys: (Swallows.apply(*ys),)))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_results_may_be_changed_in_place(launched, name):
+    """As those of torch's layers; of attention backward needs the result."""
+    make, route = TRAIN[name]
+    step = make()
+    with koffkernels.force_route(route):
+        for _ in range(4):
+            assert all(step(lambda ys: tuple(y.mul_(2) for y in ys)))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -554,6 +588,8 @@ def test_of_a_view_kernels_get_the_address(launched):
     launch_sum(x)
     assert steps(lambda: launch_sum(x.view(2, 4).t())) == (["_direct"], {0})
     assert steps(lambda: launch_sum(x.view(2, 4)[1])) == (["_address", "_direct"], {8})
+    names, at = steps(lambda: launch_sum(x[8:]))
+    assert names == ["_operator", "_direct"]  # what has no elements has no address
     # Its address is of x, whatever the view was made for.
     names, at = steps(lambda: launch_sum(x.chunk(2)[1].zero_()))
     assert sorted(names) == ["_address", "_direct", "_operator", "_operator"] and at == {8}

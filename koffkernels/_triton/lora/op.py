@@ -17,7 +17,7 @@ from ..._torch import lora_linear as plain
 from ...dispatch import compute_dtype, without_autocast
 from ...types import LoRA
 from ..shared.launch import Rows, cast, dense, unit_stride
-from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
+from ..shared.torch_operator import inference, needs_grad, operation, shaped, spread, wanted
 from .linear import Linear, linears_backward, linears_forward, linears_inference
 
 MOST = 3  # layers of a call: q, k and v
@@ -61,15 +61,11 @@ def _layers(*arguments: Any) -> tuple[list[Linear], Rows]:
     return layers, Rows(ids, tokens)
 
 
-def _shaped(ys: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """Return each y [M, N] with the leading dimensions of x."""
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
-
-
 def _forward(x, *arguments):
     layers, rows = _layers(*arguments)
     ys, s = linears_forward(flat(x), layers, rows)
-    return *_shaped(ys, x), *[None] * (MOST - len(ys)), s
+    ys = [shaped(y, [*x.shape[:-1], y.shape[1]]) for y in ys]
+    return *ys, *[None] * (MOST - len(ys)), s
 
 
 def _fake(x, *arguments):
@@ -80,7 +76,8 @@ def _fake(x, *arguments):
 
 
 def _inference(x, *arguments):
-    return _shaped(linears_inference(flat(x), *_layers(*arguments)), x)
+    ys = linears_inference(flat(x), *_layers(*arguments))
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
 def _fake_inference(x, *arguments):
@@ -115,8 +112,7 @@ def _backward(*arguments):
     wants = needs[0], list(_of_each(needs[1 : 1 + 3 * len(layers)], 3))
     x = None if x is None else flat(x)
     dx, *matrices = linears_backward([flat(dy) for dy in dys], x, s, layers, rows, wants)
-    dx = None if dx is None else _shaped([dx], dys[0])[0]
-    return wanted([dx, *matrices])
+    return wanted([None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[1]), *matrices])
 
 
 def _backward_fake(*arguments):

@@ -18,7 +18,7 @@ from ..._torch import gated_mlp as plain
 from ...types import GatedMLPLoRA, LoRA
 from ..lora.op import flat, rows_of
 from ..shared.launch import Rows, cast, dense, unit_stride
-from ..shared.torch_operator import inference, needs_grad, operation, spread, wanted
+from ..shared.torch_operator import inference, needs_grad, operation, shaped, spread, wanted
 from .mlp import Layer, Saved, mlp_backward, mlp_forward, mlp_inference
 
 _LORA = ", ".join(
@@ -54,7 +54,7 @@ def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
 def _forward(x, *rest):
     *arguments, recompute = rest
     y, saved = mlp_forward(flat(x), _layer(*arguments), not recompute)
-    return y.view(x.shape), *saved
+    return shaped(y, x.shape), *saved
 
 
 def _fake(x, *rest):

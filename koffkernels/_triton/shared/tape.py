@@ -175,7 +175,10 @@ class _Recorder(TorchFunctionMode):
         new = [self._slot(part, touched, makes=True) for part in results]
         target = new[0] if result is results[0] else tuple(new)
         step = _operator(function, pick, tuple(kwargs), pick_options, target)
-        if function in _VIEWS and all(_share_memory(part, args[0]) for part in results):
+        # What has no elements has no address.
+        if function in _VIEWS and all(
+            part.numel() > 0 and _share_memory(part, args[0]) for part in results
+        ):
             base = self._slot(args[0], touched)
             root, begin = self.parts.get(base, (base, 0))
             for slot, part in zip(new, results, strict=True):

@@ -21,6 +21,11 @@ from ...replay import apply, replayed
 NAMESPACE = __name__.partition(".")[0]
 
 
+# Shapes a tensor that nobody else has, as torch's own products do with their results. A view that a
+# Function's forward has made could not be changed in place afterwards.
+shaped = torch.ops.aten._unsafe_view.default
+
+
 class Operation(NamedTuple):
     """The differentiable forms of one operation: same arguments, same results."""
 
@@ -112,9 +117,13 @@ def operation(
         ctx.set_materialize_grads(False)
         setup(ctx, inputs, output)
 
-    op.register_autograd(
-        lambda ctx, *dys: gradients(op_backward, ctx, *dys[:outputs]), setup_context=prepare
-    )
+    none = (None,) * (arguments.count(",") + 1)
+
+    def propagate(run: Callable[..., Any], ctx: Any, dys: tuple) -> tuple[Tensor | None, ...]:
+        dys = dys[:outputs]
+        return none if all(dy is None for dy in dys) else gradients(run, ctx, *dys)
+
+    op.register_autograd(lambda ctx, *dys: propagate(op_backward, ctx, dys), setup_context=prepare)
 
     forward_again, backward_again = replayed(forward), replayed(backward)
 
@@ -131,7 +140,7 @@ def operation(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *dys):
-            return *gradients(backward_again, ctx, *dys[:outputs]), None
+            return *propagate(backward_again, ctx, dys), None
 
     return Operation(functools.partial(apply, Eager), op)
 
