@@ -29,6 +29,14 @@ class Send(TrainerCallback):
                 os.kill(os.getpid(), number)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c():
+    """Let it interrupt, which a shell's background jobs are told to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     run = trainer(tmp_path_factory.mktemp("whole"), **SETTINGS)
