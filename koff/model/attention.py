@@ -22,6 +22,7 @@ from koffkernels.dispatch import compute_dtype
 from koffkernels.reference import visible_keys
 
 from .forward_context import ForwardContext
+from .memories import is_capturing
 
 # What ``config._attn_implementation`` says while koff's attention is in use.
 NAME = "koff"
@@ -121,7 +122,7 @@ def _can_look(tensor: Tensor) -> bool:
     """Whether values can be read on the host: a graph, traced or captured, has none yet."""
     if torch.compiler.is_compiling():
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_capturing(tensor.device)
 
 
 def _sdpa_mask_of(mask: Tensor | None, query: Tensor, key: Tensor, masks: dict) -> Tensor | None:

@@ -322,14 +322,15 @@ def _edits(tensors: list[Tensor]) -> list[int]:
         return [-1 if t.is_inference() else t._version for t in tensors]
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on the current stream of a device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int | None:
     """Return the number of the current thread's current stream on a GPU; None without a GPU, and
     during a capture, which has a stream of its own for what is known of another."""
-    if device.type != "cuda" or _is_capturing(device):
+    if device.type != "cuda" or is_capturing(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -514,7 +515,7 @@ class MemoryBank(nn.Module):
                 held = sum(mix.bytes() for mix in mixes.values())
                 while mixes and held > most:
                     held -= mixes.pop(next(iter(mixes))).bytes()
-                if not _is_capturing(self.inverse_frequencies.device):
+                if not is_capturing(self.inverse_frequencies.device):
                     for memory in memories:
                         memory.check_finite("forward")  # reads back, which a capture cannot
                 modules = [self, *(m for memory in memories for m in memory.modules())]
@@ -658,7 +659,7 @@ class MemoryBank(nn.Module):
 
         # What a capture makes is the graph's, and another stream would read what this one has only
         # begun to make.
-        graphed = torch.compiler.is_compiling() or _is_capturing(like.device)
+        graphed = torch.compiler.is_compiling() or is_capturing(like.device)
         if graphed or torch.is_inference_mode_enabled():
             return make()
         key = (lengths, like.dtype, stream_of(like.device))
