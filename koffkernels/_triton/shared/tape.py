@@ -51,7 +51,7 @@ class _Noted(NamedTuple):
 
     step: Step
     touched: list[int]
-    views: list[int]
+    views: Sequence[int]
 
 
 class Tape:
@@ -174,7 +174,7 @@ class _Recorder(TorchFunctionMode):
         pick_options = self._picker(tuple(kwargs.values()), touched) if kwargs else None
         new = [self._slot(part, touched, makes=True) for part in results]
         target = new[0] if result is results[0] else tuple(new)
-        step = _operator(function, pick, tuple(kwargs), pick_options, target)
+        views: Sequence[int] = ()
         # What has no elements has no address.
         if function in _VIEWS and all(
             part.numel() > 0 and _share_memory(part, args[0]) for part in results
@@ -184,9 +184,8 @@ class _Recorder(TorchFunctionMode):
             for slot, part in zip(new, results, strict=True):
                 offset = part.data_ptr() - args[0].data_ptr()
                 self.parts[slot] = root, begin + offset
-            self.steps.append(_Noted(step, touched, new))
-        else:
-            self._add(step, touched)
+            views = new
+        self._add(_operator(function, pick, tuple(kwargs), pick_options, target), touched, views)
 
     def launch(
         self,
@@ -231,8 +230,8 @@ class _Recorder(TorchFunctionMode):
             made.difference_update(touched)
         return Tape(self.slots, emptied[::-1], lambda slots: pick(slots)[0], self.kernels)
 
-    def _add(self, step: Step, touched: list[int]) -> None:
-        self.steps.append(_Noted(step, touched, []))
+    def _add(self, step: Step, touched: list[int], views: Sequence[int] = ()) -> None:
+        self.steps.append(_Noted(step, touched, views))
 
     def _new(self, tensor: Tensor, touched: list[int]) -> int:
         """Return a slot for what a step makes."""
