@@ -142,9 +142,9 @@ def test_gpu_cudnn_is_taken_where_it_is_faster():
     tensors = build("prefix_attention", SQUARE, "bf16").on(DEVICE)
     q, k, v = (tensors[name] for name in "qkv")
     torch.use_deterministic_algorithms(False)
-    assert vendor._cudnn_takes(q, k, v) == vendor._cudnn_is_faster(q.device)
+    assert vendor._cudnn_takes(None, q, k, v) == vendor._cudnn_is_faster(q.device, None)
     torch.use_deterministic_algorithms(True)
-    assert not vendor._cudnn_takes(q, k, v)
+    assert not vendor._cudnn_takes(None, q, k, v)
 
 
 def decode_cases():

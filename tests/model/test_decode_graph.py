@@ -91,6 +91,16 @@ def test_graphs_decode_left_padded_rows(model, counts):
         assert torch.equal(got[row, 9 - len(ids) :], generate(model, ids[None], name)[0])
 
 
+def test_graphs_decode_where_tf32_was_set_by_its_newer_name(counts, monkeypatch):
+    """Which cannot be taken back in a process: torch then refuses the older question."""
+
+    def refused():
+        raise RuntimeError("PyTorch is checking whether allow_tf32_new is enabled")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refused)
+    check(attached("llama"), tokens(), MIX, counts)
+
+
 @pytest.mark.parametrize("parts", [dict(kv=None), dict(lora=None)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_graphs_decode_with_one_part_alone(architecture, parts, counts):
