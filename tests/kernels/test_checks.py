@@ -225,6 +225,9 @@ ATTENTION = {
     ),
     "memory_ids: be given when there is more than one memory, got None with 2 memories; pass an "
     "int64 tensor with one id per row, -1 for none": lambda: attention(memory_ids=None),
+    "scale: be a number, got a tensor; pass scale.item()": (
+        lambda: attention(scale=torch.tensor(0.5))
+    ),
 }
 HARD = {
     "log_alpha: be a torch.Tensor, got float; pass a tensor": (
@@ -250,7 +253,14 @@ CASES = [
     )
     for number, (message, call) in enumerate(cases.items())
 ]
-TYPE_ERRORS = ("be a torch.Tensor", "have a floating", "have the dtype", "be a koff", "be an int64")
+TYPE_ERRORS = (
+    "be a torch.Tensor",
+    "be a number",
+    "have a floating",
+    "have the dtype",
+    "be a koff",
+    "be an int64",
+)
 
 
 @pytest.mark.parametrize(("where", "what", "rest", "call"), CASES)
