@@ -271,6 +271,7 @@ def check_prefix_attention(
     prefix: Prefix | None,
     memory_ids: Tensor | RowGroups | None,
     bounds: RowBounds | None,
+    scale: float | None,
 ) -> None:
     """Check the arguments of ``prefix_attention``; q, k and v are floating [., ., ., .] already."""
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -295,6 +296,8 @@ def check_prefix_attention(
     if prefix is not None:
         check_prefix(where, prefix, q, kv_heads)
         check_ids(where, memory_ids, prefix.k.shape[0], rows, q)
+    if isinstance(scale, Tensor):  # calls are replayed by their numbers, which a tensor hides
+        refuse(where, "scale", "be a number", "a tensor", "pass scale.item()", TypeError)
 
 
 def check_prefix(where: str, prefix: Prefix, q: Tensor, kv_heads: int) -> None:

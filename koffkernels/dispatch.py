@@ -110,14 +110,16 @@ def _too_old(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) < _OLDEST
 
 
-def _tf32() -> bool:
-    # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
+def tf32() -> bool:
+    """Return whether torch lets products of fp32 be computed in TF32."""
+    # allow_tf32 and get_float32_matmul_precision() raise once a program has set fp32_precision;
+    # this can be read after either.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 # torch.compile cannot trace the question. torch.compiler.assume_constant_result would set this, but
 # to look it up imports torch.compile's machinery, and with it triton.
-_tf32._dynamo_marked_constant = True
+tf32._dynamo_marked_constant = True
 
 
 def _automatic(op: str, device: torch.device | None, dtype: torch.dtype | None) -> BackendChoice:
@@ -129,7 +131,7 @@ def _automatic(op: str, device: torch.device | None, dtype: torch.dtype | None) 
         return BackendChoice(op, "torch", _WITHOUT_TRITON)
     if not torch.compiler.is_compiling() and _too_old(None if device is None else device.index):
         return BackendChoice(op, "torch", "a GPU older than compute capability 8.0")
-    if dtype == torch.float32 and not _tf32():
+    if dtype == torch.float32 and not tf32():
         # Without tensor cores a tile of fp32 takes more registers than there are.
         return BackendChoice(op, "torch", "fp32, and TF32 is not allowed")
     return BackendChoice(op, "triton", "tensors on a CUDA GPU")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_prefix_attention, check_tensor, refuse
+from .checks import check_prefix_attention, check_tensor
 from .replay import replayed
 from .types import Prefix, RowBounds, RowGroups
 
@@ -50,8 +50,6 @@ def prefix_attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)  # as scaled_dot_product_attention does
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    check_prefix_attention(where, q, k, v, prefix, memory_ids, bounds)
-    if isinstance(scale, Tensor):  # calls are replayed by their numbers, which a tensor hides
-        refuse(where, "scale", "be a number", "a tensor", "pass scale.item()", TypeError)
+    check_prefix_attention(where, q, k, v, prefix, memory_ids, bounds, scale)
     run = dispatch.implementation("prefix_attention", q.device, q.dtype)
     return run(q, k, v, prefix, memory_ids, bounds, scale)

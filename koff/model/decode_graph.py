@@ -468,8 +468,7 @@ def _setting_of(model: PreTrainedModel) -> tuple | None:
         tuple(dispatch.choose(op, device) for op in dispatch.IMPLEMENTATIONS),
         routes.describe("gated_mlp") if device.type == "cuda" else None,  # says what is forced
         torch.are_deterministic_algorithms_enabled(),
-        # Not get_float32_matmul_precision(), which raises once TF32 was set by these newer names.
-        backends.matmul.fp32_precision,
+        dispatch.tf32(),
         backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(),
         backends.math_sdp_enabled(),

@@ -111,7 +111,7 @@ def test_dispatch_automatic_choice(missing, device, backend, reason, monkeypatch
 def test_dispatch_fp32_takes_triton_only_with_tf32(allowed, monkeypatch):
     monkeypatch.setattr(dispatch, "_WITHOUT_TRITON", None)
     monkeypatch.setattr(dispatch, "_too_old", lambda index: False)
-    monkeypatch.setattr(dispatch, "_tf32", lambda: allowed)
+    monkeypatch.setattr(dispatch, "tf32", lambda: allowed)
     gpu, fp32 = torch.device("cuda"), torch.float32
     for op in OPS[:3]:
         choice = dispatch.choose(op, gpu, fp32)
@@ -136,10 +136,10 @@ def test_dispatch_of_fp32_is_traced_whole(monkeypatch):
 
 def test_dispatch_reads_what_the_program_allows():
     result = python(
-        "import torch, koffkernels.dispatch as d; print(d._tf32())\n"
-        "torch.backends.cuda.matmul.allow_tf32 = True; print(d._tf32())\n"
-        "torch.set_float32_matmul_precision('highest'); print(d._tf32())\n"
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(d._tf32())\n"
+        "import torch, koffkernels.dispatch as d; print(d.tf32())\n"
+        "torch.backends.cuda.matmul.allow_tf32 = True; print(d.tf32())\n"
+        "torch.set_float32_matmul_precision('highest'); print(d.tf32())\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; print(d.tf32())\n"
     )
     assert result.stdout.split() == ["False", "True", "False", "True"], result.stderr
 

@@ -92,7 +92,8 @@ def test_graphs_decode_left_padded_rows(model, counts):
 
 
 def test_graphs_decode_where_tf32_was_set_by_its_newer_name(counts, monkeypatch):
-    """Which cannot be taken back in a process: torch then refuses the older question."""
+    """torch refuses the older question then. That cannot be taken back in a process, so a stand-in
+    refuses it here."""
 
     def refused():
         raise RuntimeError("PyTorch is checking whether allow_tf32_new is enabled")

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import dispatch
 from . import direct
 
 try:
@@ -241,9 +242,7 @@ def _device_of(args: dict[str, Any]) -> torch.device:
 
 def precision(dtype: torch.dtype) -> str:
     """Return how ``dot`` multiplies fp32: as torch is set to; other dtypes have one way only."""
-    # allow_tf32 cannot be read once a program has set fp32_precision; this can after either.
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and dispatch.tf32() else "ieee"
 
 
 def cdiv(x: int, y: int) -> int:
