@@ -58,7 +58,6 @@ CONFIGS = {
     "n64_k128_s4": Config(None, 64, 128, stages=4, archs=_ALL),
     "n64_k64_s5": Config(None, 64, 64, stages=5, archs=(90, 100)),
     "n64_k128_s3": Config(None, 64, 128, stages=3, archs=_ALL),
-    "n64_k256_s2": Config(None, 64, 256, stages=2, archs=(90,)),
     "n128_k64_s4": Config(None, 128, 64, stages=4, archs=_ALL),
     "n128_k128_s3_w8": Config(None, 128, 128, stages=3, warps=8, archs=_ALL),
 }
