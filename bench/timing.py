@@ -4,7 +4,6 @@ the machine hits both sides, and the ratio is taken pair by pair."""
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import statistics
@@ -45,11 +44,11 @@ def alternate(
 
 def overlapped(call: Callable[..., object]) -> Callable[..., object]:
     """Return the same call with programmatic dependent launch, which is off by default."""
-    launch = importlib.import_module("koffkernels._triton.shared.launch")
+    from koffkernels import dispatch  # the process that only starts others does without torch
 
     @functools.wraps(call)
     def run(*args: object, **named: object) -> object:
-        with launch.programmatic(True):
+        with dispatch.programmatic(True):
             return call(*args, **named)
 
     return run

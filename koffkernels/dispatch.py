@@ -77,6 +77,8 @@ if _ENVIRONMENT == "interpret":
 # Plain globals, because torch.compile guards on them: a compiled function follows force_backend.
 _FORCED: str | None = None
 _RECOMPUTE = False
+# Programmatic dependent launch, off until a GPU has shown it right and faster (docs/kernels.md).
+_PROGRAMMATIC = os.environ.get("KOFF_PDL", "0") == "1"
 _LOADED: dict[tuple[str, str], Callable] = {}
 _OLDEST = (8, 0)  # compute capability: bf16 on tensor cores
 
@@ -256,6 +258,22 @@ def recompute_hidden(enabled: bool = True) -> Iterator[None]:
 def recomputes() -> bool:
     """Return whether ``recompute_hidden`` is on."""
     return _RECOMPUTE
+
+
+@contextlib.contextmanager
+def programmatic(on: bool) -> Iterator[None]:
+    """Turn programmatic dependent launch on or off, whatever ``KOFF_PDL`` says."""
+    global _PROGRAMMATIC
+    before, _PROGRAMMATIC = _PROGRAMMATIC, on
+    try:
+        yield
+    finally:
+        _PROGRAMMATIC = before
+
+
+def is_programmatic() -> bool:
+    """Return whether programmatic dependent launch is on, where Triton and the GPU know it."""
+    return _PROGRAMMATIC
 
 
 def backends() -> list[BackendChoice]:

@@ -17,6 +17,7 @@ replays against calls as they are written.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import operator
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 from . import checks, dispatch, routes
 
@@ -37,7 +39,15 @@ _launches = torch.version.cuda is not None and importlib.util.find_spec("triton"
 DEVICES = ["cuda"] if _launches and os.environ.get("KOFF_REPLAY", "1") != "0" else []
 _MOST_KINDS = 1024  # of a function: shapes that are ever new must not fill the memory
 _PLAIN = (int, float, bool, str, torch.dtype)
-_forgetters: list[Callable[[], None]] = []
+# Name of each function whose calls are replayed, and its kinds: of each a tape or a Differentiable,
+# False where it was seen once, or in words why it is never replayed.
+_known: list[tuple[str, dict[Any, Any]]] = []
+# They say of a tensor what its kind says, as its attributes do. Whatever else is no tensor was read
+# out of one, and may differ from call to call.
+_OF_KIND = {
+    Tensor.data_ptr, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_contiguous,
+    Tensor.numel, Tensor.size, Tensor.stride, Tensor.__len__,
+}  # fmt: skip
 
 
 class _Thread(threading.local):
@@ -84,7 +94,12 @@ def _add(kind: list, tensors: list[Tensor], values: tuple | list) -> bool:
 
 def _settings() -> tuple:
     """Return what ours decide by beside the arguments."""
-    return dispatch.forced(), dispatch.recomputes(), *routes.settings()
+    return (
+        dispatch.forced(),
+        dispatch.recomputes(),
+        dispatch.is_programmatic(),
+        *routes.settings(),
+    )
 
 
 def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor], bool]:
@@ -112,9 +127,20 @@ def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor], bool]:
     return tuple(kind), tensors, records
 
 
-class Differentiable:
+def reads(function: Callable, result: Any) -> bool:
+    """Return whether what a function of torch gave was read out of a tensor, so that it need not be
+    the same in every call of a kind."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    if results and all(isinstance(part, Tensor) for part in results):
+        return False
+    return getattr(function, "__name__", "") != "__get__" and function not in _OF_KIND
+
+
+class Differentiable(TorchFunctionMode):
     """Calls of one kind that autograd records: how their tensors become the arguments of an
     operation's ``autograd.Function``, whose forward is replayed under this very object as its kind.
+
+    The call from which this is to be learned is made in the ``with`` block.
 
     Args:
         settings: that the kind has.
@@ -122,15 +148,39 @@ class Differentiable:
     """
 
     def __init__(self, settings: tuple, tensors: list[Tensor]):
+        super().__init__()
         self.settings = settings
+        self.refused: str | None = None  # why no call of the kind can be replayed
         self._given = [*map(id, tensors)]  # only while that call lasts
-        self._functions: list[type[torch.autograd.Function]] = []
+        self._function: type[torch.autograd.Function] | None = None
+        self._applies = False
         self._made: tuple = ()
 
-    def takes(self, function: type[torch.autograd.Function], args: tuple) -> bool:
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        # The Function's forward is recorded apart.
+        if not self.refused and not self._applies and reads(function, result):
+            self.refused = f"{getattr(function, '__name__', function)} reads a tensor"
+        return result
+
+    def apply(self, function: type[torch.autograd.Function], args: tuple) -> tuple[Tensor, ...]:
+        """Call the Function, and take down what it is given and what it returns."""
+        if self._function is not None:
+            self.refused = "it calls several autograd.Functions"
+        elif not self.refused and not self._takes(args):
+            self.refused = "it casts or lays out anew what it is given"
+        if self.refused:
+            return function.apply(*args, None)
+        self._function, self._applies = function, True
+        try:
+            self._made = function.apply(*args, self)  # held, or another tensor might get an id
+        finally:
+            self._applies = False
+        return self._made
+
+    def _takes(self, args: tuple) -> bool:
         """Return whether the Function's arguments are what the call was given, and what is the same
-        in every call of the kind; not if something was cast or laid out anew."""
-        self._functions.append(function)
+        in every call of the kind."""
         slots: list[int] = []
         self._constants: list[Any] = []  # behind the tensors
         for arg in args:
@@ -144,23 +194,20 @@ class Differentiable:
         self._pick = operator.itemgetter(*slots)
         return True
 
-    def gave(self, results: tuple) -> None:
-        """Take down what the Function returned."""
-        self._made = results  # held until ``is_all``, so that no other tensor gets the id of one
-
-    def is_all(self, returned: Any) -> bool:
-        """Return whether the call did nothing else, by what it returned."""
-        self._single = isinstance(returned, Tensor)
-        wanted = [id(y) for y in ((returned,) if self._single else returned)]
+    def returned(self, result: Any) -> None:
+        """Take down what the call returned, which is to be what the Function gave, or part of
+        it."""
+        self._single = isinstance(result, Tensor)
+        wanted = [id(y) for y in ((result,) if self._single else result)]
         made, self._made = [*map(id, self._made)], ()
-        if len(self._functions) != 1 or not {*wanted} <= {*made}:
-            return False
-        self._results = [*map(made.index, wanted)]
-        return True
+        if {*wanted} <= {*made}:
+            self._results = [*map(made.index, wanted)]
+        elif not self.refused:
+            self.refused = "it returns more than its autograd.Function gives"
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """Return what the call returns for these tensors."""
-        made = self._functions[0].apply(*self._pick(tensors + self._constants), self)
+        made = self._function.apply(*self._pick(tensors + self._constants), self)
         if self._single:
             return made[self._results[0]]
         return tuple([made[i] for i in self._results])
@@ -169,11 +216,7 @@ class Differentiable:
 def apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """Call the Function of an operation, which takes its kind, or None, behind its arguments."""
     notes = _thread.notes
-    if notes is None or not notes.takes(function, args):
-        return function.apply(*args, None)
-    results = function.apply(*args, notes)
-    notes.gave(results)
-    return results
+    return function.apply(*args, None) if notes is None else notes.apply(function, args)
 
 
 def replayed(function: Callable) -> Callable:
@@ -187,9 +230,8 @@ def replayed(function: Callable) -> Callable:
         The same function, and as its ``of_kind`` one that takes a ``Differentiable`` in front, or
         None: calls with the same one are of one kind, which has been called before.
     """
-    # A tape or a Differentiable; False: seen once; True: never to be replayed.
     known: dict[Any, Any] = {}
-    _forgetters.append(known.clear)
+    _known.append((function.__qualname__, known))
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -203,7 +245,7 @@ def replayed(function: Callable) -> Callable:
         if found is None:
             know(kind, False)
             return function(*args, **options)
-        if found is True:
+        if type(found) is str:
             return function(*args, **options)
         if not records:
             return play(kind, found, tensors, args, options)
@@ -212,18 +254,20 @@ def replayed(function: Callable) -> Callable:
         before, notes = _thread.notes, Differentiable(_settings(), tensors)
         try:
             _thread.notes = notes
-            result = function(*args, **options)
+            with notes:
+                result = function(*args, **options)
         finally:
             _thread.notes = before
+        notes.returned(result)
         if notes.settings == _settings():  # else another thread has forced a route meanwhile
-            know(kind, notes if notes.is_all(result) else True)
+            know(kind, notes.refused or notes)
         return result
 
     def of_kind(kind: Differentiable | None, *args: Any) -> Any:
         if kind is None:
             return call(*args)
         found = known.get(kind, False)
-        if found is True:
+        if type(found) is str:
             return function(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         return play(kind, found, tensors, args, {})
@@ -240,7 +284,7 @@ def replayed(function: Callable) -> Callable:
         finally:
             _thread.records = False
         if settings == _settings():
-            know(kind, True if tape is None else tape)
+            know(kind, tape)
         return result
 
     def know(kind: Any, what: Any) -> None:
@@ -267,5 +311,16 @@ def _is_worth_it(args: tuple) -> bool:
 
 def forget() -> None:
     """Forget every tape."""
-    for clear in _forgetters:
-        clear()
+    for _, known in _known:
+        known.clear()
+
+
+def kinds() -> dict[str, dict[str, int]]:
+    """Return what has become of the kinds of calls, by the name of the function: how many are
+    "replayed", were "seen once", or are never replayed, by the reason."""
+    found = collections.defaultdict(collections.Counter)
+    for name, known in _known:
+        for state in known.values():
+            words = state if type(state) is str else "replayed" if state else "seen once"
+            found[name][words] += 1
+    return {name: dict(counts) for name, counts in found.items()}

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from koffkernels import (
     GatedMLPLoRA,
@@ -233,10 +234,10 @@ def _base(linear: nn.Module) -> nn.Module:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody waits for a module's call, its output or gradient. Hooks on its input are
-    told apart: PEFT has its own there."""
+    """Whether somebody waits for a module's call, its output or gradient, or for those of all
+    modules. Hooks on its input are told apart: PEFT has its own there."""
     waits = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(waits) or "forward" in module.__dict__
+    return bool(waits or _has_any_global_hook()) or "forward" in module.__dict__
 
 
 def _frozen(linear: nn.Module) -> nn.Linear:
@@ -280,7 +281,10 @@ def _rows_of(names: tuple[str, ...], device: torch.device) -> RowGroups:
     used = _in_use(names)
     ids = [-1 if name == BASE else used.index(name) for name in names]
     with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-        return group_rows(torch.tensor(ids, device=device), len(used))
+        if device.type == "cpu":
+            return group_rows(torch.tensor(ids), len(used))
+        # Once made they are there for every stream; what kernels make is there for theirs.
+        return RowGroups(torch.tensor(ids, device=device))
 
 
 _kept_rows = functools.lru_cache(maxsize=256)(_rows_of)

@@ -33,6 +33,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.utils import ModelOutput
@@ -442,15 +443,16 @@ def _setting_of(model: PreTrainedModel) -> tuple | None:
     It takes a millisecond, which a generate can afford and a step could not.
     """
     config, gates, device = model.config, model.koff.gates, model.device
-    if device.type not in DEVICES:
+    # A replay would not run what others hang on a module, or on all modules.
+    if device.type not in DEVICES or _has_any_global_hook():
         return None
     if any(getattr(config, f"output_{k}", False) for k in ("attentions", "hidden_states")):
         return None  # as in ``_key_of``
     tensors, kinds = [], []
     for module in _modules(model):
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        # A replay would not run what others hang on a module. Dropout and sampled gates differ from
-        # step to step, as a graph could too, but nobody decodes with them for speed.
+        # Dropout and sampled gates differ from step to step, as a graph could too, but nobody
+        # decodes with them for speed.
         known = all(str(h.__module__).startswith(("koff.", "transformers.")) for h in hooks)
         if module.training or not known or "forward" in module.__dict__:
             return None

@@ -20,6 +20,7 @@ from triton import knobs
 from bench.gate.cases import all_kernels, cases
 from bench.gate.host import empty_driver
 from bench.gate.settings import settings
+from koffkernels import dispatch
 from koffkernels._triton.shared import direct
 from koffkernels._triton.shared import launch as common
 from koffkernels._triton.shared.launch import Launch
@@ -92,7 +93,7 @@ def recorded() -> list[Launch]:
         for file, case in cases(at):
             if early and "decode" not in file:
                 continue
-            with common.programmatic(early), common.recording() as launches:
+            with dispatch.programmatic(early), common.recording() as launches:
                 case.run()
             for launch in launches:
                 leaves = tuple(common.leaves_of(launch.args))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from bench.gate import cases, compiling, order, settings
+from koffkernels import dispatch
 from koffkernels._triton.lora.decode import decode_linears
 from koffkernels._triton.shared import launch as common
 from koffkernels._triton.shared.launch import start_dependent, wait_for_primary
@@ -42,7 +43,7 @@ def calls(on: bool, subset: bool = True) -> list[list[common.Launch]]:
     for at in settings.subset() if subset else settings.settings():
         for file, case in cases.cases(at):
             if file in FILES:
-                with common.programmatic(on), common.recording() as launches:
+                with dispatch.programmatic(on), common.recording() as launches:
                     case.run()
                 found.append(list(launches))
     return found
@@ -251,13 +252,15 @@ def test_tensor_memory_is_taken_before_the_next_kernel_may_begin(moved):
 
 @pytest.mark.parametrize(
     "what, value",
-    [("gdc_wait", None), ("INTERPRETED", True), ("ROCM", True), ("_pdl", False)],
+    [("gdc_wait", None), ("INTERPRETED", True), ("ROCM", True)],
 )
 def test_where_there_is_no_such_launch_nothing_begins_early(monkeypatch, what, value):
     common.has_pdl.cache_clear()
     meta = torch.device("meta")
-    with common.programmatic(True):
+    with dispatch.programmatic(True):
         assert common.pdl(meta)
+        with dispatch.programmatic(False):
+            assert not common.pdl(meta)
         monkeypatch.setattr(common, what, value)
         common.has_pdl.cache_clear()
         assert not common.pdl(meta)
@@ -269,7 +272,7 @@ def test_where_there_is_no_such_launch_nothing_begins_early(monkeypatch, what, v
 def test_the_gpu_decides(monkeypatch, capability, has):
     common.has_pdl.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    with common.programmatic(True):
+    with dispatch.programmatic(True):
         assert common.pdl(torch.device("cuda", 0)) == has
     common.has_pdl.cache_clear()
 
@@ -279,7 +282,7 @@ def test_without_a_second_launch_nobody_is_let_begin():
     x, w = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((4, 64), (64, 64))
     )
-    with common.programmatic(True), common.recording() as launches:
+    with dispatch.programmatic(True), common.recording() as launches:
         decode_linears(x, [Linear(w, None, None)], common.Rows(None, 1))
     assert [(name(launch), launch.args["PDL"]) for launch in launches] == [
         ("_decode_linear_fwd_kernel", False)

@@ -279,9 +279,12 @@ def test_settings_are_part_of_the_kind(launched, played, monkeypatch):
         with common.recording() as collected:
             call()
         assert len(played) == 2 and len(collected) == 2
-        with common.programmatic(True):
-            call()
-        assert len(played) == 2
+        with dispatch.programmatic(True):
+            for count in (2, 2, 3):
+                call()
+                assert len(played) == count
+        call()
+        assert len(played) == 4
 
 
 def test_whoever_debugs_gets_tritons_way(launched, played, monkeypatch):
@@ -407,6 +410,47 @@ def test_training_skips_what_lies_around_the_operation(launched, played, monkeyp
         for _ in range(5):
             step()
     assert len(checked) == 2 and len(played) == 6
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (lambda x, a, again: (x * float(a.sum()), a), "__float__ reads a tensor"),
+        (lambda x, a, again: (x, a * 1), "lays out anew"),
+        (lambda x, a, again: (again(x, a), a), "several autograd.Functions"),
+    ],
+)
+def test_what_cannot_be_replayed_is_trained_as_it_is_written(launched, played, changes, why):
+    """And ``kinds`` says why; of an operation that would do such a thing, since ours do not."""
+    update, weight = lora(), tensor(64, 64)
+
+    @replay.replayed
+    def odd(x, weight, ids, a, b, scaling):
+        def once(x, a):
+            update = LoRA(a, b, scaling)
+            return koffkernels.lora_linear.__wrapped__(x, weight, lora=update, memory_ids=ids)
+
+        return once(*changes(x, a, once))
+
+    with koffkernels.force_route("vendor"):
+        for _ in range(4):
+            step = trained(lambda: odd(x, weight, IDS, *update), x := tensor(3, 40, 64), update.b)
+            assert all(step())
+    (name,) = [name for name in replay.kinds() if "odd" in name]
+    ((found, count),) = replay.kinds()[name].items()
+    assert why in found and count == 1
+
+
+def test_what_became_of_calls_is_counted(launched):
+    call = linear()
+    with koffkernels.force_route("decode"):
+        call()
+        assert replay.kinds() == {"lora_linear": {"seen once": 1}}
+        for _ in range(2):
+            call()
+    assert replay.kinds() == {"lora_linear": {"replayed": 1}}
+    replay.forget()
+    assert replay.kinds() == {}
 
 
 def test_what_is_trained_is_part_of_the_kind(launched, played):
@@ -564,13 +608,18 @@ def test_only_what_follows_from_the_kind_stands_on_a_tape(launched):
         (lambda: launch_sum(x), True),
         (lambda: launch_sum(x.view(2, 2).t()[None]), True),
         (lambda: launch_sum(x, splits=x.dim()), True),
-        (lambda: launch_sum(x, splits=int(x.sum())), False),
-        (lambda: launch_sum(x, splits=x.tolist().count(0.0)), False),
-        (lambda: launch_sum(other), False),  # the call was not given this
-        (lambda: launch_sum(attended(x.view(1, 2, 2))), False),  # which, other settings say
-        (lambda: x + 1, False),  # nothing is launched
+        (lambda: launch_sum(x, splits=1 + len(x.sum().shape)), True),
+        (lambda: launch_sum(x, splits=int(x.sum())), "__int__ reads a tensor"),
+        (lambda: launch_sum(x, splits=x.tolist().count(0.0)), "tolist reads a tensor"),
+        (lambda: launch_sum(other), "it takes a tensor that it was not given"),
+        (
+            lambda: launch_sum(attended(x.view(1, 2, 2))),
+            "scaled_dot_product_attention chooses for itself what runs",
+        ),
+        (lambda: x + 1, "it launches nothing"),
     ):
-        assert (tape.record(call, [x])[1] is not None) == fits
+        found = tape.record(call, [x])[1]
+        assert type(found) is tape.Tape if fits is True else found == fits
 
 
 def test_of_a_view_kernels_get_the_address(launched):

@@ -11,6 +11,7 @@ from support import activation_checkpointing
 from support.models import VOCAB, tiny
 from support.peft_models import with_adapters
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import koff
 from koffkernels import force_backend
@@ -197,6 +198,12 @@ def test_apply_kernels_sees_hooks_that_come_later(monkeypatch):
             model(ids())
         assert called == [1] and seen.count("gated_mlp") == model.config.num_hidden_layers - 1
         handle.remove()
+    seen.clear()
+    handle = register_module_forward_hook(lambda module, *a: called.append(module))
+    with torch.no_grad():
+        model(ids())
+    handle.remove()
+    assert seen == [] and {up, up.base_layer, up.lora_A["fr"]} <= {*called}
 
 
 @pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])

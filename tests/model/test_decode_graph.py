@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import recorded_graph
 from support.models import ARCHITECTURES, NAMES, attached, tokens
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import StaticCache
 
 import koff
@@ -295,6 +296,11 @@ def test_settings_that_change_are_seen(counts):
     hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     generate(model, ids, MIX, **static)
     assert len(calls) == NEW and counts.captures == 2
+    hook.remove()
+    calls.clear()
+    hook = register_module_forward_pre_hook(lambda module, _: calls.append(module))
+    generate(model, ids, MIX, **static)
+    assert calls.count(model.model.layers[1].mlp) == NEW and counts.captures == 2
     hook.remove()
     model.train()
     generate(model, ids, MIX, **static)

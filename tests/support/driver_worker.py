@@ -15,6 +15,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from bench.gate.cases import cases
 from bench.gate.settings import subset
+from koffkernels import dispatch
 from koffkernels._triton.shared import direct
 from koffkernels._triton.shared import launch as common
 
@@ -76,7 +77,7 @@ def main() -> None:
     triton.JITFunction.run = noted
     for at, early in itertools.product(subset(), (False, True)):
         for _, case in cases(at):
-            with common.programmatic(early), common.recording() as recorded:
+            with dispatch.programmatic(early), common.recording() as recorded:
                 case.run()
             launches |= {
                 (launch.kernel.fn.__name__, launch.options.get("launch_pdl", False)): launch

@@ -51,9 +51,6 @@ _NO_MEMORY = tl.constexpr(1 << 30)  # above every id, so that a minimum passes o
 # takes a handful of loads.
 _IDS_BLOCK = tl.constexpr(1024)
 
-# Programmatic dependent launch, off until a GPU has shown it right and faster (docs/kernels.md).
-_pdl = os.environ.get("KOFF_PDL", "0") == "1"
-
 _REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
 
 # tl.dot takes no side below 16, the height of the tensor cores' smallest tile.
@@ -145,22 +142,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@contextlib.contextmanager
-def programmatic(on: bool) -> Iterator[None]:
-    """Turn programmatic dependent launch on or off, whatever ``KOFF_PDL`` says."""
-    global _pdl
-    before, _pdl = _pdl, on
-    try:
-        yield
-    finally:
-        _pdl = before
-
-
-def is_programmatic() -> bool:
-    """Return whether programmatic dependent launch is on, where there is any."""
-    return _pdl
-
-
 @functools.cache
 def has_pdl(device: torch.device) -> bool:
     """Return whether Triton and the GPU know programmatic dependent launch; True for a device that
@@ -175,7 +156,7 @@ def pdl(device: torch.device) -> bool:
 
     Both kernels take it as ``PDL``, the second launch also as ``dependent``.
     """
-    return _pdl and has_pdl(device)
+    return dispatch.is_programmatic() and has_pdl(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, **args: Any) -> None:

@@ -16,18 +16,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime import driver
 
+from ... import dispatch
+from ...replay import reads
 from . import direct
 from . import launch as launches
 
 # They give memory that nobody has written to: on the tape stands how it lies.
 _EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty}
-# They say of a tensor what its kind says, as its attributes do. Whatever else is no tensor was read
-# out of one, and may differ from call to call.
-_OF_KIND = {
-    Tensor.data_ptr, Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_contiguous,
-    Tensor.numel, Tensor.size, Tensor.stride, Tensor.__len__,
-}  # fmt: skip
-
 # They give the tensor itself where it is as it is asked for, which is then so in every call.
 _CASTS = {Tensor.to, Tensor.contiguous}
 # They give part of a tensor's own memory, unless they must copy.
@@ -73,14 +68,14 @@ class Tape:
         kernels: Iterable[Any],
     ):
         self.slots, self.steps, self.result, self.kernels = slots, steps, result, kernels
-        self.programmatic = launches.is_programmatic()
+        self.programmatic = dispatch.is_programmatic()
         # For whom the kernels were compiled; nobody, where they are interpreted.
         self.driver = driver.active if direct.ENABLED else None
         self.device = self.driver.get_current_device() if direct.ENABLED else None
 
     def usable(self) -> bool:
         """Return whether launches may go now where they went when they were recorded."""
-        if launches.collecting() or launches.is_programmatic() != self.programmatic:
+        if launches.collecting() or dispatch.is_programmatic() != self.programmatic:
             return False
         if self.driver is None or not direct.ENABLED:
             return self.driver is None and not direct.ENABLED
@@ -102,7 +97,7 @@ class Tape:
         return self.result(slots)
 
 
-def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tape | bool | None]:
+def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tape | str | bool]:
     """Make a call that was made before, with other tensors.
 
     Args:
@@ -110,13 +105,14 @@ def record(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Tap
         tensors: all that it takes.
 
     Returns:
-        What it returns, and a tape that does the same to others; None where there can be none, or
-        it would launch nothing; False while somebody wants to see launches as they are written.
+        What it returns, and a tape that does the same to others; in words why there can be none;
+        False while there is none: somebody wants to see launches as they are written, or each would
+        have to change the device.
     """
     if launches.collecting() or direct.observed(()):
         return call(), False
     if any(t.is_cuda and t.get_device() != torch.cuda.current_device() for t in tensors):
-        return call(), None  # each launch would have to change the device
+        return call(), False
     with _Recorder(tensors) as recorder:
         result = call()
     return result, recorder.tape(result)
@@ -136,7 +132,7 @@ class _Recorder(TorchFunctionMode):
         self.parts: dict[int, tuple[int, int]] = {}
         self.addresses: dict[int, int] = {}  # slot of a view -> that of where it begins
         self.kernels: set[Any] = set()
-        self.refused = False
+        self.refused: str | None = None  # why there can be no tape
 
     def __enter__(self) -> _Recorder:
         super().__enter__()
@@ -155,14 +151,16 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _operator(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        name = getattr(function, "__name__", str(function))
+        if reads(function, result):
+            self.refused = f"{name} reads a tensor"
+            return
         results = result if isinstance(result, (tuple, list)) else (result,)
-        if not all(isinstance(part, Tensor) for part in results):
-            is_attribute = getattr(function, "__name__", "") == "__get__"
-            self.refused |= not (is_attribute or function in _OF_KIND)
+        if not results or not all(isinstance(part, Tensor) for part in results):
             return
         # Which of the vendors' attentions runs is chosen by more than a kind holds.
-        if "attention" in getattr(function, "__name__", str(function)):
-            self.refused = True
+        if "attention" in name:
+            self.refused = f"{name} chooses for itself what runs"
             return
         if function in _CASTS and result is args[0]:
             return
@@ -196,7 +194,8 @@ class _Recorder(TorchFunctionMode):
         variant: direct.Variant | None,
     ) -> None:
         """Write a launch down; ``variant`` is what ran, if that can run without Triton."""
-        self.refused |= direct.ENABLED and variant is None
+        if direct.ENABLED and variant is None:
+            self.refused = f"{kernel.__name__} goes Triton's way"
         if self.refused:
             return
         touched: list[int] = []
@@ -209,12 +208,14 @@ class _Recorder(TorchFunctionMode):
             pick = self._picker(in_order, touched, for_kernel=True)
             self._add(_direct(variant, grid, pick), touched)
 
-    def tape(self, result: Any) -> Tape | None:
-        """Return the tape of a call that returned ``result``."""
+    def tape(self, result: Any) -> Tape | str:
+        """Return the tape of a call that returned ``result``, or why there is none."""
         kept: list[int] = []
         pick = self._picker((result,), kept)
-        if self.refused or not self.kernels:
-            return None
+        if self.refused:
+            return self.refused
+        if not self.kernels:
+            return "it launches nothing"
         # Backwards: views that only kernels read, which got their addresses, are not made.
         read, steps = set(kept), []
         for step, touched, views in reversed(self.steps):
@@ -250,7 +251,8 @@ class _Recorder(TorchFunctionMode):
         if tensor() is value:
             touched.append(slot)
             return slot
-        self.refused |= not makes
+        if not makes:
+            self.refused = "it takes a tensor that it was not given"
         return self._new(value, touched)
 
     def _address(self, value: Any, touched: list[int]) -> int:
