@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:  # seconds, which what needs a shape alone can do without
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def of_layers(shape: Shape, layers: int) -> Shape:
 
 def llama_config(shape: Shape, **settings: Any) -> LlamaConfig:
     """The configuration of a Llama of this shape with sdpa attention; settings: of its own."""
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -65,6 +69,8 @@ def llama_config(shape: Shape, **settings: Any) -> LlamaConfig:
 
 def llama(shape: Shape, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
     """A Llama with random weights (untied), sdpa attention, the same for the same seed."""
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
     return LlamaForCausalLM(llama_config(shape, max_position_embeddings=4096)).to(dtype)
 

@@ -203,7 +203,7 @@ class Differentiable(TorchFunctionMode):
         if {*wanted} <= {*made}:
             self._results = [*map(made.index, wanted)]
         elif not self.refused:
-            self.refused = "it returns more than its autograd.Function gives"
+            self.refused = "it returns what no operation's autograd.Function gave"
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         """Return what the call returns for these tensors."""

@@ -26,16 +26,16 @@ from triton.runtime.jit import JITFunction
 
 import koffkernels
 from koffkernels import GatedMLPLoRA, LoRA, Prefix, dispatch, replay, routes
-from koffkernels._triton.shared import direct
 from koffkernels._triton.shared import launch as common
 
+from .. import launching
 from .compiling import Chip
 from .host_layer import Layer
 
 _DEVICE = 3000  # a number that no GPU has: triton keeps what it compiled by it
 WIDTH, ROWS, TOKENS, MEMORIES, RANK, LEARNED = 64, 8, 32, 8, 16, 32
 OPERATIONS = ("lora_linear", "gated_mlp", "prefix_attention")
-WAYS = ("triton", "direct", "replayed")
+WAYS = launching.WAYS[:3]  # kernels that begin early take the host no less
 
 
 class _NotCompiled(CompiledKernel):
@@ -182,18 +182,6 @@ def cases() -> list[Case]:
         return found
 
 
-@contextlib.contextmanager
-def launching(way: str) -> Iterator[None]:
-    """Let launches go one of ``WAYS``."""
-    before = direct.ENABLED, replay.DEVICES
-    direct.ENABLED = way != "triton"
-    replay.DEVICES = ["cpu"] if way == "replayed" else []
-    try:
-        yield
-    finally:
-        direct.ENABLED, replay.DEVICES = before
-
-
 def measure(case: Case, rounds: int, seconds: float = 0.002) -> dict[str, float]:
     """Return the launches of a case and the microseconds it takes each way, the least of ``rounds``
     readings in turns: what else the machine does can only add to one.
@@ -209,7 +197,7 @@ def measure(case: Case, rounds: int, seconds: float = 0.002) -> dict[str, float]
             case.call()
         for _ in range(rounds):
             for way in WAYS:
-                with launching(way):
+                with launching.launching(way, "cpu"):
                     for _ in range(3):  # what is new here compiles, and is written down
                         case.call()
                     calls, begun = 0, time.thread_time()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -34,7 +35,8 @@ class Part(NamedTuple):
     """How a part is run.
 
     Args:
-        seconds: that it may take of ``MINUTES``; scaled with --minutes.
+        seconds: that it may take of ``MINUTES``, beside what those before it have left; scaled with
+            --minutes.
         case: seconds after which a single case counts as hanging.
         processes: that share its cases; more than one only where nothing is timed.
         warm: processes that compile it ahead, while results are checked.
@@ -53,12 +55,13 @@ MINUTES = 7.0
 # all that is left.
 PARTS = {
     "smoke": Part(85, 60, processes=6),
-    "kernels": Part(95, 60, warm=2),
-    "targets": Part(90, 40, warm=3),
-    "e2e": Part(110, 75, warm=1),
-    "tables": Part(20, 60),
+    "kernels": Part(75, 60, warm=2),
+    "targets": Part(45, 40, warm=3),
+    "host": Part(35, 40, warm=1),
+    "e2e": Part(80, 75, warm=1),  # what is left brings it to some 160
+    "tables": Part(45, 60),  # of which the start takes ten
     "decode": Part(75, 40, alone=True),
-    "tests": Part(420, 400),
+    "tests": Part(55, 400),
 }
 STARTING = 45.0  # seconds more for the first case: imports, and CUDA's own start
 RESTARTS = 6  # of one process: something is wrong with the machine, not with a case
@@ -111,7 +114,7 @@ def run_part(args: argparse.Namespace, output: Path, configs: Path) -> dict:
     """Run one part in this process; its record."""
     import torch
 
-    from . import checks, context, decode, e2e, kernels, smoke, tables, targets
+    from . import context
     from .results import Deadline, Results
 
     (part,) = args.part
@@ -127,20 +130,14 @@ def run_part(args: argparse.Namespace, output: Path, configs: Path) -> dict:
     results.note(command=command, condition=device.condition(), running="the start")
     with context.bench(args.dry_run, args.warm) as bench:
         results.record["running"] = None
+        # Each alone: transformers and PEFT take seconds to import, which not every part needs.
+        module = importlib.import_module(f".{'checks' if part == 'tests' else part}", __package__)
         if part == "tables":
             # Where the routes are read, and beside the results.
             folders = {configs, configs if output == RESULTS else output / "configs"}
-            tables.run(bench, results, deadline, only, folders)
+            module.run(bench, results, deadline, only, folders)
         else:
-            parts = {
-                "smoke": smoke,
-                "kernels": kernels,
-                "targets": targets,
-                "e2e": e2e,
-                "decode": decode,
-                "tests": checks,
-            }
-            parts[part].run(bench, results, deadline, only)
+            module.run(bench, results, deadline, only)
     return results.record
 
 
@@ -253,12 +250,12 @@ class Run:
         self.args, self.output, self.configs = args, output, configs
         self.start = time.monotonic()
         self.end = self.start + 60.0 * args.minutes
-        self.scale = min(1.0, args.minutes / MINUTES) if not args.part else 1.0
         self.children: list[Child] = []
         self.summary: list[str] = []
         self.worst = 0
         asked = args.part or [name for name, part in PARTS.items() if not part.alone]
         self.names = [name for name in PARTS if name in asked]
+        self.scale = min(1.0, 60.0 * args.minutes / sum(PARTS[name].seconds for name in self.names))
 
     def child(self, name: str, share: tuple[int, int] | None, warm: Path | None) -> Child:
         """A process of a part; warm ones write where nobody looks."""
@@ -297,9 +294,9 @@ class Run:
         if left < 5:
             self.summary.append(f"{name}: not run, out of time")
             return
-        limit = min(left, part.seconds * self.scale if len(self.names) > 1 else left)
-        if name == self.names[-1]:
-            limit = left
+        # Those after it keep their time.
+        after = self.names[self.names.index(name) + 1 :]
+        limit = left - self.scale * sum(PARTS[later].seconds for later in after)
         end = time.monotonic() + limit - GRACE
         print(f"== {name}: {limit:.0f} s, from {time.monotonic() - self.start:.0f} s", flush=True)
         shares = min(part.processes, 2) if self.args.dry_run else part.processes

@@ -3,14 +3,14 @@ profiler: microseconds, launches, GB/s, TFLOP/s, and the share of this run's own
 
 One row per operation. Its ``kernels`` are our Triton kernels by name, "gemm" (cuBLAS), "flash"
 (torch's attention) and "other" (torch's elementwise kernels). A kernel's bytes are those of the
-tensors it was launched with, each once, what it changes in place twice: what it must move, unless
-it skips some.
+tensors it was launched with, what it changes in place twice: what it must move, unless it skips
+some. Beside them stand the time in a CUDA graph and launched one by one, there the GPU's and the
+host's.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import importlib
 import io
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from koffkernels.clock import Variant
 
@@ -37,7 +38,8 @@ from .results import Case, Deadline, Results
 ROOT = Path(__file__).parents[2]
 NCU_SECONDS = 25.0
 TURNS = 6  # how often a profile runs an operation over its input sets
-# Arguments that a kernel reads and writes; of the others each is one or the other.
+# Arguments that a kernel reads and writes; of the others each is one or the other. A kernel with
+# ONTO adds to y where that says so.
 IN_PLACE = {"_expand_fwd_kernel": ("y_ptr", "y1.ptr", "y2.ptr")}
 NCU = ("ncu", "/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/ncu")
 NCU_METRICS = {
@@ -93,6 +95,14 @@ def operations(bench: Bench) -> Iterator[Operation]:
         make = lambda: smoke.linear(bench, rows, hidden, out, n, r)  # noqa: E731
         return Operation(name, make, route, train, flops, hidden * out * 2)
 
+    def qkv(what: str, n: int, rows: tuple[int, int], route: str, train: bool):
+        outs = hidden, kv, kv
+        flops = 2 * math.prod(rows) * hidden * sum(outs) * (2 if train else 1)
+        name = f"qkv-{'train' if train else 'infer'}-{math.prod(rows)}-{what}"
+        name += "" if route == "auto" else f"-{route}"
+        make = lambda: smoke.linears(bench, rows, hidden, outs, n, 16)  # noqa: E731
+        return Operation(name, make, route, train, flops, hidden * sum(outs) * 2)
+
     def attention(what: str, size: smoke.Attention, route: str, train: bool):
         pairs = size.queries * size.prefix
         own = size.queries * (size.queries + 1) // 2 if size.queries > 1 else size.keys
@@ -114,10 +124,12 @@ def operations(bench: Bench) -> Iterator[Operation]:
     for n in (one, eight):
         yield mlp(*n, lead, "auto", True)
         yield linear(*n, lead, "auto", True, hidden)
+        yield qkv(*n, lead, "auto", True)
     for n, rows in ((one, 1), (eight, 64)):
         for route in ("auto", "decode"):
             yield mlp(*n, (rows, 1), route, False)
             yield linear(*n, (rows, 1), route, False, hidden)
+        yield qkv(*n, (rows, 1), "auto", False)
     for route in ("vendor", "flash", "fused"):
         yield attention("one", size(4, long, long, learned, 1), route, True)
     yield attention("one", size(64, 1, 128 if not bench.dry else 4, long, 1), "auto", False)
@@ -130,6 +142,7 @@ def operations(bench: Bench) -> Iterator[Operation]:
         yield linear(*n, lead, "auto", False, kv)
         yield mlp(*n, lead, "fused", True)
         yield linear(*n, lead, "fused", True, hidden)
+        yield qkv(*n, lead, "fused", True)
     for n, rows in ((one, 8), (eight, 8)):
         for route in ("auto", "decode"):
             yield mlp(*n, (rows, 1), route, False)
@@ -144,16 +157,16 @@ def _call(bench: Bench, operation: Operation, problem: smoke.Problem) -> Callabl
         if operation.train and name not in problem.frozen:
             leaves[name].requires_grad_()
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    cotangent: list[Tensor] = []
+    cotangents: list[Tensor] = []
 
     def call() -> object:
         with smoke._routed(bench, operation.route), torch.set_grad_enabled(operation.train):
-            y = problem.ours(leaves)
+            ys = problem.ours(leaves)
+            ys = (ys,) if isinstance(ys, Tensor) else ys
             if not operation.train:
-                return y
-            if not cotangent:
-                cotangent.append(torch.randn_like(y))
-            return torch.autograd.grad(y, trained, cotangent[0])
+                return ys
+            cotangents[:] = cotangents or map(torch.randn_like, ys)
+            return torch.autograd.grad(ys, trained, cotangents)
 
     return call
 
@@ -205,12 +218,10 @@ def launched(call: Callable[[], object]) -> dict[str, int]:
         call()
     for launch in launches:
         kernel = getattr(launch.kernel, "fn", launch.kernel).__name__
-        twice = IN_PLACE.get(kernel, ())
-        seen = {}
+        twice = ("y_ptr",) if launch.args.get("ONTO") else IN_PLACE.get(kernel, ())
+        # Two arguments at one address are read as one and written as the other.
         for name, value in common.tensors_of(launch.args).items():
-            bytes_once = value.numel() * value.element_size()
-            seen[value.data_ptr()] = bytes_once * (2 if name in twice else 1)
-        sizes[kernel] += sum(seen.values())
+            sizes[kernel] += value.numel() * value.element_size() * (2 if name in twice else 1)
     return dict(sizes)
 
 
@@ -230,20 +241,41 @@ def measure(bench: Bench, operation: Operation) -> list[dict]:
         us = statistics.median(times["all"])
         return [row | {"us": us, "kernels": {}, "text": f"{us:.0f} us (dry)"}]
     row |= _profile_row(bench, operation, calls)
-    with contextlib.suppress(Exception):  # a graph says what the gaps between kernels cost
-        variant = Variant(lambda i: calls[i](), sets, calls=2 if operation.size > 1 << 27 else 8)
-        times = bench.measure(graph=variant)
-        row["graph_us"] = statistics.median(times["graph"])
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for call in calls:
-        call()
-    end.record()
-    end.synchronize()
-    row["eager_us"] = start.elapsed_time(end) * 1e3 / len(calls)
+    row |= one_by_one(bench, calls)
+    variant = Variant(lambda i: calls[i](), sets, calls=2 if operation.size > 1 << 27 else 8)
+    try:  # what is left when nothing waits for the host
+        row["graph_us"] = statistics.median(bench.measure(graph=variant)["graph"])
+    except Exception as error:
+        row["failed"] = row.get("failed") or f"no graph: {device.words(error)}"
     row["text"] = _text(row)
     return [row]
+
+
+def one_by_one(bench: Bench, calls: list[Callable[[], object]]) -> dict[str, float]:
+    """Microseconds of a call without a graph: from one to the next on the GPU, and of the host until
+    all that it launches is asked for."""
+    variant = Variant(lambda i: calls[i](), len(calls), graph=False)
+    times = bench.measure(eager=variant)["eager"]
+    asked = []
+    for _ in range(10):
+        torch.cuda.synchronize()  # an empty queue, which takes some thousand launches
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        asked.append((time.perf_counter() - start) * 1e6 / len(calls))
+    torch.cuda.synchronize()
+    return {"eager_us": statistics.median(times), "host_us": statistics.median(asked)}
+
+
+def products(call: Callable[[], object]) -> int:
+    """Operations of torch's own matrix products in one call."""
+    aten = torch.ops.aten
+    # Of shapes y [M, N], a [M, K], b [K, N]; torch's counter leaves it out.
+    in_place = {aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.addmm_, aten.bmm))
 
 
 def _profile_row(bench: Bench, operation: Operation, calls: list[Callable]) -> dict:
@@ -259,6 +291,7 @@ def _profile_row(bench: Bench, operation: Operation, calls: list[Callable]) -> d
         sizes = launched(calls[0])
     except Exception as error:
         sizes, failed = {}, failed or f"bytes: {device.words(error)}"
+    own = products(calls[0])
     torch.cuda.synchronize()
     count = turns * len(calls)
     kernels = {}
@@ -270,8 +303,8 @@ def _profile_row(bench: Bench, operation: Operation, calls: list[Callable]) -> d
             if operation.streams or not name.startswith("_prefix_attention"):
                 one["share"] = sizes[name] / one["us"] / bench.copy_rate
         if name == "gemm":
-            one["tflop_per_second"] = operation.flops / one["us"] / 1e6
-            one["share"] = operation.flops / one["us"] / bench.gemm_rate
+            one["tflop_per_second"] = own / one["us"] / 1e6
+            one["share"] = own / one["us"] / bench.gemm_rate
         kernels[name] = one
     total = sum(one["us"] for one in kernels.values())
     row = {
@@ -297,8 +330,10 @@ def short(name: str) -> str:
 
 
 def _text(row: dict) -> str:
-    """kernels sum, graph, eager; the six heaviest kernels with their share of the limit."""
-    parts = [f"{row['us']:.0f}us/{row.get('graph_us', 0):.0f}g/{row['eager_us']:.0f}e"]
+    """Sum of the kernels, in a graph, one by one, host; the six heaviest kernels with their share of
+    the limit."""
+    times = row["us"], row.get("graph_us", 0), row["eager_us"], row["host_us"]
+    parts = ["{:.0f}us/{:.0f}g/{:.0f}e/{:.0f}h".format(*times)]
     if row.get("tflop_per_second", 0) > 50:
         parts[0] += f" {row['tflop_per_second']:.0f}TF"
     parts.append(f"{row['launches']:.0f}L")
@@ -376,7 +411,7 @@ def parse_ncu(text: str) -> list[dict]:
 def cases(bench: Bench, deadline: Deadline) -> Iterator[Case]:
     """Every operation, and ncu once the most telling are done."""
     for index, operation in enumerate(operations(bench)):
-        if index == 16 and not bench.warm:
+        if index == 20 and not bench.warm:
             yield "ncu", lambda: ncu(bench, deadline, 50.0)
         yield operation.name, lambda o=operation: measure(bench, o)
 
@@ -389,8 +424,8 @@ def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...
             rate / scale for rate, scale in zip(bench.limits().values(), (1e9, 1e12), strict=True)
         ]
         print(f"limits: copy {rates[0]:.0f} GB/s, GEMM {rates[1]:.0f} TFLOP/s", flush=True)
-        print("kernels: sum of kernels / in a graph / eager, launches, then the heaviest, each with"
-              " its share of the copy bandwidth or GEMM rate", flush=True)  # fmt: skip
+        print("kernels: sum of kernels / in a graph / eager / host, launches, then the heaviest, each"
+              " with its share of the copy bandwidth or GEMM rate", flush=True)  # fmt: skip
     results.run(cases(bench, deadline), deadline, only)
 
 
@@ -399,7 +434,7 @@ def main() -> int:
     from . import context
 
     with context.bench(False) as bench:
-        found = list(operations(bench))[:18]
+        found = list(operations(bench))[:22]
         # Mixed memories, and attention: the others launch the same kernels.
         telling = [o for o in found if "mixed" in o.name or o.name.startswith("attention")]
         start = time.monotonic()

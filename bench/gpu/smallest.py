@@ -42,6 +42,16 @@ def lora_linear(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor
     return koffkernels.lora_linear(x, weight, bias, lora=lora, memory_ids=_ids(where, rows, 3))
 
 
+def lora_linears(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor:
+    """Three layers of one x, the second without memories; widths and ranks differ."""
+    rows, tokens, k, outs = 7, 1 if decode else 19, 37, (29, 13, 17)
+    x = _normal(where, rows, tokens, k, dtype=dtype)
+    weights = [_normal(where, out, k, dtype=dtype).detach() for out in outs]
+    lora = [_lora(where, 3, 5, k, outs[0]), None, _lora(where, 3, 3, k, outs[2])]
+    ys = koffkernels.lora_linears(x, weights, lora=lora, memory_ids=_ids(where, rows, 3))
+    return torch.cat(ys, -1)
+
+
 def gated_mlp(where: torch.device, dtype: torch.dtype, decode: bool) -> Tensor:
     """The same with gates, a third of them closed."""
     rows, tokens, hidden, width = 7, 1 if decode else 19, 37, 67
@@ -84,6 +94,7 @@ def prefix_attention(where: torch.device, dtype: torch.dtype, decode: bool) -> T
 OPERATIONS: dict[str, Callable[[torch.device, torch.dtype, bool], Tensor]] = {
     "gated_mlp": gated_mlp,
     "lora_linear": lora_linear,
+    "lora_linears": lora_linears,
     "prefix_attention": prefix_attention,
     "square_attention": square_attention,
 }

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import koffkernels
-from koffkernels import GatedMLPLoRA, LoRA, Prefix, RowBounds
+from koffkernels import GatedMLPLoRA, LoRA, Prefix, RowBounds, replay
 from koffkernels.routes import force_route
 
-from .. import timing
+from .. import launching, timing
 from .context import Bench, pruned
 from .results import Case, Deadline, Results
 
@@ -32,7 +32,7 @@ FORWARD_TOLERANCE = 0.01
 BACKWARD_TOLERANCE = 0.02
 PDL = "pdl"  # the decode kernels with programmatic dependent launch
 ACTIVATIONS = {"x", "q", "k", "v"}  # what changes between the steps of a decode
-Call = Callable[[dict[str, Tensor]], Tensor]
+Call = Callable[[dict[str, Tensor]], Tensor | tuple[Tensor, ...]]
 
 
 class Problem(NamedTuple):
@@ -109,6 +109,27 @@ def linear(bench: Bench, lead: tuple[int, int], k: int, out: int, n: int, r: int
         return _plain_linear(t["x"], t["w"], _of(t, "lora"), ids)
 
     return Problem(tensors, ours, plain, ("w", "lora.s"))
+
+
+def linears(
+    bench: Bench, lead: tuple[int, int], k: int, outs: Sequence[int], n: int, r: int
+) -> Problem:
+    """lora_linears: q, k and v of one x."""
+    ids, names = _ids(bench, lead[0], n), [f"{i}" for i in range(len(outs))]
+    tensors = {"x": bench.normal(*lead, k)}
+    for name, out in zip(names, outs, strict=True):
+        tensors[f"w{name}"] = bench.normal(out, k, scale=k**-0.5)
+        tensors |= _lora(bench, f"lora{name}", n, r, k, out)
+
+    def ours(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        weights, lora = [t[f"w{i}"] for i in names], [_of(t, f"lora{i}") for i in names]
+        return koffkernels.lora_linears(t["x"], weights, lora=lora, memory_ids=ids)
+
+    def plain(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(_plain_linear(t["x"], t[f"w{i}"], _of(t, f"lora{i}"), ids) for i in names)
+
+    frozen = (*(f"w{i}" for i in names), *(f"lora{i}.s" for i in names))
+    return Problem(tensors, ours, plain, frozen)
 
 
 def mlp(
@@ -230,16 +251,25 @@ def _routed(bench: Bench, route: str) -> Iterator[None]:
         yield
 
 
-def _run(call: Call, problem: Problem, train: bool, wide: bool) -> dict[str, Tensor]:
-    """The output and, in training, all gradients."""
+def joined(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What an operation returns as one tensor: the outputs of several layers side by side."""
+    return y if isinstance(y, Tensor) else torch.cat(y, -1)
+
+
+def _run(
+    call: Call, problem: Problem, train: bool, wide: bool = False, moved: bool = False
+) -> dict[str, Tensor]:
+    """The output and, in training, all gradients; of arguments in fp32 if ``wide``, which all lie
+    elsewhere in memory than the problem's if ``moved``."""
     leaves = {}
     for name, tensor in problem.tensors.items():
         leaf = tensor.detach()
         leaf = leaf.float() if wide and leaf.is_floating_point() else leaf
         trains = train and name not in problem.frozen
-        leaves[name] = leaf.clone().requires_grad_() if trains else leaf
+        leaf = leaf.clone() if trains or moved else leaf
+        leaves[name] = leaf.requires_grad_() if trains else leaf
     with torch.set_grad_enabled(train):
-        y = call(leaves)
+        y = joined(call(leaves))
     found = {"y": y.detach()}
     if train:
         trained = [name for name, leaf in leaves.items() if leaf.requires_grad]
@@ -277,12 +307,12 @@ def race(bench: Bench, problem: Problem, replays: int = 40) -> int:
         for name in ACTIVATIONS & tensors.keys():
             tensors[name].neg_()
 
-    call = timing.overlapped(lambda: problem.ours(tensors))
+    call = timing.overlapped(lambda: joined(problem.ours(tensors)))
     with torch.no_grad():
         want = []
         for _ in range(2):
             change()
-            want.append(problem.ours(tensors).clone())
+            want.append(joined(problem.ours(tensors)).clone())
         replay = capture(call) if bench.device.type == "cuda" else call
         wrong = 0
         for i in range(replays):
@@ -314,18 +344,21 @@ def check(bench: Bench, name: str, make: Callable[[], Problem], route: str, trai
     further off, and whether both give the same bits."""
     torch.manual_seed(7)
     problem = make()
+    replay.forget()
     with _routed(bench, route):
         ours = timing.overlapped(problem.ours) if route == PDL else problem.ours
-        got = _run(ours, problem, train, False)
-        for _ in range(2):  # the second call of a kind is recorded, the third is replayed
-            again = _run(ours, problem, train, False)
+        got = _run(ours, problem, train)
+        _run(ours, problem, train)  # the second call of a kind is recorded, the third is replayed
+        with launching.plays() as plays:
+            again = _run(ours, problem, train, moved=True)
         wrong = race(bench, problem, 2 if bench.warm else 40) if route == PDL else 0
     varies = [key for key in got if not torch.equal(got[key], again[key])]
     shapes = {key: list(value.shape) for key, value in problem.tensors.items()}
     row = {"name": name, "route": route, "train": train, "shapes": shapes, "varies": varies}
+    row |= {"plays": plays[0], "kinds": replay.kinds()}
     if bench.warm:
         return row | {"text": "ran"}
-    want = _run(problem.plain, problem, train, True)
+    want = _run(problem.plain, problem, train, wide=True)
     errors = {key: max(relative_error(run[key], want[key]) for run in (got, again)) for key in got}
     limits = {key: FORWARD_TOLERANCE if key == "y" else BACKWARD_TOLERANCE for key in got}
     bad = [key for key in got if not errors[key] <= limits[key]]
@@ -337,7 +370,8 @@ def check(bench: Bench, name: str, make: Callable[[], Problem], route: str, trai
     if bad:
         said = " ".join(f"{key}={errors[key]:.2g}" for key in bad)
         return row | {"error": f"off from fp32 by {said}; {bits}"}
-    return row | {"text": f"ok y={errors['y']:.4f} {worst}={errors[worst]:.4f} {bits}"}
+    said = f"ok y={errors['y']:.4f} {worst}={errors[worst]:.4f} {bits}"
+    return row | {"text": f"{said}, {row['plays']} replayed"}
 
 
 def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bool]]:
@@ -350,12 +384,13 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
     def at(function: Callable, *args: object) -> Callable[[], Problem]:
         return lambda: function(bench, *args)
 
-    heads, kvs, wide = shape.heads, shape.kv_heads, shape.head_dim
+    heads, kvs, wide, qkv = shape.heads, shape.kv_heads, shape.head_dim, (hidden, (hidden, kv, kv))
     long = 2048 if not bench.dry else 24
     learned = 512 if not bench.dry else 10
     for n, what in ((1, "one"), (8, "mixed")):
         yield f"mlp-train-{what}", at(mlp, lead, narrow, n, 16), "auto", True
         yield f"linear-train-{what}", at(linear, lead, hidden, hidden, n, 16), "auto", True
+        yield f"qkv-train-{what}", at(linears, lead, *qkv, n, 16), "auto", True
         size = Attention(4, heads, kvs, long, long, learned, wide, min(n, 3))
         yield f"attention-train-{what}-vendor", at(attention, size), "vendor", True
         yield f"attention-train-{what}-flash", at(attention, size), "flash", True
@@ -363,6 +398,12 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
         for rows, tokens in few:
             if n > rows:
                 continue
+            yield (
+                f"qkv-decode-{what}-{rows}",
+                at(linears, (rows, tokens), *qkv, n, 16),
+                "auto",
+                False,
+            )
             for route in ("auto", "decode"):
                 name = f"{what}-{rows}-{route}"
                 yield f"mlp-decode-{name}", at(mlp, (rows, tokens), narrow, n, 16), route, False
@@ -376,6 +417,7 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
     for n, what in ((1, "one"), (8, "mixed")):
         yield f"mlp-train-{what}-fused", at(mlp, lead, dense, n, 16), "fused", True
         yield f"linear-train-{what}-fused", at(linear, lead, hidden, kv, n, 16), "fused", True
+        yield f"qkv-train-{what}-fused", at(linears, lead, *qkv, n, 16), "fused", True
         yield f"mlp-infer-{what}", at(mlp, lead, dense, n, 16), "auto", False
         yield f"mlp-train-{what}-r64", at(mlp, lead, narrow, n, 64), "auto", True
         yield f"linear-train-{what}-r64", at(linear, lead, hidden, kv, n, 64), "auto", True
@@ -385,6 +427,7 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
     for n, rows in ((1, 1), (8, 64)):
         yield f"mlp-decode-{rows}-pdl", at(mlp, (rows, 1), narrow, n, 16), PDL, False
         yield f"linear-decode-{rows}-pdl", at(linear, (rows, 1), hidden, hidden, n, 16), PDL, False
+        yield f"qkv-decode-{rows}-pdl", at(linears, (rows, 1), *qkv, n, 16), PDL, False
         size = Attention(rows, heads, kvs, 1, min(600, long), long, wide, n)
         yield f"attention-decode-{rows}-pdl", at(attention, size), PDL, False
     yield "mlp-train-mixed-recompute", at(mlp, lead, narrow, 8, 16, True), "auto", True
@@ -397,6 +440,7 @@ def problems(bench: Bench) -> Iterator[tuple[str, Callable[[], Problem], str, bo
     bare = Attention(2, heads, kvs, long, long, 0, wide, 0)
     yield "attention-train-no-prefix", at(attention, bare), "vendor", True
     yield "linear-odd", at(linear, (7, 19), 37, 29, 3, 5), "auto", True
+    yield "qkv-odd", at(linears, (7, 19), 37, (29, 13, 17), 3, 5), "auto", True
     yield "mlp-odd", at(mlp, (7, 19), 67, 3, 5), "auto", True
 
 

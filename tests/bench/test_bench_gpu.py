@@ -1,6 +1,5 @@
 """bench.gpu without a GPU: every part dry, the peers' results, and what the files hold."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import e2e, timing
+import koffkernels
+from bench import e2e, launching, timing
+from bench.gate import host
 from bench.gpu import __main__ as command
 from bench.gpu import (
     checks,
@@ -24,7 +25,8 @@ from bench.gpu import (
     training,
 )
 from bench.peers import peft_mlp
-from koffkernels import tune
+from koffkernels import dispatch, replay, tune
+from koffkernels._triton.shared import direct
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,7 +135,7 @@ def test_bench_gpu_tests_part_dry(tmp_path):
     assert (tests["passed"], tests["failed"], tests["exit_code"]) == (0, 0, 5)  # all deselected
     assert "deselected" in tests["output"] or "no tests ran" in tests["output"]  # xdist's words
     assert memcheck["status"].startswith("no compute-sanitizer") and memcheck["exit_code"] == 0
-    assert "12 cases ran" in memcheck["output"]
+    assert "15 cases ran" in memcheck["output"]
 
 
 def test_bench_gpu_smoke_dry(tmp_path):
@@ -151,12 +153,16 @@ def test_bench_gpu_smoke_dry(tmp_path):
 @pytest.mark.parametrize("early", [False, True])
 def test_bench_gpu_smoke_sees_a_kernel_that_does_not_wait(bench, early, monkeypatch):
     """What is read too soon is the result of the call before."""
-    launch, real = importlib.import_module("koffkernels._triton.shared.launch"), smoke.koffkernels
+    real = smoke.koffkernels
     results, right = [], real.lora_linear
 
     def stale(*args, **named):
         results.append(right(*args, **named))
-        return results[-2] if early and launch._pdl and len(results) > 1 else results[-1]
+        return (
+            results[-2]
+            if early and dispatch.is_programmatic() and len(results) > 1
+            else results[-1]
+        )
 
     monkeypatch.setattr(real, "lora_linear", stale)
     (row,) = dict(smoke.cases(bench))["linear-decode-64-pdl"]()
@@ -200,17 +206,34 @@ def test_bench_gpu_kernels_of_a_profile(bench, monkeypatch):
     found = {"_expand_fwd_kernel": (6, 60.0), "gemm": (6, 600.0), "other": (12, 12.0)}
     monkeypatch.setattr(kernels, "profiled", lambda calls, turns: found)
     monkeypatch.setattr(kernels, "launched", lambda call: {"_expand_fwd_kernel": 1000})
+    monkeypatch.setattr(kernels, "products", lambda call: 2500.0)
     monkeypatch.setattr(kernels.torch.cuda, "synchronize", lambda: None)
     made = context.Bench("cpu", True, context.TINY, None, 0)
     made.__dict__.update(copy_rate=200.0, gemm_rate=50.0)
-    operation = next(kernels.operations(made))._replace(flops=2500.0)
+    operation = next(kernels.operations(made))
     row = kernels._profile_row(made, operation, [None, None])  # two sets, three turns
     assert row["us"] == pytest.approx(112.0) and row["launches"] == 4
     assert row["kernels"]["gemm"]["share"] == pytest.approx(0.5)
     expand = row["kernels"]["_expand_fwd_kernel"]
     assert expand["us"] == 10.0 and expand["share"] == pytest.approx(0.5)
-    text = kernels._text(row | {"eager_us": 120.0, "graph_us": 113.0})
-    assert text == "112us/113g/120e, 4L, gemm 100 50%, expand 10 50%, other 2"
+    text = kernels._text(row | {"eager_us": 120.0, "graph_us": 113.0, "host_us": 90.0})
+    assert text == "112us/113g/120e/90h, 4L, gemm 100 50%, expand 10 50%, other 2"
+
+
+def test_bench_gpu_kernels_count_what_runs(bench):
+    """Operations of torch's products alone, and what a kernel reads and writes at one address
+    twice."""
+    operation = next(o for o in kernels.operations(bench) if o.name.startswith("mlp-train"))
+    call = kernels._call(bench, operation, operation.make())
+    hidden, width, (rows, tokens) = 64, 128, bench.prefill()
+    tokens *= rows
+    base = 6 * 2 * tokens * hidden * width  # three products of the base weights, both ways
+    assert 1.0 < kernels.products(call) / base < 4.0  # on the CPU LoRA's are torch's, too
+    with host.triton_on_cpu(), host.empty_driver(), koffkernels.force_route("vendor"):
+        sizes = kernels.launched(call)
+        assert base <= kernels.products(call) < base * 1.3  # LoRA's gradients
+    arguments = 7 * tokens * width * 2  # h, dh, dg, g, u and du, each read or written
+    assert arguments <= sizes["_mlp_hidden_bwd_kernel"] < 2 * arguments
 
 
 def test_bench_gpu_ncu_csv():
@@ -239,7 +262,41 @@ def test_bench_gpu_e2e_dry(tmp_path):
         assert row["tokens_per_second"] > 0 and row["us"] > 0 and "peak_gb" in row
 
 
-@pytest.mark.parametrize("part", ["kernels", "targets", "e2e"])
+def test_bench_gpu_host_dry(tmp_path):
+    """Every way of launching, and no way is left switched on."""
+    before = direct.ENABLED, list(replay.DEVICES), dispatch.is_programmatic()
+    rows = {row["name"]: row for row in dry("host", tmp_path)["rows"]}
+    assert (direct.ENABLED, list(replay.DEVICES), dispatch.is_programmatic()) == before
+    assert {row["way"] for row in rows.values()} == {*launching.WAYS} and len(rows) == 14
+    for row in rows.values():
+        assert row["us"] > 0 and row["of_triton"]["count"] == 5 and "error" not in row
+    assert rows["host-decode-8-triton"]["of_triton"]["median"] == 1.0
+
+
+def test_bench_gpu_what_a_part_leaves_is_for_those_after_it(tmp_path, monkeypatch):
+    args = command._parser().parse_args(["--dry-run", "--no-warm", "--minutes", "7"])
+    limits, now = {}, [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    run = command.Run(args, tmp_path, tmp_path)
+    assert sum(command.PARTS[name].seconds for name in run.names) == 60 * command.MINUTES
+
+    class Done:
+        quiet, code, done, said = False, 0, True, ""
+
+        def start(self, left):
+            limits.setdefault(name, left + command.GRACE)
+
+    monkeypatch.setattr(run, "child", lambda *args: Done())
+    monkeypatch.setattr(run, "_merge", lambda name: None)
+    for name in run.names:
+        run._part(name, tmp_path)
+        now[0] += 10.0 if name == "smoke" else limits[name]
+    smoke, second, *others = run.names
+    assert limits[smoke] == 85 and limits[second] == command.PARTS[second].seconds + 75
+    assert all(limits[name] == command.PARTS[name].seconds for name in others)
+
+
+@pytest.mark.parametrize("part", ["kernels", "targets", "host", "e2e"])
 def test_bench_gpu_warm_runs_everything_and_times_nothing(part, tmp_path):
     record = dry(part, tmp_path, "--warm")
     assert record["complete"]
@@ -269,7 +326,7 @@ def test_bench_gpu_parts_run_as_processes(tmp_path, monkeypatch):
         args.minutes = (args.until - before) / 60
     names = list(dict.fromkeys(args.part[0] for args in real))
     assert names == [name for name, part in command.PARTS.items() if not part.alone]
-    assert {args.part[0] for args in parsed if args.warm} == {"kernels", "targets", "e2e"}
+    assert {args.part[0] for args in parsed if args.warm} == {"kernels", "targets", "host", "e2e"}
     for args in real:
         part = command.PARTS[args.part[0]]
         assert args.output == tmp_path.resolve() and args.configs == tmp_path.resolve() / "configs"
