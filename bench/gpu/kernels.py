@@ -252,8 +252,8 @@ def measure(bench: Bench, operation: Operation) -> list[dict]:
 
 
 def one_by_one(bench: Bench, calls: list[Callable[[], object]]) -> dict[str, float]:
-    """Microseconds of a call without a graph: from one to the next on the GPU, and of the host until
-    all that it launches is asked for."""
+    """Microseconds of a call without a graph: from one to the next on the GPU, and of the host
+    until all that it launches is asked for."""
     variant = Variant(lambda i: calls[i](), len(calls), graph=False)
     times = bench.measure(eager=variant)["eager"]
     asked = []
@@ -330,8 +330,8 @@ def short(name: str) -> str:
 
 
 def _text(row: dict) -> str:
-    """Sum of the kernels, in a graph, one by one, host; the six heaviest kernels with their share of
-    the limit."""
+    """Sum of the kernels, in a graph, one by one, host; the six heaviest kernels with their share
+    of the limit."""
     times = row["us"], row.get("graph_us", 0), row["eager_us"], row["host_us"]
     parts = ["{:.0f}us/{:.0f}g/{:.0f}e/{:.0f}h".format(*times)]
     if row.get("tflop_per_second", 0) > 50:
@@ -424,8 +424,8 @@ def run(bench: Bench, results: Results, deadline: Deadline, only: tuple[str, ...
             rate / scale for rate, scale in zip(bench.limits().values(), (1e9, 1e12), strict=True)
         ]
         print(f"limits: copy {rates[0]:.0f} GB/s, GEMM {rates[1]:.0f} TFLOP/s", flush=True)
-        print("kernels: sum of kernels / in a graph / eager / host, launches, then the heaviest, each"
-              " with its share of the copy bandwidth or GEMM rate", flush=True)  # fmt: skip
+        print("kernels: sum of kernels / in a graph / eager / host, launches, then the heaviest,"
+              " each with its share of the copy bandwidth or GEMM rate", flush=True)  # fmt: skip
     results.run(cases(bench, deadline), deadline, only)
 
 
