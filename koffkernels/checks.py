@@ -145,17 +145,22 @@ def check_ids(
 
 
 def check_lora(where: str, name: str, lora: LoRA, x: Tensor, width_in: int, width_out: int) -> int:
-    """Check one stacked LoRA against its layer and return its number of memories."""
+    """Check the LoRA of one layer, of several memories or of one, and return how many they are."""
     check_type(where, name, lora, LoRA)
     a, b, scaling = lora
-    n, rank = a.shape[:2] if isinstance(a, Tensor) and a.dim() == 3 else (0, 0)
-    shapes = (n, rank, width_in), (n, width_out, rank), (n,)
+    dims = a.dim() if isinstance(a, Tensor) else 0
+    if dims == 2:  # of one memory
+        n, rank = 1, a.shape[0]
+        shapes = (rank, width_in), (width_out, rank), (1,)
+    else:
+        n, rank = a.shape[:2] if dims == 3 else (0, 0)
+        shapes = (n, rank, width_in), (n, width_out, rank), (n,)
     fits = n > 0 and rank > 0
     if fits and _is(a, shapes[0], x) and _is(b, shapes[1], x) and _is(scaling, shapes[2], x):
         return n
     # Something is wrong: what it is.
-    check_tensor(where, f"{name}.a", a, (3,))
-    check_tensor(where, f"{name}.b", b, (3,))
+    check_tensor(where, f"{name}.a", a, (2, 3))
+    check_tensor(where, f"{name}.b", b, (dims,))
     check_tensor(where, f"{name}.scaling", scaling, (1,))
     if n < 1 or rank < 1:
         rule, step = "hold at least one memory and rank", "pass lora=None for none"

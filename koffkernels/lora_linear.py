@@ -115,5 +115,5 @@ def add_lora(
     check_ids(where, memory_ids, n, x.shape[0], x)
     rows = known_rows(memory_ids, n)
     one_memory = rows is None
-    out = plus_delta(as_rows(y, one_memory), as_rows(x, one_memory), lora, rows)
+    out = plus_delta(as_rows(y, one_memory), as_rows(x, one_memory), lora.stacked(), rows)
     return out.view(y.shape)

@@ -51,6 +51,7 @@ def lora_delta(x: Tensor, lora: LoRA | None, memory_ids: Tensor | None) -> Tenso
     """
     if lora is None:
         return 0.0
+    lora = lora.stacked()
     if memory_ids is None:
         memory_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     rows = x if x.dim() == 3 else x[:, None, :]

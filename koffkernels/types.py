@@ -17,8 +17,9 @@ class LoRA(NamedTuple):
     a[m].
 
     Args:
-        a: [n, r, K], any floating dtype (fp32 master weights are usual).
-        b: [n, N, r].
+        a: [n, r, K], any floating dtype (fp32 master weights are usual); or [r, K] of one memory,
+            as PEFT has it.
+        b: [n, N, r]; or [N, r] likewise.
         scaling: fp32 [n], alpha / r of each memory. Memories of a lower rank are padded with zeros.
 
     No result depends on the memory of another row, as long as a, b and scaling b are finite in the
@@ -29,6 +30,10 @@ class LoRA(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: Tensor
+
+    def stacked(self) -> LoRA:
+        """Return the same with [1, r, K] and [1, N, r] of one memory."""
+        return self if self.a.dim() == 3 else LoRA(self.a[None], self.b[None], self.scaling)
 
 
 class GatedMLPLoRA(NamedTuple):

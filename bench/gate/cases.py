@@ -39,9 +39,9 @@ def _linear(module: ModuleType, at: Setting) -> Iterator[Case]:
             x, s, rows = at.empty(m, k), at.empty(m, updates * at.r), at.rows(m)
             run = functools.partial(module.linears_forward, x, layers, rows)
             yield Case(f"{name}forward M={m}", _vendor(run))
-        needs = True, [(layer.lora is not None,) * 3 for layer in layers]
+        trained = [layer.lora or (None, None, None) for layer in layers]
         dys = [at.empty(m, n) for n in widths]
-        run = functools.partial(module.linears_backward, dys, x, s, layers, rows, needs)
+        run = functools.partial(module.linears_backward, dys, x, s, layers, rows, True, trained)
         yield Case(f"{name}backward M={m}", _vendor(run))
 
 
@@ -59,9 +59,8 @@ def _mlp(module: ModuleType, at: Setting) -> Iterator[Case]:
     def train(gates: Tensor | None, lora: GatedMLPLoRA) -> None:
         layer = module.Layer(weights, gates, lora, rows, "silu")
         y, saved = module.mlp_forward(x, layer, True)
-        trains = [[part is not None] * 3 for part in lora]
-        needs = True, gates is not None, trains
-        module.mlp_backward(y, x, saved, layer, needs)
+        trained = [part or (None, None, None) for part in lora]
+        module.mlp_backward(y, x, saved, layer, (True, gates is not None), trained)
 
     for gates, lora in calls:
         parts = " ".join(name for name, part in zip(lora._fields, lora, strict=True) if part)

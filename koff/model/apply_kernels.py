@@ -323,10 +323,10 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
     if names is None:
         if len(present) == 1:
             scaling = _constant((layer.scaling[present[0]],), torch.float32, x.device)
-            return LoRA(first[None], b[present[0]][None], scaling)
+            return LoRA(first, b[present[0]], scaling)
         scaled = [b[name] * layer.scaling[name] for name in present]
         ones = _constant((1.0,), torch.float32, x.device)
-        return LoRA(torch.cat(list(a.values()))[None], torch.cat(scaled, 1)[None], ones)
+        return LoRA(torch.cat(list(a.values())), torch.cat(scaled, 1), ones)
     rank = max(weight.shape[0] for weight in a.values())
     none = first.new_zeros(0, first.shape[1]), first.new_zeros(layer.out_features, 0)
     pairs = [(a[name], b[name]) if name in a else none for name in wanted]

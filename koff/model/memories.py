@@ -567,7 +567,7 @@ class MemoryBank(nn.Module):
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
-            LoRA there; None if none of them has one.
+            LoRA there; of one memory a [r, K], b [N, r]. None if none of them has one.
         """
         # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
         if stacks is None or torch.is_grad_enabled():
@@ -599,7 +599,9 @@ class MemoryBank(nn.Module):
                 for pair, memory in zip(found, memories, strict=True)
             ]
         )
-        return LoRA(_stack(a), _stack(b), self._constant(scaling, a[0].device))
+        if len(memories) == 1:  # as they are: a view of each would be one more node of autograd
+            return LoRA(a[0], b[0], self._constant(scaling, a[0].device))
+        return LoRA(torch.stack(a), torch.stack(b), self._constant(scaling, a[0].device))
 
     def prefix(
         self,

@@ -160,10 +160,10 @@ def kept_part(
     # in the original order, whatever the mask.
     rows = gates.order(index)[:width]
     gate_lora, up_lora = (
-        None if part is None else part._replace(b=part.b.index_select(1, rows))
+        None if part is None else part._replace(b=part.b.index_select(-2, rows))
         for part in (lora.gate, lora.up)
     )
     down_lora = lora.down
     if down_lora is not None:
-        down_lora = down_lora._replace(a=down_lora.a.index_select(2, rows))
+        down_lora = down_lora._replace(a=down_lora.a.index_select(-1, rows))
     return KeptPart(narrow, GatedMLPLoRA(gate_lora, up_lora, down_lora))

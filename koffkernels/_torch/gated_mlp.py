@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import compute_dtype, recomputes, without_autocast
 from ..reference import ACTIVATIONS
-from ..types import GatedMLPLoRA, LoRA, RowGroups
+from ..types import GatedMLPLoRA, RowGroups
 from .rows import (
     add_delta,
     add_delta_by_memory,
@@ -226,9 +226,8 @@ def _plain(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str) -
     return F.linear(ACTIVATIONS[activation](g) * u, w_down)
 
 
-def _flatten(lora: GatedMLPLoRA | None) -> list[Tensor | None]:
-    parts: tuple[LoRA | None, ...] = lora or (None, None, None)
-    return [t for part in parts for t in (part or (None, None, None))]
+def _flatten(lora: GatedMLPLoRA) -> list[Tensor | None]:
+    return [t for part in lora for t in (part or (None, None, None))]
 
 
 def run(
@@ -240,10 +239,11 @@ def run(
     activation: str,
 ) -> Tensor:
     """See ``koffkernels.gated_mlp``."""
+    lora = GatedMLPLoRA(*(part and part.stacked() for part in lora or ()))
     flat = _flatten(lora)
     if gates is None and all(t is None for t in flat):
         return _plain(x, weights, activation)
-    memories = next((part.a.shape[0] for part in lora or () if part is not None), 0)
+    memories = next((part.a.shape[0] for part in lora if part is not None), 0)
     rows = known_rows(memory_ids, memories) if memories else None
     wide = as_rows(x, memories > 0 and rows is None).to(compute_dtype(x, weights[0]))
     with without_autocast(x.device):

@@ -100,6 +100,7 @@ def run(
     memory_ids: Tensor | RowGroups | None,
 ) -> tuple[Tensor, ...]:
     """See ``koffkernels.lora_linears``."""
+    loras = [lora and lora.stacked() for lora in loras]
     memories = next((lora.a.shape[0] for lora in loras if lora is not None), 0)
     if not memories:
         return tuple(F.linear(x, *layer) for layer in zip(weights, biases, strict=True))

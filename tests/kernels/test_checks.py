@@ -78,7 +78,19 @@ LINEAR = {
         lora=tuple(lora())
     ),
     "lora.a: be a torch.Tensor, got NoneType; pass a tensor": lambda: linear(lora=lora(a=None)),
-    "lora.a: have 3 dimensions, got (3, 8); reshape it": lambda: linear(lora=lora(a=normal(3, 8))),
+    "lora.a: have 2 or 3 dimensions, got (8,); reshape it": lambda: linear(lora=lora(a=normal(8))),
+    "lora.b: have 2 dimensions, got (2, 6, 3); reshape it": lambda: linear(
+        lora=lora(a=normal(3, 8))
+    ),
+    "lora.b: have shape (6, 3), got (6, 2); check the layer it belongs to": lambda: linear(
+        lora=lora(a=normal(3, 8), b=normal(6, 2))
+    ),
+    "lora.scaling: have shape (1,), got (2,); pass alpha / r of each memory": lambda: linear(
+        lora=lora(a=normal(3, 8), b=normal(6, 3))
+    ),
+    "lora.a: hold at least one memory and rank, got (0, 8); pass lora=None for none": (
+        lambda: linear(lora=lora(a=normal(0, 8), b=normal(6, 0)))
+    ),
     "lora.a: hold at least one memory and rank, got (0, 3, 8); pass lora=None for none": (
         lambda: linear(lora=lora(0))
     ),

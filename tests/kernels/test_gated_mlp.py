@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kernel_inputs import ALL, FP, LOW, eager_mlp, ids_of, master, mlp_lora_from
+from support.kernel_inputs import (
+    ALL,
+    FP,
+    LOW,
+    eager_mlp,
+    ids_of,
+    master,
+    mlp_lora_from,
+    of_one_memory,
+)
 from support.mlp_inputs import PARTS, SHAPES, caller, eager_caller, make
 from support.oracle import assert_same, check, run, run_oracle
 from torch.utils.checkpoint import checkpoint
@@ -342,3 +351,13 @@ def test_gated_mlp_empty_lora_is_none():
     assert torch.equal(
         gated_mlp(tensors["x"], *weights, lora=GatedMLPLoRA()), gated_mlp(tensors["x"], *weights)
     )
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])], ids=["all rows", "some"])
+@pytest.mark.parametrize("parts", [PARTS, ("down",)], ids=str)
+def test_one_memory_may_be_given_without_its_dimension(parts, ids):
+    tensors, weights = make(((3, 7), 13, 29, 1, 5), torch.float32, parts)
+    given, call = of_one_memory(tensors), caller(weights, ids)
+    check(call, given, torch.float32)
+    got, want = run(call, given), run(call, tensors)
+    assert_same(got, (want[0], of_one_memory(want[1])))

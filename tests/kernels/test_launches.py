@@ -63,7 +63,8 @@ def step(at: Setting, widths: tuple[int, ...], rows: common.Rows) -> None:
     """Forward and backward of linear layers over one x, 8192 tokens."""
     x, layers = at.empty(8192, MODEL.hidden), linears(at, widths)
     ys, s = linears_forward(x, layers, rows)
-    linears_backward(ys, x, s, layers, rows, (True, [(True, True, False)] * len(widths)))
+    trained = [(layer.lora.a, layer.lora.b, None) for layer in layers]
+    linears_backward(ys, x, s, layers, rows, True, trained)
 
 
 def mlp_of(at: Setting, rows: common.Rows) -> Layer:
@@ -113,7 +114,8 @@ def test_launches_of_a_layer_in_a_training_step(memories):
     def mlp():
         layer, x = mlp_of(at, rows), at.empty(m, MODEL.hidden)
         y, saved = mlp_forward(x, layer, True)
-        mlp_backward(y, x, saved, layer, (True, True, [(True, True, False)] * 3))
+        trained = [(part.a, part.b, None) for part in layer.lora]
+        mlp_backward(y, x, saved, layer, (True, True), trained)
 
     assert count(lambda: step(at, QKV, rows)) == 16
     assert count(lambda: step(at, OUT, rows)) == 12

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kernel_inputs import FP, LOW, eager_linear, ids_of, lora_from, normal
+from support.kernel_inputs import FP, LOW, eager_linear, ids_of, lora_from, normal, of_one_memory
 from support.linears_inputs import SHAPES, caller, make, separate
 from support.oracle import assert_same, check, run
 from torch.utils.checkpoint import checkpoint
 
-from koffkernels import LoRA, force_backend, lora_linear, lora_linears
+from koffkernels import LoRA, add_lora, force_backend, lora_linear, lora_linears
 
 KINDS = ["none", "off", "one", "mixed"]
 QKV, WITHOUT_K = SHAPES[:2]
@@ -160,3 +160,20 @@ def test_lora_linears_refuses_what_does_not_fit():
         arguments = {"weights": weights, "lora": [q, k, v], "memory_ids": ids} | given
         with pytest.raises(ValueError, match=f"lora_linears: {message}"):
             lora_linears(tensors["x"], **arguments)
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])], ids=["all rows", "some"])
+def test_one_memory_may_be_given_without_its_dimension(ids):
+    tensors, weights = make((*QKV[:3], 1), torch.float32)
+    given = of_one_memory(tensors)
+    check(caller(weights, ids), given, torch.float32)
+    got, want = run(caller(weights, ids), given), run(caller(weights, ids), tensors)
+    assert_same(got, (want[0], of_one_memory(want[1])))
+
+    def added(t):
+        y = F.linear(t["x"], weights[0].to(t["x"].dtype))
+        return add_lora(y, t["x"], lora_from(t, "lora0"), ids)
+
+    used = {n: t for n, t in tensors.items() if n == "x" or n.startswith("lora0")}
+    got, want = run(added, of_one_memory(used)), run(added, used)
+    assert_same(got, (want[0], of_one_memory(want[1])))

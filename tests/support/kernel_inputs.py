@@ -45,6 +45,11 @@ def lora_from(tensors: dict, name: str) -> LoRA | None:
     return LoRA(*(tensors[f"{name}.{part}"] for part in LoRA._fields))
 
 
+def of_one_memory(tensors: dict) -> dict:
+    """The same tensors with each LoRA of the only memory without that dimension: [r, K], [N, r]."""
+    return {n: t[0] if n.endswith((".a", ".b")) else t for n, t in tensors.items()}
+
+
 def mlp_lora_from(tensors: dict) -> GatedMLPLoRA | None:
     parts = [lora_from(tensors, name) for name in GatedMLPLoRA._fields]
     return GatedMLPLoRA(*parts) if any(part is not None for part in parts) else None

@@ -26,6 +26,10 @@ from .gemm import gemm_linear
 from .grad import lora_grad, lora_grads
 from .shrink import shrink, shrink_each
 
+# a, b and scaling of an update as they were given, [r, K] and [N, r] of one memory too; None for
+# those that get no gradient.
+Trained = Sequence[Tensor | None]
+
 
 def route_of(stage: str, x: Tensor, weights: Sequence[Tensor], rows: Rows) -> routes.Route:
     """Return the route of a call on x [M, .] and weights [., K], whose outputs lie side by side."""
@@ -86,25 +90,25 @@ def matrix_gradients(
     loras: Sequence[LoRA],
     das: Sequence[MatrixSum],
     dbs: Sequence[MatrixSum],
-    needs: Sequence[Sequence[bool]],
+    trained: Sequence[Trained],
 ) -> list[list[Tensor | None]]:
-    """Return the gradients of each a [n, r, K], b [n, N, r] and scaling [n], None where ``needs``
-    says so, from the sums [n, r, K] and [n, r, N]; the sums of all a are cut alike, and those of
-    all b."""
+    """Return the gradients of what is trained, from the sums [n, r, K] for each a and [n, r, N] for
+    each b; the sums of all a are cut alike, and those of all b."""
     found: list[list[Tensor | None]] = [[None, None, None] for _ in loras]
     for part, sums in ((0, das), (1, dbs)):
-        trained = [i for i, need in enumerate(needs) if need[part]]
-        if trained:
-            added = totals(
-                [sums[i] for i in trained],
-                [loras[i][part].dtype for i in trained],
-                [loras[i].scaling for i in trained],
+        those = [i for i, given in enumerate(trained) if given[part] is not None]
+        for i in those:
+            like = trained[i][part]
+            found[i][part] = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if those:
+            totals(
+                [sums[i] for i in those],
+                [found[i][part] for i in those],
+                [loras[i].scaling for i in those],
                 transposed=part == 1,
             )
-            for i, gradient in zip(trained, added, strict=True):
-                found[i][part] = gradient
-    for i, (lora, need) in enumerate(zip(loras, needs, strict=True)):
-        if need[2]:  # not from db, which a scaling of 0 would have made 0
+    for i, (lora, given) in enumerate(zip(loras, trained, strict=True)):
+        if given[2] is not None:  # not from db, which a scaling of 0 would have made 0
             unscaled = dbs[i].total(torch.float32, None, transposed=True)
             found[i][2] = (unscaled * lora.b.float()).sum((1, 2)).to(lora.scaling.dtype)
     return found
@@ -140,23 +144,23 @@ def linears_backward(
     s: Tensor | None,
     layers: Sequence[Linear],
     rows: Rows,
-    needs: tuple[bool, Sequence[Sequence[bool]]],
+    needs_x: bool,
+    trained: Sequence[Trained],
 ) -> list[Tensor | None]:
-    """Return [dx, then da, db and dscaling of each layer] of ``linears_forward``, None where
-    ``needs`` (of x, and three flags for each layer) says so."""
-    needs_x, trains = needs
+    """Return [dx, then da, db and dscaling of each layer] of ``linears_forward``, None where there
+    is no need."""
     found: list[list[Tensor | None]] = [[None, None, None] for _ in layers]
     updated = [i for i, layer in enumerate(layers) if layer.lora is not None]
     loras = [layers[i].lora for i in updated]
     matrices = [lora.b.transpose(1, 2) for lora in loras]
     t = shrink_each([dys[i] for i in updated], matrices, rows)
     dx = _input_gradient(dys, t, layers, rows) if needs_x else None
-    if any(map(any, trains)):
+    if any(part is not None for given in trained for part in given):
         memories, ranks = loras[0].a.shape[0], [lora.a.shape[1] for lora in loras]
         das = lora_grad(t, x, memories, rows).by_rank(ranks)
         pairs = zip(s.split(ranks, 1), (dys[i] for i in updated), strict=True)
         dbs = lora_grads(list(pairs), memories, rows)
-        gradients = matrix_gradients(loras, das, dbs, [trains[i] for i in updated])
+        gradients = matrix_gradients(loras, das, dbs, [trained[i] for i in updated])
         for i, three in zip(updated, gradients, strict=True):
             found[i] = three
     return [dx, *(gradient for three in found for gradient in three)]

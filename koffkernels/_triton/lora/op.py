@@ -54,7 +54,7 @@ def _layers(*arguments: Any) -> tuple[list[Linear], Rows]:
     """Return what the arguments that ``_LAYERS`` names stand for."""
     *parts, ids, tokens = arguments
     layers = [
-        Linear(weight, bias, None if lora[0] is None else LoRA(*lora))
+        Linear(weight, bias, None if lora[0] is None else LoRA(*lora).stacked())
         for weight, bias, *lora in _of_each(parts)
         if weight is not None
     ]
@@ -109,9 +109,10 @@ def _backward(*arguments):
     *parts, needs = arguments[MOST + 2 :]
     layers, rows = _layers(*parts)
     dys = dys[: len(layers)]
-    wants = needs[0], list(_of_each(needs[1 : 1 + 3 * len(layers)], 3))
-    x = None if x is None else flat(x)
-    dx, *matrices = linears_backward([flat(dy) for dy in dys], x, s, layers, rows, wants)
+    given = zip(_matrices(parts[:-2]), needs[1:], strict=True)
+    trained = list(_of_each([part if need else None for part, need in given], 3))[: len(layers)]
+    x, flat_dys = None if x is None else flat(x), [flat(dy) for dy in dys]
+    dx, *matrices = linears_backward(flat_dys, x, s, layers, rows, needs[0], trained)
     return wanted([None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[1]), *matrices])
 
 

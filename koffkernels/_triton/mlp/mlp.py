@@ -23,7 +23,7 @@ from ..lora.expand import expand_
 from ..lora.gemm import CONFIGS as FUSED_DOWN
 from ..lora.gemm import gemm_linear
 from ..lora.grad import lora_grad
-from ..lora.linear import matrix_gradients, updates
+from ..lora.linear import Trained, matrix_gradients, updates
 from ..lora.linear import route_of as linear_route
 from ..lora.shrink import shrink, shrink_each
 from ..shared.launch import Rows
@@ -182,18 +182,19 @@ def mlp_backward(
     x: Tensor,
     saved: Saved,
     layer: Layer,
-    needs: tuple[bool, bool, Sequence[Sequence[bool]]],
+    needs: tuple[bool, bool],
+    trained: Sequence[Trained],
 ) -> list[Tensor | None]:
-    """Return [dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x, gates,
-    and three flags for each update) says so."""
+    """Return [dx, dz, then da, db, dscaling of gate, up and down], None where ``needs`` (x and
+    gates) and ``trained`` (gate, up and down) say so."""
     (w_gate, w_up, w_down), gates, lora, rows, _ = layer
-    needs_x, needs_gates, (train_gate, train_up, train_down) = needs
+    needs_x, needs_gates = needs
     gu = _gate_up(x, w_gate, w_up) if saved.gu is None else saved.gu
     t_down = None
     if lora.down is not None:
         t_down = shrink(dy, [lora.down.b.transpose(1, 2)], rows)
     hidden = _hidden_backward(dy @ w_down, gu, saved, t_down, layer, needs_gates)
-    sides = (hidden.dg, hidden.gate, train_gate), (hidden.du, hidden.up, train_up)
+    sides = (hidden.dg, hidden.gate, trained[0]), (hidden.du, hidden.up, trained[1])
     sides = [side for part, side in zip(lora, sides, strict=False) if part is not None]
     t = None
     if sides:
@@ -205,18 +206,17 @@ def mlp_backward(
         None if hidden.dz is None else hidden.dz.to(gates.dtype),
     ]
     found: list[list[Tensor | None]] = []
-    if any(train_gate) or any(train_up):
+    if any(part is not None for given in trained[:2] for part in given):
         loras = _first(lora)
         ranks = [part.a.shape[1] for part in loras]
         das = lora_grad(t, x, loras[0].a.shape[0], rows).by_rank(ranks)
-        trains = [train for *_, train in sides]
-        found = matrix_gradients(loras, das, [db for _, db, _ in sides], trains)
+        found = matrix_gradients(loras, das, [db for _, db, _ in sides], [g for *_, g in sides])
     three = iter(found)
     for part in (lora.gate, lora.up):
         grads += next(three, [None] * 3) if part is not None else [None] * 3
-    if any(train_down):
+    if any(part is not None for part in trained[2]):
         db = lora_grad(saved.s_down, dy, lora.down.a.shape[0], rows)
-        grads += matrix_gradients([lora.down], [hidden.down], [db], [train_down])[0]
+        grads += matrix_gradients([lora.down], [hidden.down], [db], trained[2:])[0]
     else:
         grads += [None] * 3
     return grads

@@ -47,7 +47,9 @@ def _layer(w_gate, w_up, w_down, gates, *rest) -> Layer:
     """Return the layer of the arguments that ``_LAYER`` names."""
     *nine, ids, tokens, activation = rest
     triples = _in_threes(nine)
-    lora = GatedMLPLoRA(*(None if triple[0] is None else LoRA(*triple) for triple in triples))
+    lora = GatedMLPLoRA(
+        *(None if triple[0] is None else LoRA(*triple).stacked() for triple in triples)
+    )
     return Layer((w_gate, w_up, w_down), gates, lora, Rows(ids, tokens), activation)
 
 
@@ -81,31 +83,30 @@ def _setup(ctx, inputs, output):
     x, *arguments, recompute = inputs
     *tensors, ctx.tokens, ctx.activation = arguments
     _, gu, s_gate_up, s_down = output
-    lora = _layer(*arguments).lora
+    (a_gate, *_), (a_up, *_), (a_down, *_) = _in_threes(arguments[4:13])
     ctx.save_for_backward(
         x,
         None if recompute else gu,
-        None if lora.gate is None and lora.up is None else s_gate_up,
-        None if lora.down is None else s_down,
+        None if a_gate is None and a_up is None else s_gate_up,
+        None if a_down is None else s_down,
         *tensors,
     )
 
 
 def _backward(dy, x, gu, s_gate_up, s_down, *rest):
     *arguments, needs = rest
-    needs_x, needs_gates, *nine = needs
-    saved = Saved(gu, s_gate_up, s_down)
-    wants = needs_x, needs_gates, list(_in_threes(nine))
-    dx, *others = mlp_backward(flat(dy), flat(x), saved, _layer(*arguments), wants)
+    given = zip(arguments[4:13], needs[2:], strict=True)
+    trained = list(_in_threes([part if need else None for part, need in given]))
+    saved, layer = Saved(gu, s_gate_up, s_down), _layer(*arguments)
+    dx, *others = mlp_backward(flat(dy), flat(x), saved, layer, tuple(needs[:2]), trained)
     return wanted([None if dx is None else dx.view(x.shape), *others])
 
 
 def _backward_fake(dy, x, gu, s_gate_up, s_down, *rest):
     *arguments, needs = rest
-    layer = _layer(*arguments)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, need in zip((x, layer.gates, *_nine(layer.lora)), needs, strict=True)
+        for t, need in zip((x, *arguments[3:13]), needs, strict=True)
         if need
     ]
 

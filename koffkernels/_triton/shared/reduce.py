@@ -172,7 +172,11 @@ class MatrixSum(NamedTuple):
     def total(self, dtype: torch.dtype, scaling: Tensor | None, transposed: bool) -> Tensor:
         """Return the sums times ``scaling`` [n], or as they are for None: [n, r, W], 0 for a memory
         that no token uses; [n, W, r] where ``transposed``."""
-        return totals([self], [dtype], [scaling], transposed)[0]
+        _, _, rank, width = self.parts.shape
+        sides = (width, rank) if transposed else (rank, width)
+        out = self.parts.new_empty((self.memories, *sides), dtype=dtype)
+        totals([self], [out], [scaling], transposed)
+        return out
 
     def by_rank(self, ranks: Sequence[int]) -> list[MatrixSum]:
         """Return the sums of updates whose ranks lie side by side in this one."""
@@ -181,17 +185,15 @@ class MatrixSum(NamedTuple):
 
 def totals(
     sums: Sequence[MatrixSum],
-    dtypes: Sequence[torch.dtype],
+    outs: Sequence[Tensor],
     scalings: Sequence[Tensor | None],
     transposed: bool,
-) -> list[Tensor]:
-    """Return ``MatrixSum.total`` of up to three sums over the same tokens, cut alike; of several,
-    each needs a scaling."""
+) -> None:
+    """Write ``MatrixSum.total`` of up to three sums over the same tokens, cut alike, into ``outs``,
+    contiguous; of several, each needs a scaling."""
     operands = []
-    for each, dtype, scaling in zip(sums, dtypes, scalings, strict=True):
+    for each, out, scaling in zip(sums, outs, scalings, strict=True):
         _, memories, rank, width = each.parts.shape
-        sides = (width, rank) if transposed else (rank, width)
-        out = each.parts.new_empty((each.memories, *sides), dtype=dtype)
         strides = each.parts.stride(0), each.parts.stride(1) if memories > 1 else 0
         operands.append(SumOperand(each.parts, out, scaling, *strides, rank, width))
     first, second, third = up_to_three(operands)
@@ -218,4 +220,3 @@ def totals(
         BLOCK_R=block_r,
         BLOCK_W=block_w,
     )
-    return [operand.out for operand in operands]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernel_inputs import ids_of, normal
+from support.kernel_inputs import ids_of, normal, of_one_memory
 from support.linears_inputs import SHAPES, caller, make, separate
 from support.oracle import assert_same, check, run
 
@@ -150,7 +150,19 @@ def test_narrow_kernels_of_three_are_those_of_one(tokens, ids):
     pairs = list(zip(s.split(ranks, 1), dys, strict=True))
     scaling = [torch.rand(n) for _ in ranks]
     sums = lora_grads(pairs, n, rows)
-    together = totals(sums, [torch.float32] * 3, scaling, transposed=True)
+    together = [torch.empty(n, w, r) for w, r in zip(widths, ranks, strict=True)]
+    totals(sums, together, scaling, transposed=True)
     for pair, scale, got in zip(pairs, scaling, together, strict=True):
         want = lora_grads([pair], n, rows)[0].total(torch.float32, scale, transposed=True)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])], ids=["all rows", "some"])
+@pytest.mark.parametrize("route", ["vendor", "fused", "decode"])
+def test_one_memory_may_be_given_without_its_dimension(route, ids):
+    tensors, weights = make((*QKV[:3], 1), torch.float32)
+    frozen, given = tensors if route == "decode" else (), of_one_memory(tensors)
+    with koffkernels.force_route(route):
+        check(caller(weights, ids), given, torch.float32, frozen)
+        got, want = (run(caller(weights, ids), t, frozen) for t in (given, tensors))
+    assert_same(got, (want[0], of_one_memory(want[1])))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import linear_inputs, mlp_inputs
-from support.kernel_inputs import ids_of
+from support.kernel_inputs import ids_of, of_one_memory
 from support.oracle import assert_same, check, run
 
 import koffkernels
@@ -242,3 +242,13 @@ def test_backward_operators_keep_the_layout_they_promise(op, monkeypatch):
         run(call, tensors)
     assert len(seen) == 1
     torch.library.opcheck(seen[0][0], seen[0][1], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])], ids=["all rows", "some"])
+@pytest.mark.parametrize("parts", [mlp_inputs.PARTS, ("down",)], ids=str)
+def test_gated_mlp_of_one_memory_may_be_given_without_its_dimension(parts, ids):
+    tensors, weights = mlp_inputs.make(((3, 7), 13, 29, 1, 5), torch.float32, parts)
+    given, call = of_one_memory(tensors), mlp_inputs.caller(weights, ids)
+    check(call, given, torch.float32)
+    got, want = run(call, given), run(call, tensors)
+    assert_same(got, (want[0], of_one_memory(want[1])))
