@@ -7,14 +7,18 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import torch
+
 from .imports import ROOT
 
 BUILD = tomllib.loads((ROOT / "build.toml").read_text())
 
 
 def variant(folder: Path, identifier: str) -> Path:
-    """A repository on disk with one build for the CPU, as kernel-builder lays it out."""
-    build = folder / identifier / "build" / "torch-cpu"
+    """A repository on disk with one build for this torch, as kernel-builder lays it out."""
+    # A torch with CUDA asks for that also where there is no GPU.
+    backend = "cpu" if torch.version.cuda is None else "cuda"
+    build = folder / identifier / "build" / f"torch-{backend}"
     source = ROOT / "torch-ext" / BUILD["general"]["name"]
     endings = BUILD["torch-noarch"]["pyext"]
 
@@ -37,7 +41,7 @@ def variant(folder: Path, identifier: str) -> Path:
         "version": general["version"],
         "license": general["license"],
         "python-depends": [],
-        "backend": {"type": "cpu"},
+        "backend": {"type": backend},
         "digest": {"algorithm": "sha256", "files": digests},
     }
     (build / "metadata.json").write_text(json.dumps(metadata))
