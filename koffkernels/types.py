@@ -24,7 +24,8 @@ class LoRA(NamedTuple):
 
     No result depends on the memory of another row, as long as a, b and scaling b are finite in the
     dtype that is computed in. Kernels multiply a memory by 0 for those tokens of their tile that
-    have another one, and 0 times infinity is NaN. A memory that no row has may hold anything.
+    have another one, and 0 times infinity is NaN. A memory that no row has may hold anything in a,
+    and in b too unless scaling is trained, whose gradient is a sum of products with b.
     """
 
     a: Tensor

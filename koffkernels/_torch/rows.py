@@ -9,6 +9,8 @@ larger, a row's tokens or its matrices.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,7 @@ def known_rows(memory_ids: Tensor | RowGroups | None, memories: int) -> RowGroup
 def as_rows(x: Tensor, one_memory: bool) -> Tensor:
     """Return x [B, T, K] or [M, K] as rows [B, T, K]: one long row if all have one memory."""
     if one_memory:
-        return x.reshape(1, -1, x.shape[-1])
+        return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])  # -1 fails where K is 0
     return x if x.dim() == 3 else x[:, None, :]
 
 

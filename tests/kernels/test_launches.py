@@ -19,6 +19,7 @@ from koffkernels._triton.lora.linear import (
     linears_forward,
     linears_inference,
 )
+from koffkernels._triton.lora.op import flat
 from koffkernels._triton.mlp.mlp import Layer, mlp_backward, mlp_forward, mlp_inference
 from koffkernels._triton.shared import launch as common
 
@@ -121,6 +122,26 @@ def test_launches_of_a_layer_in_a_training_step(memories):
     assert count(lambda: step(at, OUT, rows)) == 12
     assert count(mlp) == 25
     assert count(attention) == 7
+
+
+def test_without_queries_nothing_is_launched():
+    """A few-query kernel would divide by their number."""
+    q, kv = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 8, 64, device="meta")
+    prefix = Prefix(kv, kv, torch.empty(2, dtype=torch.int64, device="meta"))
+    with common.recording() as launches:
+        o, lse = attention_forward(Call(q, kv, kv, prefix, None, None, 1.0), "auto")
+    assert launches == [] and o.shape == q.shape and lse.shape == (2, 4, 0)
+
+
+@pytest.mark.parametrize("lead", [(), (4, 2)])
+def test_rows_that_lie_too_far_apart_are_copied(lead):
+    """Inside of a tile of 128 rows kernels count in 32 bits."""
+    strides = [2**40, 2**38][: len(lead)]
+    for distance, copied in ((2**24, True), (2**20, False)):
+        x = torch.empty_strided((*lead, 128, 16), (*strides, distance, 1), device="meta")
+        assert common.unit_stride(x).is_contiguous() == copied
+    last = torch.empty_strided((65, 1, 16), (2**25, 2**25, 1), device="meta")  # h[:, -1:]
+    assert flat(last).stride() == (16, 1)
 
 
 def test_launches_of_q_and_v_which_peft_takes_by_default():

@@ -33,7 +33,7 @@ def ids_of(kind: str, rows: int, memories: int) -> Tensor | None:
 def lora_tensors(name: str, n: int, r: int, k: int, out: int, dtype: torch.dtype) -> dict:
     """a, b and scaling such that the delta is about as large as the base output."""
     return {
-        f"{name}.a": normal(n, r, k, dtype=dtype, scale=k**-0.5),
+        f"{name}.a": normal(n, r, k, dtype=dtype, scale=max(k, 1) ** -0.5),
         f"{name}.b": normal(n, out, r, dtype=dtype, scale=r**-0.5),
         f"{name}.scaling": torch.linspace(0.5, 1.5, n, dtype=dtype),
     }

@@ -9,7 +9,7 @@ from support.kernel_inputs import lora_from, lora_tensors, master, normal
 from koffkernels import lora_linears
 
 # x's leading shape, K, (N, rank or None) of each weight, memories: q, k and v of grouped heads,
-# one without an update, ones, one weight, two, no rows, no tokens.
+# one without an update, ones, one weight, two, no rows, no tokens, no outputs, no inputs.
 SHAPES = [
     ((3, 7), 40, ((48, 4), (16, 4), (16, 4)), 2),
     ((2, 5), 37, ((70, 5), (33, None), (9, 17)), 3),
@@ -18,6 +18,8 @@ SHAPES = [
     ((4, 9), 31, ((64, None), (7, 33)), 40),
     ((0, 4), 8, ((6, 2), (3, 2), (3, 2)), 2),
     ((4, 0), 8, ((6, 2), (3, None), (3, 2)), 2),
+    ((2, 3), 8, ((6, 2), (0, 2), (3, 2)), 2),
+    ((2, 3), 0, ((6, 2), (3, None), (3, 2)), 1),
 ]
 
 
@@ -28,7 +30,7 @@ def make(shape, dtype):
     for i, (n, rank) in enumerate(layers):
         if rank is not None:
             tensors |= lora_tensors(f"lora{i}", memories, rank, k, n, master(dtype))
-    return tensors, [normal(n, k, dtype=dtype, scale=k**-0.5) for n, _ in layers]
+    return tensors, [normal(n, k, dtype=dtype, scale=max(k, 1) ** -0.5) for n, _ in layers]
 
 
 def separate(weights, ids, biases=None, layout=lambda x: x):

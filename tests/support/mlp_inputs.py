@@ -7,7 +7,7 @@ from koffkernels import gated_mlp
 
 PARTS = ("gate", "up", "down")
 # x's leading shape, H, I, memories, rank: ones, primes, an empty batch, no tokens, T = 1, a rank
-# above every width, many memories, and x with two dimensions.
+# above every width, many memories, x with two dimensions, and no neurons.
 SHAPES = [
     ((1, 1), 1, 1, 1, 1),
     ((3, 7), 13, 29, 2, 1),
@@ -18,6 +18,7 @@ SHAPES = [
     ((19,), 12, 20, 4, 3),
     ((1,), 3, 5, 1, 2),
     ((0,), 8, 12, 2, 4),
+    ((2, 3), 8, 0, 2, 4),
 ]
 
 
@@ -38,7 +39,7 @@ def make(shape, dtype, parts=PARTS, gates="mixed"):
         tensors |= lora_tensors(name, memories, rank, k, n, master(dtype))
     scale = hidden**-0.5
     weights = [normal(width, hidden, dtype=dtype, scale=scale) for _ in range(2)]
-    return tensors, [*weights, normal(hidden, width, dtype=dtype, scale=width**-0.5)]
+    return tensors, [*weights, normal(hidden, width, dtype=dtype, scale=max(width, 1) ** -0.5)]
 
 
 def caller(weights, ids, activation="silu", layout=lambda x: x):

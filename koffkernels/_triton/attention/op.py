@@ -66,6 +66,8 @@ def _way(call: Call, route: str, stage: str) -> tuple[str, str | None]:
 
 def forward(call: Call, route: str) -> tuple[Tensor, Tensor]:
     """Return o [B, Hq, T, D] and lse (fp32 [B, Hq, T], natural, -inf where nothing is seen)."""
+    if call.q.numel() == 0:
+        return empty_output(call.q)
     if few.fits(call.q, call.k):
         return few.decode(call)
     way, choice = _way(call, route, "forward")

@@ -40,9 +40,8 @@ def rows_of(x: Tensor, ids: Tensor | None) -> Rows:
 
 
 def flat(x: Tensor) -> Tensor:
-    """Return x [..., K] as [M, K] with last stride 1."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return x [..., K] as [M, K] that kernels can read."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
 def _of_each(parts: Sequence[Any], size: int = _PARTS) -> Iterator[Sequence[Any]]:
@@ -170,9 +169,10 @@ def run(
     loras: Sequence[LoRA | None],
     memory_ids: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """See ``koffkernels.lora_linears``; without LoRA, and in fp64, the plain way."""
+    """See ``koffkernels.lora_linears``; without LoRA, in fp64, and of no width the plain way."""
     dtype = compute_dtype(x, weights[0])
-    if all(lora is None for lora in loras) or dtype == torch.float64:
+    plainly = all(lora is None for lora in loras) or dtype == torch.float64
+    if plainly or not all(weight.numel() for weight in weights):
         return plain.run(x, weights, biases, loras, memory_ids)
     ids, tokens = rows_of(x, memory_ids)
     parts: list[Tensor | None] = []

@@ -142,10 +142,11 @@ def run(
     memory_ids: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """See ``koffkernels.gated_mlp``; without gates and LoRA, and in fp64, the plain way."""
+    """See ``koffkernels.gated_mlp``; without gates and LoRA, in fp64, and of no width the plain
+    way."""
     dtype = dispatch.compute_dtype(x, weights[0])
     trained = gates, *_nine(lora)
-    if all(t is None for t in trained) or dtype == torch.float64:
+    if all(t is None for t in trained) or dtype == torch.float64 or not weights[0].numel():
         return plain.run(x, weights, gates, lora, memory_ids, activation)
     ids, tokens = rows_of(x, memory_ids)
     with dispatch.without_autocast(x.device):

@@ -53,6 +53,8 @@ _IDS_BLOCK = tl.constexpr(1024)
 
 _REGISTERS = 65536  # of a multiprocessor, on every chip that is supported
 
+_TOO_FAR = 2**31 // 256  # of one row from the next, as no tile has more than 256
+
 # tl.dot takes no side below 16, the height of the tensor cores' smallest tile.
 SMALLEST_TILE = 16
 
@@ -248,9 +250,11 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Return x, copied if its last dimension is not the dense one: kernels take the other
+    """Return x [..., rows, width], copied if its last dimension is not the dense one, or if its
+    rows lie so far apart that the offsets inside a tile pass 32 bits: kernels take the other
     strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    near = x.shape[-2] <= 1 or x.stride(-2) < _TOO_FAR
+    return x if near and x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache
