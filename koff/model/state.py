@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class KoffState(nn.Module):
         graphs: decode steps that ``generate`` captured.
         dense_widths: MLP widths before pruning.
         kept: after compaction, the kept neurons' indices of each layer.
+        metadata: what ``koff.load`` read beside the model, for ``koff.save`` to keep.
         attention: the model's attention implementation before koff's took its place; None if it
             did not. ``trainable`` and ``hooks`` are likewise what ``detach`` undoes.
     """
@@ -77,6 +79,7 @@ class KoffState(nn.Module):
         self.running = Running(Calls())
         self.graphs = DecodeGraphs()
         self.kept: list[Tensor] | None = None
+        self.metadata: dict[str, Any] = {}
         self.attention: str | None = None
         self.trainable: list[str] = []
         self.hooks: list = []

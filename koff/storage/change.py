@@ -55,7 +55,7 @@ def put_memory(
         write_memory(model, memory, new, manifest)
         manifest.files |= digests(staging, filter(is_plain, files_of(staging)))
         manifest.memories = [*manifest.memories, name]
-        _forget(manifest.metadata, name)  # of one that had this name before
+        forget(manifest.metadata, name)  # of one that had this name before
         if record is not None:
             added = manifest.metadata.get("added") or {}
             manifest.metadata["added"] = added | {name: record}
@@ -77,7 +77,7 @@ def drop_memory(directory: Path, name: str) -> None:
         manifest.memories = [other for other in manifest.memories if other != name]
         for file in memory_names(manifest.files, name):
             del manifest.files[file]
-        _forget(manifest.metadata, name)
+        forget(manifest.metadata, name)
     # koff.json no longer names it, so a crash here leaves files that nobody reads.
     shutil.rmtree(directory / MEMORIES / name, ignore_errors=True)
 
@@ -129,7 +129,7 @@ def _changed(
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _forget(metadata: dict[str, Any], name: str) -> None:
+def forget(metadata: dict[str, Any], name: str) -> None:
     """Drop what metadata says of a memory that goes, or went before another takes its name."""
     for kind in ("data", "added"):
         (metadata.get(kind) or {}).pop(name, None)

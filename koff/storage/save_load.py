@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,28 @@ from ..version import __version__
 from .adapters import check_memory, read_memory, write_memory
 from .backbone import build_backbone, check_backbone, check_writable
 from .card import model_card
+from .change import forget
 from .files import digests, is_plain
 from .hub import resolve
-from .layout import CARD, KV, MARKER, MEMORIES, backbone_names, current, memory_parts
+from .layout import (
+    CARD,
+    CONFIG,
+    INDEX,
+    KV,
+    MARKER,
+    MEMORIES,
+    backbone_names,
+    current,
+    memory_parts,
+    tokenizer_names,
+    weight_names,
+)
 from .lock import locked
 from .manifest import Manifest, backbone_digest
 from .metadata import plain_metadata
 from .processes import one_writes
 from .publish import files_of, new_staging, publish, settle
-from .saved_folder import SavedFolder
+from .saved_folder import SavedFolder, open_saved
 from .space import SMALL_FILES, bytes_of, writing
 
 
@@ -50,18 +65,21 @@ def save(
 
     Everything is written into a new folder first and takes the place of what was there in one step,
     so that at every moment either the old or the new model loads completely, also after a crash.
-    Files that koff did not write stay. One process at a time may save into a directory: another is
-    refused meanwhile. Of a distributed run the first process writes, and the others, which may or
-    may not come here too, return when it is done.
+    Files that koff did not write stay; where one has the name of a file of the model, such as
+    config.json, nothing is written unless ``overwrite`` says so. One process at a time may save
+    into a directory: another is refused meanwhile. Of a distributed run the first process writes,
+    and the others, which may or may not come here too, return when it is done.
 
     Args:
         model: an attached model without gates (compacted, or attached with target_sparsity=0).
         directory: where; created if needed.
-        tokenizer: saved beside the model if given.
-        metadata: JSON values to store: "base" (id of the dense model) and "revision", texts; "data"
-            and "general" ({name: what it was trained on}) and "results" (rows of
-            ``koff.evaluate``), which the card shows; "added", koff's own; and whatever else.
-        overwrite: replace a model saved there before.
+        tokenizer: saved beside the model. None: where a saved model is replaced that has as many
+            tokens, its tokenizer stays.
+        metadata: JSON values to store, beside those that ``koff.load`` has read: "base" (id of the
+            dense model) and "revision", texts; "data" and "general" ({name: what it was trained
+            on}) and "results" (rows of ``koff.evaluate``), which the card shows; "added", koff's
+            own; and whatever else.
+        overwrite: replace a model that is there, saved by koff or by others.
 
     Returns:
         The directory.
@@ -78,7 +96,7 @@ def save(
     model = whole_model(model)
     with one_writes(f"koff.save {directory}") as writes:
         if writes:
-            metadata = plain_metadata(metadata)
+            metadata = _carried(model) | plain_metadata(metadata)
             _check_model(model)
             _check_place(directory, overwrite)
             directory.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +105,17 @@ def save(
                 # A model that it replaces goes only when this one is there.
                 needed = bytes_of(model.parameters()) + SMALL_FILES
                 with writing("the model", needed, directory):
-                    _write(model, directory, tokenizer, metadata)
+                    _write(model, directory, tokenizer, metadata, overwrite)
     return directory
+
+
+def _carried(model: PreTrainedModel) -> dict[str, Any]:
+    """What was read beside the model, of the memories that are still there."""
+    metadata = copy.deepcopy(model.koff.metadata)
+    named = {*(metadata.get("data") or ()), *(metadata.get("added") or ())}
+    for name in named - {*model.koff.memory_names}:
+        forget(metadata, name)
+    return metadata
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -108,15 +135,33 @@ def _check_place(directory: Path, overwrite: bool) -> None:
         raise ValueError(
             "koff.save: the directory must be a folder, got a file or a dead link; choose another"
         )
-    if (current(directory) / MARKER).exists() and not overwrite:
+    if overwrite or not directory.is_dir():
+        return
+    if (current(directory) / MARKER).exists():
         raise ValueError(
             f"koff.save: the directory must not hold a saved model, got {directory}; choose "
             "another folder or pass overwrite=True"
         )
+    _check_free(directory, [CONFIG, INDEX, *weight_names(p.name for p in directory.iterdir())])
+
+
+def _check_free(directory: Path, names: Iterable[str]) -> None:
+    """Refuse to write over somebody else's files."""
+    taken = next((name for name in names if os.path.lexists(directory / name)), None)
+    if taken is not None:
+        raise ValueError(
+            f"koff.save: the directory must not hold files that koff did not write under the names "
+            f"of a model's, got {taken} in {directory}; choose another folder or pass "
+            "overwrite=True"
+        )
 
 
 def _write(
-    model: PreTrainedModel, directory: Path, tokenizer: Any, metadata: dict[str, Any]
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: Any,
+    metadata: dict[str, Any],
+    overwrite: bool,
 ) -> None:
     """Write everything into a staging folder, and move it into place."""
     base = metadata.pop("base", None) or (model.config._name_or_path or None)
@@ -126,6 +171,8 @@ def _write(
         write_backbone(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        elif overwrite:
+            _keep_tokenizer(model, directory, staging)
         # The backbone's hash is known before the memories are written, each of which repeats it.
         # A name that is not legal everywhere, as a tokenizer's file may have it, is not listed.
         files = digests(staging, filter(is_plain, files_of(staging)))
@@ -136,9 +183,26 @@ def _write(
         new = [n for n in files_of(staging) if is_plain(n) and n not in manifest.files]
         manifest.files |= digests(staging, new)
         (staging / MARKER).write_text(manifest.to_text(), encoding="utf-8")  # it lists the others
+        if not overwrite:
+            _check_free(directory, files_of(staging))
         publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep_tokenizer(model: PreTrainedModel, directory: Path, staging: Path) -> None:
+    """Copy the tokenizer of the model that is replaced, unless it cannot be this one's, too."""
+    try:
+        old = open_saved(directory)
+        names = tokenizer_names(old.manifest.files)
+        old.verify(names)
+        tokens = old.file(CONFIG).json().get("vocab_size")
+    except (OSError, ValueError):  # no saved model, or a damaged one
+        return
+    if tokens == model.config.vocab_size:
+        for name in names:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old.path / name, staging / name)
 
 
 def _new_staging(directory: Path) -> Path:
@@ -234,6 +298,7 @@ def load(
     generator = torch.Generator().manual_seed(0)
     state = KoffState(model, manifest.config, generator, with_gates=False)
     state.dense_widths, state.kept = manifest.dense_widths, kept
+    state.metadata = manifest.metadata | {"revision": manifest.revision}
     for name in manifest.memories:
         state.memories.add(read_memory(folder, model, name, generator))
     install(model, state)

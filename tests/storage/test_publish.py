@@ -7,15 +7,17 @@ import stat
 
 import pytest
 import torch
-from support.models import same
+from support.character_tokenizer import make_tokenizer
+from support.models import attached, same, tiny
 from support.small_models import outputs, small
 from transformers import PreTrainedModel
 
 import koff
 from koff.commands import train as pipeline
 from koff.storage import files
-from koff.storage.layout import COMMITTED
+from koff.storage.layout import COMMITTED, tokenizer_names
 from koff.storage.publish import files_of, settle
+from koff.storage.saved_folder import open_saved
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync")
 
@@ -185,3 +187,58 @@ def test_loading_keeps_the_base_and_the_generation_config(models, tmp_path):
     assert again.generation_config.to_dict() == model.generation_config.to_dict()
     ids = torch.tensor([[3, 4]])
     assert again.generate(ids, memory="en", do_sample=False).shape[1] <= 9
+
+
+def stock(folder, shards=False):
+    """A model of transformers', a note and a card, none of them koff's."""
+    model = tiny("llama")
+    model.save_pretrained(folder, max_shard_size="40KB" if shards else "1GB")
+    for name in ("README.md", "notes.txt"):
+        (folder / name).write_text("mine")
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_folder_of_others_is_left_alone(models, shards, tmp_path):
+    """Such as that of the dense model."""
+    before = stock(tmp_path, shards)
+    assert shards == (len([name for name in before if name.endswith(".safetensors")]) > 1)
+    with pytest.raises(ValueError, match="must not hold files that koff did not write.*got config"):
+        koff.save(models[0], tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files_of(tmp_path)} == before
+    koff.save(models[0], tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert same(outputs(koff.load(tmp_path)), outputs(models[0]))
+
+
+@pytest.mark.parametrize("name", ["README.md", "memories/en/memory.json", "tokenizer.json"])
+def test_one_file_of_others_under_a_name_of_the_models_is_left_alone(models, name, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"got {name} in .*overwrite=True"):
+        koff.save(models[0], tmp_path, tokenizer=make_tokenizer())
+    assert files_of(tmp_path) == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_what_lies_beside_a_loaded_model_is_kept(models, tmp_path):
+    data = {"en": "three rows", "fr": "four"}
+    metadata = {"base": "me/mine", "revision": "main", "data": data, "mine": [1]}
+    out = koff.save(models[0], tmp_path / "a", metadata=metadata)
+    model = koff.load(out)
+    koff.remove_memory(model, "fr")
+    kept = koff.load(koff.save(model, tmp_path / "b", metadata={"mine": [2]})).koff.metadata
+    assert kept == {"revision": "main", "data": {"en": "three rows"}, "mine": [2]}
+    assert koff.load(out).koff.metadata["data"] == data
+
+
+def test_the_tokenizer_of_a_replaced_model_is_kept(models, tmp_path):
+    tokenizer = make_tokenizer()
+    out = koff.save(models[0], tmp_path / "out", tokenizer=tokenizer)
+    want = tokenizer_names(names(out) - {"koff.json"})
+    for _ in range(2):
+        koff.save(models[1], out, overwrite=True)
+        assert tokenizer_names(names(out) - {"koff.json"}) == want and want
+        open_saved(out).load_tokenizer()
+    other = attached("llama", changes=dict(vocab_size=90), memories=("en",), target_sparsity=0)
+    koff.save(other, out, overwrite=True)
+    assert not tokenizer_names(names(out) - {"koff.json"})
