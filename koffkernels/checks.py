@@ -7,6 +7,7 @@ message that mentions a size would fix that size, so that each new batch compile
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NoReturn
@@ -49,6 +50,13 @@ def _is(value: object, shape: tuple[int, ...], x: Tensor) -> bool:
         and value.dtype in FLOATING
         and value.device == x.device
     )
+
+
+def check_there(where: str, device: torch.device | str) -> None:
+    """Refuse a GPU where there is none."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        rule, step = "be one that torch finds", 'pass device="cpu", or install a torch with CUDA'
+        refuse(where, "device", rule, f"{device} without a CUDA GPU", step)
 
 
 def check_type(where: str, name: str, value: object, kind: type) -> None:
@@ -303,6 +311,12 @@ def check_prefix_attention(
         check_ids(where, memory_ids, prefix.k.shape[0], rows, q)
     if isinstance(scale, Tensor):  # calls are replayed by their numbers, which a tensor hides
         refuse(where, "scale", "be a number", "a tensor", "pass scale.item()", TypeError)
+    if scale is not None and not torch.compiler.is_compiling():
+        if not isinstance(scale, (int, float)):
+            got = type(scale).__name__
+            refuse(where, "scale", "be a number", got, "pass None for 1 / sqrt(D)", TypeError)
+        if not math.isfinite(scale):
+            refuse(where, "scale", "be finite", scale, "pass None for 1 / sqrt(D)")
 
 
 def check_prefix(where: str, prefix: Prefix, q: Tensor, kv_heads: int) -> None:

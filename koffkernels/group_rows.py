@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import refuse
 from .types import RowGroups
 
 
@@ -18,7 +19,14 @@ def group_rows(memory_ids: Tensor, memories: int) -> RowGroups:
 
     Returns:
         The groups. On a GPU and under torch.compile, where reading ids would wait, ids alone.
+
+    Raises:
+        TypeError: anything but an int64 tensor.
     """
+    if not isinstance(memory_ids, Tensor) or memory_ids.dtype != torch.int64:
+        got = memory_ids.dtype if isinstance(memory_ids, Tensor) else type(memory_ids).__name__
+        step = "pass torch.tensor(ids), of whole numbers"
+        refuse("group_rows", "memory_ids", "be an int64 tensor", got, step, TypeError)
     if memory_ids.device.type != "cpu" or torch.compiler.is_compiling():
         known = (memory_ids >= 0) & (memory_ids < memories)
         return RowGroups(torch.where(known, memory_ids, -1))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import refuse
+from .checks import check_there, refuse
 from .gated_mlp import gated_mlp
 from .lora_linear import lora_linears
 from .prefix_attention import prefix_attention
@@ -97,8 +97,9 @@ def warmup(
         device: where; memory for one layer's weights and activations is taken for the time.
 
     Raises:
-        ValueError: a size that is not positive.
+        ValueError: a size that is not positive, or no such device.
     """
+    check_there("warmup", device)
     for name, value in shape._asdict().items():
         lowest = 0 if name in ("rank", "prefix") else 1
         if value < lowest:

@@ -48,6 +48,12 @@ class Boundary:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         memory = kwargs.pop("memory", ACTIVE)
+        for name in ("adapter_names", "memories"):  # transformers drops what it does not know
+            if kwargs.get(name) is not None:
+                raise TypeError(
+                    f"forward: the memory of each row must be given as memory, got {name}; pass "
+                    "memory= a name, or a list with a name or None for each row"
+                )
         inputs = kwargs.get("input_ids")
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
         state = self.state

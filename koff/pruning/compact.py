@@ -76,8 +76,9 @@ def compact(
     there, one at a time. The result is then nearer to that checkpoint than the masked model was.
 
     Args:
-        model: an attached model with gates; ``binarize`` is called with its defaults if it has not
-            run. Or one without gates, in few bits.
+        model: an attached model with gates. If ``binarize`` has not run, it is called with its
+            defaults, which fixes the mask of this model in any case. Or one without gates, in few
+            bits.
         inplace: narrow the given model layer by layer, freeing as it goes, and return it; otherwise
             a new model is returned, the given one keeps all its weights, and two models are never
             held (only the new, narrow one beside it). A model that FSDP shards is gathered on
@@ -120,6 +121,10 @@ def compact(
             if not dequantize:
                 original = held.enter_context(Original(model, base, revision))
         if state.gates is not None and not state.gates.fixed:
+            logger.warning(
+                "koff: compact fixes the mask of the model, by koff.binarize with its defaults, "
+                "since nobody has"
+            )
             binarize(model)
         if is_sharded(model):
             model, inplace = whole_model(model), True

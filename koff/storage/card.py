@@ -82,7 +82,10 @@ def _range(widths: list[int]) -> str:
 
 def _results(rows: list[dict[str, Any]] | None) -> str:
     if not rows:
-        return "\nNo quality was measured when this was written; `koff eval --card` measures it.\n"
+        return (
+            "\nNo quality was measured when this was written. `koff.evaluate` measures it; in a "
+            "folder of `koff train`, `koff eval --card` writes it here.\n"
+        )
     lines = ["\n## Measured\n", "| variant | memory | domain | split | perplexity | bits/byte |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:

@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from koffkernels.checks import check_there
+
 from ..data.records import check_tokenizer
 from ..errors import asked_by
 from ..model import arch
@@ -279,9 +281,10 @@ def load(
         An attached model with all its memories, computing bit for bit what the saved one did.
 
     Raises:
-        FileNotFoundError, ValueError: not a saved model, damaged, or memories that do not belong to
-            the backbone.
+        FileNotFoundError, ValueError: not a saved model, damaged, memories that do not belong to
+            the backbone, or a device that is not there.
     """
+    check_there("koff.load", device or "cpu")
     # From the cheapest check to the dearest, and each before what it protects: types and names in
     # koff.json, sizes against the headers, hashes, then the data.
     folder = SavedFolder(resolve(directory, revision))

@@ -240,6 +240,8 @@ ATTENTION = {
     "scale: be a number, got a tensor; pass scale.item()": (
         lambda: attention(scale=torch.tensor(0.5))
     ),
+    "scale: be a number, got str; pass None for 1 / sqrt(D)": lambda: attention(scale="x"),
+    "scale: be finite, got nan; pass None for 1 / sqrt(D)": lambda: attention(scale=float("nan")),
 }
 HARD = {
     "log_alpha: be a torch.Tensor, got float; pass a tensor": (

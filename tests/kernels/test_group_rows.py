@@ -87,3 +87,9 @@ def test_rows_grouped_for_another_batch_are_refused():
     for groups in (group_rows(torch.zeros(5).long(), N), group_rows(torch.zeros(6).long(), 2)):
         with pytest.raises(ValueError, match="call group_rows with the ids of this batch"):
             linear_inputs.caller(weights, groups)(tensors)
+
+
+@pytest.mark.parametrize("ids, got", [([0, 1], "list"), (torch.zeros(2), "torch.float32")])
+def test_what_is_no_tensor_of_ids_is_refused(ids, got):
+    with pytest.raises(TypeError, match=f"memory_ids must be an int64 tensor, got {got}; pass"):
+        group_rows(ids, 3)

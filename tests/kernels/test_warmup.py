@@ -42,6 +42,12 @@ def test_warmup_refuses_sizes():
         koffkernels.warmup(SHAPE._replace(hidden=0), device="cpu")
 
 
+def test_warmup_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="warmup: device must be one that torch finds, got cuda"):
+        koffkernels.warmup(SHAPE)
+
+
 def test_kernels_find_a_cache_where_home_is_not_writable():
     code = (
         "import os; import koffkernels._triton.shared.launch; print(os.environ['TRITON_CACHE_DIR'])"

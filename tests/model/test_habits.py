@@ -92,6 +92,14 @@ def test_whoever_asks_for_gradients_of_the_base_is_told():
         model(tokens(), memory="en")
 
 
+@pytest.mark.parametrize("name", ["adapter_names", "memories"])
+def test_the_words_of_others_for_the_memory_are_refused(small, name):
+    """transformers drops what it does not know, and the rows would have no memory."""
+    with pytest.raises(TypeError, match=f"must be given as memory, got {name}; pass memory="):
+        small(tokens(), **{name: MIX})
+    assert torch.equal(small(tokens(), **{name: None}).logits, small(tokens()).logits)
+
+
 def test_calls_without_a_module(small):
     state = dict(small.named_parameters())
     out = torch.func.functional_call(small, state, (tokens(),), {"memory": MIX}).logits

@@ -56,6 +56,15 @@ def test_compact_leaves_the_given_model_alone_unless_inplace():
     assert torch.equal(model(ids, memory="en").logits, wanted)
 
 
+def test_compact_says_that_it_fixes_the_mask(caplog):
+    model = spread(attached("llama", target_sparsity=0.4))
+    koff.compact(model)
+    assert "fixes the mask of the model, by koff.binarize" in caplog.text
+    caplog.clear()
+    koff.compact(model)
+    assert koff.sparsity(model).hard and "fixes the mask" not in caplog.text
+
+
 def test_compact_inplace_frees_the_wide_weights():
     model = spread(attached("llama", target_sparsity=0.5))
     koff.binarize(model, multiple_of=1)

@@ -43,6 +43,12 @@ def test_save_and_load_are_bit_equal(architecture, tmp_path):
         assert path.read_bytes() == other.read_bytes()
 
 
+def test_a_gpu_that_is_not_there_is_said(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be one that torch finds, got cuda"):
+        koff.load(saved, device="cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_backbones_come_back_as_they_were(dtype, tmp_path):
     wide, ids = koff.save(compacted(), tmp_path / "wide"), tokens()
