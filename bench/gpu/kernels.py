@@ -288,10 +288,9 @@ def _profile_row(bench: Bench, operation: Operation, calls: list[Callable]) -> d
     else:
         failed = None if found else "the profiler saw no kernel"
     try:
-        sizes = launched(calls[0])
+        sizes, own = launched(calls[0]), products(calls[0])
     except Exception as error:
-        sizes, failed = {}, failed or f"bytes: {device.words(error)}"
-    own = products(calls[0])
+        sizes, own, failed = {}, 0, failed or f"bytes and operations: {device.words(error)}"
     torch.cuda.synchronize()
     count = turns * len(calls)
     kernels = {}
