@@ -550,7 +550,14 @@ def export(
 def add_memory(
     directory: Annotated[Path, typer.Argument(help=_FOLDER)],
     name: Annotated[str, typer.Option(help="Name of the new memory.")],
-    data: Annotated[str, typer.Option(metavar="FILE", help="Training text, .jsonl or .txt.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Training text: a file (.jsonl, .parquet, .csv, ..., or .txt, which is one "
+            "document), a folder or a pattern.",
+        ),
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option(
