@@ -61,9 +61,9 @@ class DataSource:
         split: split of the hub dataset.
         field: column that holds the text or a list of messages; several columns, joined by a
             newline; a template such as "Question: {question}\\nAnswer: {answer}" (lists are joined
-            by "; "); or a ``Completion`` of two of these. A record without the usual column "text"
-            may be of another kind that ``koff.data.blocks.pack`` takes: "messages", "prompt" and
-            "completion", or "input_ids".
+            by "; "); or a ``Completion(prompt, completion)`` of two of these (``from
+            koff.data.sources import Completion``). A record without the usual column "text" may be
+            of another kind: "messages", "prompt" and "completion", or "input_ids".
         skip, limit: first document and number of documents; with either, hub data are streamed, so
             that a few thousand documents of a huge dataset do not download all of it.
         streaming: train from the documents as they come, in the order they stand in, and keep

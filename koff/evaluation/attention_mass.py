@@ -100,7 +100,7 @@ def prefix_attention_mass(
     Args:
         model: an attached or loaded koff model.
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        documents: as ``koff.data.blocks.pack`` takes them.
+        documents: of one domain, as ``koff.evaluate`` takes them.
         memory: name of a memory with a KV part.
         block_size: tokens per block; with the prefix at most what the model has positions for.
         batch_size: blocks per forward; probabilities of one layer take [B, Hq, T, P + T] fp32.

@@ -66,12 +66,12 @@ def evaluate(
     """Measure perplexity and bits per byte on every dataset with every memory.
 
     Protocol: the documents of a split are packed in order into blocks of ``block_size`` tokens
-    (``koff.data.blocks.pack``; texts as BOS text EOS, the last partial block dropped). Each block
-    is one forward from an empty cache; those of its tokens 2..T that count are scored, each given
-    all tokens before it in the block. All tokens of a text count; of a prompt with its completion,
-    of a chat and of token ids with labels, the completion, the assistant's turns and the labelled
-    ones. With the mean negative log-likelihood m over all scored tokens, in nats and summed in
-    float64,
+    (texts as BOS text EOS, the last partial block dropped; ``pack`` of ``koff.data.blocks`` does
+    it). Each block is one forward from an empty cache; those of its tokens 2..T that count are
+    scored, each given all tokens before it in the block. All tokens of a text count; of a prompt
+    with its completion, of a chat and of token ids with labels, the completion, the assistant's
+    turns and the labelled ones. With the mean negative log-likelihood m over all scored tokens, in
+    nats and summed in float64,
 
         perplexity = exp(m),   bits per byte = m / ln 2 * tokens that count per byte of their text.
 
@@ -80,9 +80,10 @@ def evaluate(
     Args:
         model: a koff model, or any causal LM of transformers (measured without memory, as "base").
         tokenizer: the model's tokenizer; None if the documents are token ids.
-        datasets: domain -> documents as ``koff.data.blocks.pack`` takes them: texts, records
-            ("text", "messages", "prompt" and "completion", or "input_ids" and "labels"), a
-            ``datasets.Dataset`` of these, a ``DataSource``, or ``PackedBlocks``.
+        datasets: domain -> its documents: texts, records ("text", "messages", "prompt" and
+            "completion", or "input_ids" and "labels"), a ``datasets.Dataset`` of these, a
+            ``koff.DataSource``, or the ``PackedBlocks`` that ``koff.data.blocks.pack`` made of them
+            (both: ``from koff.data.blocks import PackedBlocks, pack``).
         memories: names, and None for no memory; default: every memory of the model, then None.
         block_size: tokens per block; with the longest prefix at most what the model has positions
             for.

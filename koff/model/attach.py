@@ -325,8 +325,15 @@ def attach(model: PreTrainedModel, config: KoffConfig) -> PreTrainedModel:
         config: what to learn.
 
     Returns:
-        The same object, with ``model.koff``, and a ``memory`` argument on ``forward`` and
-        ``generate``.
+        The same object, with ``model.koff``, and a keyword argument ``memory`` on ``forward`` and
+        ``generate``. It says which memory the rows of this call use:
+
+        - a name: all rows use that one;
+        - None: no row uses any;
+        - a list or tuple with a name or None for each row;
+        - a tensor of ids, int64 [B], one for each row: places in ``model.koff.memory_names``, -1
+          for none;
+        - left out: the one of ``koff.use_memory`` around the call, else none.
 
     Raises:
         TypeError, ValueError: unsupported or already attached model, or a target that cannot be

@@ -17,6 +17,33 @@ class KoffTrainingArguments(Settings, TrainingArguments):
     ``learning_rate`` is not used: gates, LoRA, KV and the multiplier have rates of their own. The
     learning-rate scheduler acts on LoRA and KV; gates and multiplier keep theirs. ``max_grad_norm``
     clips each group by itself.
+
+    koff's own settings, which ``koff.training.settings.Settings`` describes at more length:
+
+    Args:
+        gate_learning_rate: of the gates; 0.1.
+        lora_learning_rate: of the LoRA matrices; 1e-3.
+        kv_learning_rate: of the learned caches; 1e-2.
+        multiplier_learning_rate: of the multiplier that pulls the gates to the target; 0.01.
+        sparsity_penalty: weight of the squared distance from the target; 10.
+        sparsity_warmup_ratio: share of the steps over which the target rises from 0, where gates
+            start all alike; 0.2.
+        saliency_batches: batches that say how much a neuron matters, which its gate starts by; 16.
+            0: gates start all alike, open.
+        general_every: every n-th step runs on the general mixture; 4. 0: never.
+        batching: "mixed", the default (each row its own memory), or "single" (each batch one
+            domain).
+        no_memory_rows: share of the rows without a memory, until the mask is fixed; 0.3.
+        distractor_rows: share of the domains' rows with the memory of another domain; 0.
+        mask: "learned", the default; or fixed before the first step, "random", by "magnitude" or by
+            "saliency".
+        fix_mask_at: share of the steps after which a learned mask is fixed; 0.5. None: left to
+            ``koff.binarize``.
+        width_multiple_of: of what each layer's kept neurons are a multiple; 64. 1: the target is
+            met exactly.
+        block_size: tokens of a row; 512.
+        distillation_weight: w of the loss (1 - w) cross-entropy + w divergence from the unpruned
+            model; None is 0.7, but 0 for a compacted model. 0: no second forward.
     """
 
     # transformers' 0.999 averages over a thousand gradients, more than a small run has steps; this,

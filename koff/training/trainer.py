@@ -74,9 +74,10 @@ class KoffTrainer(CheckpointingTrainer):
         args: ``TrainingArguments`` or ``KoffTrainingArguments``; a copy is used. Without
             ``max_steps``, ``num_train_epochs`` counts passes over all domains together; general
             steps come on top.
-        train_datasets: domain -> documents as ``koff.data.blocks.pack`` takes them (texts, records
-            with "text", "messages", "prompt" and "completion", or "input_ids" and "labels", a
-            ``datasets.Dataset``, a ``DataSource``, or ``PackedBlocks``). Each memory needs the
+        train_datasets: domain -> its documents: texts, records with "text", "messages", "prompt"
+            and "completion", or "input_ids" and "labels", a ``datasets.Dataset`` of these, a
+            ``koff.DataSource``, or the ``PackedBlocks`` that ``koff.data.blocks.pack`` made of them
+            (both: ``from koff.data.blocks import PackedBlocks, pack``). Each memory needs the
             domain of its name; with no memories the rows use none.
         general_datasets: parts of the general mixture, or None.
         general_weights: probability of each part; None: by number of tokens.
