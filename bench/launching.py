@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,7 @@ WAYS = ("triton", "direct", "replayed", "overlapped")
 @contextlib.contextmanager
 def launching(way: str, device: str) -> Iterator[None]:
     """Let launches go one of ``WAYS``; ``device`` is where replays are to be, "cuda" or "cpu"."""
-    from koffkernels._triton.shared import direct
-
+    direct = importlib.import_module("koffkernels._triton.shared.direct")
     before = direct.ENABLED, replay.DEVICES
     direct.ENABLED = way != "triton"
     replay.DEVICES = [device] if way in ("replayed", "overlapped") else []
@@ -34,16 +34,15 @@ def launching(way: str, device: str) -> Iterator[None]:
 def plays() -> Iterator[list[int]]:
     """Count, as the only entry of what it gives, the calls that are replayed in the ``with``
     block."""
-    from koffkernels._triton.shared.tape import Tape
+    tapes = importlib.import_module("koffkernels._triton.shared.tape")
+    count, play = [0], tapes.Tape.play
 
-    count, play = [0], Tape.play
-
-    def counted(tape: Tape, tensors: list[Tensor]) -> Any:
+    def counted(tape: Any, tensors: list[Tensor]) -> Any:
         count[0] += 1
         return play(tape, tensors)
 
-    Tape.play = counted
+    tapes.Tape.play = counted
     try:
         yield count
     finally:
-        Tape.play = play
+        tapes.Tape.play = play
