@@ -32,8 +32,8 @@ DIRECTION = {
     ),
     "koffkernels": (
         ("koffkernels.types", "koffkernels.clock"),
-        ("koffkernels.group_rows",),
         ("koffkernels.reference", "koffkernels.checks"),
+        ("koffkernels.group_rows",),
         ("koffkernels.routes",),
         ("koffkernels.dispatch",),  # loads the two below by name, when they are used
         ("koffkernels.replay",),  # as it does
