@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -42,19 +43,44 @@ from .few_bits import is_plain
 # PEFT's name, in ``adapter_names``, for a row without an adapter.
 BASE = "__base__"
 
+_HOOKS = "hooks of somebody else"
+
 
 @dataclass
 class AppliedKernels:
     """What ``apply_kernels`` did; a context manager that undoes it at its end.
 
     Args:
-        replaced: path of each module that koffkernels now runs, and what it became.
+        replaced: path of each module that koffkernels runs where it can, and what it became;
+            ``own_code()`` says where it cannot now.
         left: path of each MLP or adapter layer that stays as it was, and why.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def own_code(self) -> dict[str, str]:
+        """Ask each replaced module whether a forward would run the original's code.
+
+        As things are now: the mode, the active adapters, what is frozen, whether gradients are on,
+        hooks. A LoRA layer of an MLP that is one operation runs in it.
+
+        Returns:
+            Path of each module that would, and why.
+        """
+        if not self._modules:
+            return dict.fromkeys(self.replaced, "undone")
+        found: dict[str, str] = {}
+        inside: set[nn.Module] = set()
+        # In the order of named_modules, an MLP before what is in it; attentions come last.
+        for path, module in zip(self.replaced, self._modules, strict=False):
+            why = None if module in inside else _why_own_code(module)
+            if why is not None:
+                found[path] = why
+            elif isinstance(module, _KernelMLP):
+                inside.update(getattr(module, name) for name in MLP_LINEARS)
+        return found
 
     def undo(self) -> None:
         """Give every module its own class back; a second call does nothing."""
@@ -70,9 +96,13 @@ class AppliedKernels:
         self.undo()
 
     def __str__(self) -> str:
+        own = self.own_code()
         lines = [
-            f"{len(self.replaced)} modules run by koffkernels, {len(self.left)} left as they were"
+            f"{len(self.replaced) - len(own)} modules run by koffkernels now, {len(own)} replaced "
+            f"but run by their own code now, {len(self.left)} left as they were"
         ]
+        for why, count in Counter(own.values()).items():
+            lines.append(f"  {count} by their own code: {why}")
         lines += [f"  {path}: {why}" for path, why in self.left.items()]
         return "\n".join(lines)
 
@@ -92,8 +122,8 @@ def apply_kernels(model: nn.Module) -> AppliedKernels:
             several, active or not, mixed in a batch by ``adapter_names``.
 
     Returns:
-        What was replaced, and what was left and why; ``undo()``, or the end of a ``with`` block,
-        restores the model.
+        What was replaced, what of it would run its own code now and why, and what was left and why;
+        ``undo()``, or the end of a ``with`` block, restores the model.
 
     Raises:
         TypeError: not a module.
@@ -209,7 +239,7 @@ def _unfit_mlp(mlp: nn.Module, activation: str | None) -> str | None:
 
 
 class _Unfit(Exception):
-    """This forward is not one that the kernels compute; the original's code runs."""
+    """This forward is not one that the kernels compute; the original's code runs. It says why."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,9 +274,9 @@ def _frozen(linear: nn.Module) -> nn.Linear:
     """The base layer, whose weight the kernels take without calling it."""
     base = _base(linear)
     if _hooked(base) or base._forward_pre_hooks:
-        raise _Unfit
+        raise _Unfit(_HOOKS)
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):
-        raise _Unfit
+        raise _Unfit("a base weight is trained")
     return base
 
 
@@ -255,11 +285,11 @@ def _names_in_hooks(linear: nn.Module) -> Sequence[str] | None:
     without, being called."""
     names = None
     if _hooked(linear):
-        raise _Unfit
+        raise _Unfit(_HOOKS)
     for hook in linear._forward_pre_hooks.values():
         keywords = getattr(hook, "keywords", None) or {}
         if set(keywords) != {"adapter_names"}:
-            raise _Unfit
+            raise _Unfit(_HOOKS)
         names = keywords["adapter_names"]
     return names
 
@@ -299,10 +329,10 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
     if not isinstance(layer, PeftLinear):
         return None
     if names is not None and (layer.merged or layer.disable_adapters or len(names) != len(x)):
-        raise _Unfit  # PEFT has something to say about it
+        raise _Unfit("adapter_names that PEFT refuses")
     if layer.disable_adapters:
         if layer.merged:
-            raise _Unfit  # PEFT unmerges first
+            raise _Unfit("an adapter is merged and disabled")  # PEFT unmerges first
         return None
     if layer.merged:
         return None
@@ -312,9 +342,15 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
         dropout = layer.lora_dropout[name]
         plain = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0.0
         a, b = layer.lora_A[name], layer.lora_B[name]
-        hooked = any(_hooked(linear) or linear._forward_pre_hooks for linear in (a, b))
-        if name in layer.lora_variant or b.bias is not None or not plain or hooked:
-            raise _Unfit
+        if name in layer.lora_variant:
+            variant = type(layer.lora_variant[name]).__name__
+            raise _Unfit("DoRA" if variant.startswith("Dora") else f"PEFT's {variant}")
+        if b.bias is not None:
+            raise _Unfit("a LoRA bias")
+        if not plain:
+            raise _Unfit("LoRA dropout in training")
+        if any(_hooked(linear) or linear._forward_pre_hooks for linear in (a, b)):
+            raise _Unfit(_HOOKS)
     if not present:
         return None
     a = {name: layer.lora_A[name].weight for name in present}
@@ -336,6 +372,39 @@ def _lora(layer: nn.Module, names: Sequence[str] | None, x: Tensor) -> LoRA | No
         torch.stack([F.pad(one, (0, rank - one.shape[1])) for _, one in pairs]),
         _constant(scaling, torch.float32, x.device),
     )
+
+
+def _linear_parts(
+    layer: nn.Module, names: Sequence[str] | None, x: Tensor
+) -> tuple[nn.Linear, LoRA | None]:
+    """What the kernels take of a LoRA layer."""
+    return _frozen(layer), _lora(layer, names, x)
+
+
+def _mlp_parts(
+    mlp: nn.Module, x: Tensor
+) -> tuple[list[Tensor], GatedMLPLoRA, Sequence[str] | None]:
+    """What the kernels take of a gated MLP: weights, LoRA, and the adapters' names."""
+    linears = [getattr(mlp, name) for name in MLP_LINEARS]
+    weights = [_frozen(linear).weight for linear in linears]
+    names = [_names_in_hooks(linear) for linear in linears]
+    mixed = next((found for found in names if found is not None), None)
+    return weights, GatedMLPLoRA(*(_lora(linear, mixed, x) for linear in linears)), mixed
+
+
+def _why_own_code(module: nn.Module) -> str | None:
+    """Why a forward of a replaced module would run the original's code now, None if not."""
+    if not isinstance(module, _OWN) or "forward" in module.__dict__:
+        return "its forward was replaced by somebody else"
+    x = next(module.parameters()).new_empty(0)  # of it only the device counts without names
+    try:
+        if isinstance(module, _KernelMLP):
+            _mlp_parts(module, x)
+        elif _linear_parts(module, None, x)[1] is None:
+            return "no active LoRA (merged, disabled or none)"
+    except _Unfit as unfit:
+        return str(unfit)
+    return None
 
 
 # ---- q, k and v ----
@@ -449,11 +518,11 @@ class _KernelLinear:
         names, ahead = kwargs.get("adapter_names"), _running.ahead
         try:
             if args or set(kwargs) - {"adapter_names"}:
-                raise _Unfit
+                raise _Unfit("arguments beside x")
             y = None if ahead is None else ahead.take(self, x, names)
             if y is not None:
                 return y
-            base, lora = _frozen(self), _lora(self, names, x)
+            base, lora = _linear_parts(self, names, x)
         except _Unfit:
             return super().forward(x, *args, **kwargs)
         if lora is None:
@@ -470,14 +539,10 @@ class _KernelMLP:
     _koff_activation: str
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        linears = [getattr(self, name) for name in MLP_LINEARS]
         try:
             if args or kwargs:
-                raise _Unfit
-            weights = [_frozen(linear).weight for linear in linears]
-            names = [_names_in_hooks(linear) for linear in linears]
-            mixed = next((found for found in names if found is not None), None)
-            lora = GatedMLPLoRA(*(_lora(linear, mixed, x) for linear in linears))
+                raise _Unfit("arguments beside x")
+            weights, lora, mixed = _mlp_parts(self, x)
         except _Unfit:
             return super().forward(x, *args, **kwargs)
         rows = None if lora == (None, None, None) else _rows(mixed, x)

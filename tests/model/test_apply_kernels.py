@@ -264,6 +264,75 @@ def test_apply_kernels_reports_what_is_left():
     assert "2 left as they were" in str(done)
 
 
+def all_by_own_code(done, why: str) -> None:
+    """Of each of the 3 layers the MLP and its seven LoRA layers."""
+    assert done.own_code() == dict.fromkeys(done.replaced, why)
+    assert len(done.replaced) == 3 * (1 + len(SEVEN))
+    assert str(done).splitlines() == [
+        "0 modules run by koffkernels now, 24 replaced but run by their own code now, 0 left as "
+        "they were",
+        f"  24 by their own code: {why}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (dict(use_dora=True), "DoRA"),
+        (dict(lora_bias=True), "a LoRA bias"),
+        (dict(lora_dropout=0.1), "LoRA dropout in training"),
+    ],
+    ids=str,
+)
+def test_apply_kernels_reports_what_peft_runs_now(config, why, monkeypatch):
+    model = peft(of("llama"), **config).train()
+    done, seen = koff.apply_kernels(model), calls_of(monkeypatch)
+    model(ids())
+    assert not seen
+    all_by_own_code(done, why)
+    model.eval()
+    model(ids())
+    assert bool(seen) == ("lora_dropout" in config) == (not done.own_code())
+
+
+def test_apply_kernels_reports_a_trained_base():
+    model = of("llama")
+    done = koff.apply_kernels(model)
+    assert set(done.own_code().values()) == {"a base weight is trained"}
+    with torch.no_grad():
+        assert done.own_code() == {} and str(done).startswith("3 modules run by koffkernels now")
+    model.model.layers[0].mlp.requires_grad_(False)
+    assert set(done.own_code()) == {"model.layers.1.mlp", "model.layers.2.mlp"}
+
+
+def test_apply_kernels_reports_by_the_active_adapters():
+    model = peft(of("llama"))
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], use_dora=True))
+    done = koff.apply_kernels(model)
+    assert done.own_code() == {}
+    none = "no active LoRA (merged, disabled or none)"
+    model.set_adapter("dora")
+    own = done.own_code()
+    ends = {path.rpartition(".")[2]: why for path, why in own.items()}
+    dora = {"q_proj": "DoRA", "mlp": "DoRA", "up_proj": "DoRA"}
+    assert ends == {name: none for name in SEVEN} | dora
+    assert "  9 by their own code: DoRA" in str(done).splitlines()
+    assert f"  15 by their own code: {none}" in str(done).splitlines()
+    model.set_adapter("fr")
+    with model.disable_adapter():  # the MLPs go on as one operation, without a LoRA
+        alone = {path.rpartition(".")[2] for path in done.own_code()}
+        assert alone == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    up = model.base_model.model.model.layers[0].mlp.up_proj
+    handle = up.base_layer.register_forward_hook(lambda *a: None)
+    ends = [path.rpartition(".")[2] for path in done.own_code()]
+    assert ends == ["mlp", "up_proj"]
+    assert set(done.own_code().values()) == {"hooks of somebody else"}
+    handle.remove()
+    assert done.own_code() == {}
+    done.undo()
+    all_by_own_code(done, "undone")
+
+
 def test_apply_kernels_under_bf16_autocast_and_checkpointing():
     """Beside the fp32 result, the kernels are not further away than PEFT itself is: each rounds
     every product once to bf16, so the two distances are of one size and vary by chance."""
