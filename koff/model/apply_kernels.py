@@ -273,6 +273,8 @@ def _hooked(module: nn.Module) -> bool:
 def _frozen(linear: nn.Module) -> nn.Linear:
     """The base layer, whose weight the kernels take without calling it."""
     base = _base(linear)
+    if type(base) is not nn.Linear:  # PEFT may put a layer of another method there later
+        raise _Unfit(f"a {type(base).__module__}.{type(base).__name__} in place of a Linear")
     if _hooked(base) or base._forward_pre_hooks:
         raise _Unfit(_HOOKS)
     if torch.is_grad_enabled() and any(p.requires_grad for p in base.parameters()):

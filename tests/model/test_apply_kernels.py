@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from support import activation_checkpointing
 from support.models import VOCAB, tiny
 from support.peft_models import with_adapters
@@ -331,6 +331,29 @@ def test_apply_kernels_reports_by_the_active_adapters():
     assert done.own_code() == {}
     done.undo()
     all_by_own_code(done, "undone")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["up_proj"]),
+        IA3Config(target_modules=["up_proj"], feedforward_modules=[]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_apply_kernels_leaves_adapters_of_other_methods_that_come_later(config):
+    model = of("llama")
+    done = koff.apply_kernels(model)
+    changed = get_peft_model(model, config).eval()
+    for parameter in changed.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    with torch.no_grad():
+        got = changed(ids()).logits
+        assert all(config.peft_type.value.lower() in why for why in done.own_code().values())
+        assert len(done.own_code()) == 3
+        done.undo()
+        assert torch.equal(got, changed(ids()).logits)
 
 
 def test_apply_kernels_under_bf16_autocast_and_checkpointing():
