@@ -573,14 +573,29 @@ def add_memory(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu: stay off the GPU.")] = None,
 ) -> None:
-    """Train the memory of one more domain; the backbone and the other memories stay as they are."""
-    from .commands.add_memory import addition, extend
+    """Train the memory of one more domain; the backbone and the other memories stay as they are.
+
+    Seed and train settings are those of the folder's recipe.json, but for what concerns gates and
+    checkpoints, and a recipe's defaults where there is none; the options change them.
+    """
+    from .commands.add_memory import addition, extend, has_recipe
     from .storage.processes import is_first
 
     named = {"train.steps": steps, "train.batch_size": batch_size}
     overrides = [*(set_ or [])]
     overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
     recipe = addition(directory, name, {"train": data, "test": test}, overrides)
+    if is_first():
+        train = recipe.train
+        start = f"of {directory}/recipe.json" if has_recipe(directory) else "a recipe's defaults"
+        Console().print(
+            f"settings {start}, and the options: {train.steps} steps of "
+            f"{train.batch_size * train.gradient_accumulation} rows of {train.block_size} tokens "
+            f"per device, LoRA at {train.lora_learning_rate:g}, KV at {train.kv_learning_rate:g}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     folder = extend(directory, recipe, device=device)
     if is_first():
         Console().print(f"memory {name} added to {folder}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,19 +15,27 @@ from ..storage.layout import current
 from ..storage.processes import one_writes
 from ..storage.save_load import load
 from ..storage.saved_folder import open_saved
-from .recipe import Recipe, apply_overrides, parse
+from .recipe import RECIPE_FILE, Recipe, apply_overrides, parse, stored_recipe
 from .train import make_trainer, prepare, training_arguments
 
 _WHERE = "koff add-memory"
 # The rest of a recipe describes the backbone, which is there already.
 _SETTABLE = ("data", "general", "train", "koff.lora", "koff.kv", "seed", "dtype")
 
+# Settings of the folder's run that say nothing of one memory on a fixed backbone: those of gates,
+# of rows with another memory or none, and of checkpoints, for which there is no folder.
+_OF_THE_RUN = (
+    "gate_learning_rate", "multiplier_learning_rate", "sparsity_penalty", "sparsity_warmup_ratio",
+    "saliency_batches", "mask", "fix_mask_at", "width_multiple_of", "no_memory_rows",
+    "distractor_rows", "save_every", "keep_checkpoints",
+)  # fmt: skip
+
 
 def addition(
     directory: Path, name: str, data: dict[str, Any], overrides: Iterable[str] = ()
 ) -> Recipe:
-    """Return the recipe of one more memory: its parts as the folder's model was attached with, the
-    rest at the defaults of a recipe.
+    """Return the recipe of one more memory: its parts as the folder's model was attached with, seed
+    and training as in the recipe that lies there, the rest at the defaults of a recipe.
 
     Args:
         directory: of a saved model.
@@ -39,12 +48,13 @@ def addition(
         The recipe, with the memory as its only domain.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: no saved model, a taken name, or values that no
-            recipe may have.
+        FileNotFoundError, KeyError, ValueError: no saved model, a damaged recipe in it, a taken
+            name, or values that no recipe may have.
     """
     with asked_by(_WHERE):
         check_new_name(directory, name)
         config = open_saved(directory).manifest.config.to_dict()
+        begins = _of_the_folder(directory)
     overrides = list(overrides)
     for text in overrides:
         key = text.partition("=")[0].strip()
@@ -60,6 +70,7 @@ def addition(
         # The backbone is pruned already. One that was pruned with gates alone says nothing about
         # the parts of memories: theirs are a recipe's defaults.
         "koff": {"target_sparsity": 0} | (parts if any(parts.values()) else {}),
+        **begins,
     }
     recipe = parse(apply_overrides(values, overrides), Path.cwd())
     if set(recipe.data) != {name}:
@@ -67,6 +78,25 @@ def addition(
             f"{_WHERE}: data must name {name!r} alone, got {sorted(recipe.data)}; correct --set"
         )
     return recipe
+
+
+def has_recipe(directory: Path) -> bool:
+    """Return whether a saved model lies with the recipe that it was trained by."""
+    return (Path(directory) / RECIPE_FILE).is_file()
+
+
+def _of_the_folder(directory: Path) -> dict[str, Any]:
+    """What the recipe in the folder says of a memory's training; nothing where there is none."""
+    if not has_recipe(directory):
+        return {}
+    saved = open_saved(directory)
+    saved.beside(RECIPE_FILE)  # no link
+    values, root = stored_recipe(directory)
+    run = parse(values, Path(root))
+    train = {k: v for k, v in dataclasses.asdict(run.train).items() if k not in _OF_THE_RUN}
+    if saved.manifest.widths != saved.manifest.dense_widths:
+        del train["distillation_weight"]  # the teacher, which was not pruned, is gone
+    return {"train": train, "seed": run.seed}
 
 
 def extend(directory: Path, recipe: Recipe, *, device: str | None = None) -> Path:

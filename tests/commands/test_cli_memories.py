@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.command_line import fail, succeed, write_split
 from transformers import AutoModelForCausalLM
 
 import koff
+from koff.commands.recipe import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("no_real_fsync", "no_data_root")
 
@@ -62,6 +64,50 @@ def test_add_eval_generate_and_remove_a_memory(root, folder, tmp_path, monkeypat
     card = (folder / "README.md").read_text()
     assert "| koff | de |" not in card and "de.train.jsonl" not in card
     assert koff.load(folder).koff.memory_names == ("en", "fr")
+
+
+def test_add_memory_begins_from_the_recipe_in_the_folder(root, folder, tmp_path, monkeypatch):
+    """Of a run of rows of 16 tokens: the default of 512 exceeds the model's 128 positions."""
+    stored = json.loads((folder / "recipe.json").read_text("utf-8"))
+    of_the_run = {"distractor_rows": 0.5, "distillation_weight": 0.5, "mask": "magnitude"}
+    stored["recipe"]["train"] |= of_the_run | {"lora_learning_rate": 0.02, "general_every": 3}
+    stored["recipe"]["seed"] = 7
+    (folder / "recipe.json").write_text(json.dumps(stored), "utf-8")
+    write_split(tmp_path, "de", "gh é", random.Random(1))
+    monkeypatch.chdir(tmp_path)
+    options = ("--data", "de.jsonl", "--device", "cpu")
+    said = succeed("add-memory", folder, "--name", "de", *options)
+    assert f"settings of {folder}/recipe.json, and the options: 4 steps of 4 rows of 16" in said
+    said = succeed("add-memory", folder, "--name", "es", *options, "--steps", 2, "--set", "seed=8")
+    assert "2 steps of 4 rows of 16 tokens per device, LoRA at 0.02, KV at 0.01" in said
+    added = json.loads((folder / "koff.json").read_text("utf-8"))["metadata"]["added"]
+    de, es = added["de"], added["es"]
+    assert (de["seed"], es["seed"], es["train"]["steps"]) == (7, 8, 2)
+    kept = {"steps": 4, "block_size": 16, "general_every": 3, "logging_every": 1}
+    assert {name: de["train"][name] for name in kept} == kept
+    usual = asdict(TrainSettings())
+    for name in (*of_the_run, "save_every", "width_multiple_of"):
+        assert de["train"][name] == usual[name]
+
+
+def test_add_memory_without_a_recipe_begins_from_defaults(folder, tmp_path, monkeypatch):
+    (folder / "recipe.json").unlink()
+    write_split(tmp_path, "de", "gh é", random.Random(1))
+    monkeypatch.chdir(tmp_path)
+    arguments = ("add-memory", folder, "--name", "de", "--data", "de.jsonl", "--device", "cpu")
+    assert "positions, got 512 + 4" in fail(*arguments)
+    said = succeed(*arguments, "--steps", 2, "--set", "train.block_size=16")
+    assert "settings a recipe's defaults, and the options: 2 steps of 8 rows of 16" in said
+
+
+def test_add_memory_refuses_a_damaged_recipe(folder, tmp_path, monkeypatch):
+    (folder / "recipe.json").write_text("{}", "utf-8")
+    before = contents(folder)
+    write_split(tmp_path, "de", "gh é", random.Random(1))
+    monkeypatch.chdir(tmp_path)
+    line = fail("add-memory", folder, "--name", "de", "--data", "de.jsonl")
+    assert "koff add-memory: recipe.json must hold the recipe and its folder" in line
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from ...storage.saved_folder import open_saved
 from ..recipe import (
     RECIPE_FILE,
     Recipe,
-    TrainSettings,
     first_difference,
     load_recipe,
     parse,
@@ -275,26 +274,15 @@ class Plan:
         return [command + device for command in made]
 
     def _add_memory(self, run: Run) -> list[str]:
-        """The command that adds a memory, with the recipe's own settings of training. A compacted
-        model has no teacher left, and for comparison the dense one does without."""
+        """The command that adds a memory; it takes the settings of training from the recipe in the
+        folder. A compacted model has no teacher left, and for comparison the dense one does
+        without."""
         files = {split: file for split, file in self.files(run.added).items() if file.is_file()}
-        train = self.load(replace(run, added=None)).train
-        usual = TrainSettings()
-        changed = {
-            f.name: getattr(train, f.name)
-            for f in fields(TrainSettings)
-            if getattr(train, f.name) != getattr(usual, f.name)
-        }
         command = ["add-memory", str(self.folder(run)), "--name", run.added]
         command += ["--data", str(files.pop("train"))]
-        changed = {f"train.{key}": value for key, value in changed.items()}
-        changed |= {f"data.{run.added}.{split}": file for split, file in files.items()}
-        changed |= {"train.distillation_weight": 0, "seed": run.seed}
-        # Values as YAML reads them: JSON is YAML.
-        for key, value in changed.items():
-            text = str(value) if isinstance(value, Path) else json.dumps(value)
-            command += ["--set", f"{key}={text}"]
-        return command
+        for split, file in files.items():
+            command += ["--set", f"data.{run.added}.{split}={file}"]
+        return [*command, "--set", "train.distillation_weight=0"]
 
     def files(self, name: str) -> dict[str, Path]:
         """The files of a domain that is added later, there or not."""
