@@ -16,7 +16,7 @@ from .model.when_imported import when_imported
 from .version import __version__
 
 if TYPE_CHECKING:  # the same names for editors and type checkers, which do not run __getattr__
-    from .data.sources import DataSource
+    from .data.sources import Completion, DataSource
     from .evaluation.attention_mass import PrefixMass, prefix_attention_mass
     from .evaluation.perplexity import EvalRow, evaluate
     from .manage import add_memory, import_memory, remove_memory
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers, which do not 
     from .training.trainer import KoffTrainer
 
 _HOMES = {
-    "data.sources": ("DataSource",),
+    "data.sources": ("Completion", "DataSource"),
     "evaluation.attention_mass": ("PrefixMass", "prefix_attention_mass"),
     "evaluation.perplexity": ("EvalRow", "evaluate"),
     "manage": ("add_memory", "import_memory", "remove_memory"),

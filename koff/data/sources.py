@@ -61,9 +61,9 @@ class DataSource:
         split: split of the hub dataset.
         field: column that holds the text or a list of messages; several columns, joined by a
             newline; a template such as "Question: {question}\\nAnswer: {answer}" (lists are joined
-            by "; "); or a ``Completion(prompt, completion)`` of two of these (``from
-            koff.data.sources import Completion``). A record without the usual column "text" may be
-            of another kind: "messages", "prompt" and "completion", or "input_ids".
+            by "; "); or a ``koff.Completion`` of two of these, or the mapping {"prompt": ...,
+            "completion": ...} of them that a recipe has. A record without the usual column "text"
+            may be of another kind: "messages", "prompt" and "completion", or "input_ids".
         skip, limit: first document and number of documents; with either, hub data are streamed, so
             that a few thousand documents of a huge dataset do not download all of it.
         streaming: train from the documents as they come, in the order they stand in, and keep
@@ -71,6 +71,7 @@ class DataSource:
 
     Raises:
         ValueError: not exactly one of ``path`` and ``hub``, or an illegal ``skip`` or ``limit``.
+        TypeError: a ``field`` of another kind.
     """
 
     path: Path | tuple[Path, ...] | None = None
@@ -92,6 +93,18 @@ class DataSource:
             raise ValueError(
                 f"DataSource: skip must be >= 0 and limit >= 1, got skip={self.skip} and "
                 f"limit={self.limit}; leave them out to read everything"
+            )
+        field = tuple(self.field) if isinstance(self.field, list) else self.field
+        if isinstance(field, Mapping) and set(field) == {"prompt", "completion"}:
+            field = Completion(**field)
+        object.__setattr__(self, "field", field)  # the class is frozen
+        parts = field if isinstance(field, tuple) else (field,)
+        if isinstance(field, Completion):
+            parts = (field.prompt, field.completion)
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise TypeError(
+                "DataSource: field must be a column or template, several of them, or "
+                f"koff.Completion(prompt, completion), got {self.field!r}; correct it"
             )
 
     @property

@@ -86,6 +86,29 @@ def test_load_records_of_which_a_part_counts(tmp_path, record, field, document):
     assert load_documents(DataSource(path=path, field=field)) == [expected]
 
 
+def test_a_field_may_be_what_a_recipe_has(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"q": "Why?", "a": "So."})
+    source = DataSource(path=path, field={"prompt": "Q: {q}", "completion": "a"})
+    assert source == DataSource(path=path, field=Completion("Q: {q}", "a"))
+    assert load_documents(source) == [{"prompt": "Q: Why?", "completion": "So."}]
+    source = DataSource(path=path, field=["q", "a"])
+    assert hash(source) == hash(DataSource(path=path, field=("q", "a")))
+    assert load_documents(source) == ["Why?\nSo."]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": "q"}, {"prompt": "q", "answer": "a"}, {"prompt": "q", "completion": 3}, {},
+        [], None, 3, ("q", None), {"q", "a"}, Completion("q", ["a"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_another_kind_is_refused_at_once(field):
+    with pytest.raises(TypeError, match="DataSource: field must be a column or template, several"):
+        DataSource(path="a.jsonl", field=field)
+
+
 def test_load_a_record_of_two_kinds_or_none_is_refused(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"messages": CHAT, "prompt": "a", "completion": "b"})
     with pytest.raises(
