@@ -169,15 +169,15 @@ def plan(
 
     from .commands import plan as planning
     from .commands.tables import check_writable, facts_table, write_json
-    from .commands.train import check_model
+    from .commands.train import check_model, check_widths
 
     size = None if memory is None else planning.bytes_from(memory)
     if json is not None:
         check_writable(json)
     rate = None if tflops is None else tflops * 1e12
-    found = planning.plan(
-        checked, check_model(checked), memory=size, devices=devices, rate=rate, fsdp=fsdp
-    )
+    config = check_model(checked)
+    check_widths(checked, config)
+    found = planning.plan(checked, config, memory=size, devices=devices, rate=rate, fsdp=fsdp)
     if json is not None:
         write_json(json, found.to_dict())
     console = Console()

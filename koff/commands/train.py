@@ -36,7 +36,7 @@ from ..model import arch
 from ..model.attach import attach
 from ..model.sharding import accelerate_shards, in_shards
 from ..model.state import count_weights
-from ..pruning.binarize import binarize, sparsity
+from ..pruning.binarize import binarize, check_multiple, sparsity
 from ..pruning.compact import compact
 from ..pruning.original import Original
 from ..storage.layout import MARKER, current
@@ -366,6 +366,7 @@ def prepare(recipe: Recipe, checkpoint: str | None = None) -> Prepared:
     """
     recipe.check_files()
     config = check_model(recipe)
+    check_widths(recipe, config)
     # A row finds its memory's keys at positions -P..-1: both together must fit the context.
     limit = getattr(config, "max_position_embeddings", None)
     prefix = recipe.koff.kv.num_tokens if recipe.koff.kv and recipe.koff.memories else 0
@@ -481,6 +482,24 @@ def check_model(recipe: Recipe) -> PreTrainedConfig:
     with asked_by("koff train"):
         arch.architecture(config.model_type)
     return config
+
+
+def check_widths(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse a recipe's ``width_multiple_of`` by which its target is out of reach. (Of a share of
+    all weights KoffTrainer does, which knows how many there are.)
+
+    Args:
+        recipe: the recipe.
+        config: of its model.
+
+    Raises:
+        ValueError: so.
+    """
+    if recipe.koff.sparsity_scope != "mlp":
+        return
+    full = [config.intermediate_size] * config.num_hidden_layers
+    with asked_by("recipe: in train"):
+        check_multiple(full, recipe.koff.target_sparsity, recipe.train.width_multiple_of)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from koffkernels.reference import ACTIVATIONS
 
-from ..errors import asked_by
+from ..errors import asked_by, asker
 from ..model import arch
 from ..model.config import MAX_SPARSITY
 from ..model.forward_context import BASE
@@ -165,6 +165,35 @@ def round_widths(raw: list[int], full: list[int], multiple: int, keep: int) -> l
         if gaps[index] > 0 and abs(missing - gaps[index]) < abs(missing):
             chosen[index] += gaps[index]
     return chosen
+
+
+def check_multiple(full: list[int], target: float, multiple: int) -> None:
+    """Refuse a multiple of the kept widths that keeps the target out of reach, before a training.
+
+    It does where layers that are cut alike would stay whole, or where the smallest widths that it
+    allows are together above what is to be kept.
+
+    Args:
+        full: dense widths.
+        target: share of MLP neurons to remove.
+        multiple: as ``multiple_of`` of ``binarize``.
+
+    Raises:
+        ValueError: so.
+    """
+    if target == 0:
+        return
+    keep = max(round((1.0 - target) * sum(full)), len(full))
+    alike = round_widths([round((1.0 - target) * width) for width in full], full, multiple, keep)
+    most = 1.0 - sum(min(multiple, width) for width in full) / sum(full)
+    if alike != full and most >= target - MISSED_WARNING:
+        return
+    can = sorted({n for width in full for n in (*range(multiple, width, multiple), width)})
+    raise ValueError(
+        f"{asker()}: width_multiple_of must let {100 * target:.4g} % of the MLP neurons go, got "
+        f"{multiple}, by which a layer can only keep {'..., ' if len(can) > 5 else ''}"
+        f"{', '.join(map(str, can[-5:]))}; lower it, or change the target"
+    )
 
 
 def _best(score: Tensor, width: int) -> Tensor:

@@ -34,7 +34,7 @@ from ..model.forward_context import BASE
 from ..model.prefill import fill_from_tokens
 from ..model.sharding import accelerate_shards, is_sharded
 from ..model.state import KoffState, require_attached
-from ..pruning.binarize import binarize, sparsity
+from ..pruning.binarize import binarize, check_multiple, sparsity
 from ..pruning.scores import neuron_magnitude, random_scores
 from ..storage.lock import locked
 from ..storage.processes import one_writes
@@ -125,6 +125,8 @@ class KoffTrainer(CheckpointingTrainer):
                 "KoffTrainer: the model must have something to train, got nothing; attach gates "
                 "or memories"
             )
+        if open_gates and (self.settings.mask != "learned" or self.settings.fix_mask_at):
+            check_multiple(state.dense_widths, state.gates.target, self.settings.width_multiple_of)
         own = {id(p) for p in state.parameters()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
         if others:  # they would get gradients, and no optimiser that steps by them

@@ -195,6 +195,11 @@ def test_train_says_that_it_starts_from_the_beginning(root, trained, tmp_path, c
         (("--fsdp",), "--fsdp must have several processes to share the base, got one"),
         (("--device", "cdu"), "device must be cpu (or left out), got 'cdu'"),
         (("--set", "train.block_size=5000"), "positions, got 5000 + 4"),
+        (
+            ("--set", "train.width_multiple_of=300"),
+            "recipe: in train: width_multiple_of must let 50 % of the MLP neurons go, got 300, by "
+            "which a layer can only keep 64; lower it, or change the target",
+        ),
         (("--set", "koff.kv.num_tokens=100", "--set", "train.block_size=60"), "got 60 + 100"),
         (("--set", "general.math.train=short.txt"), "at least one block of 16 tokens, got 3"),
         (("--set", "data.en.train=bad.jsonl"), "bad.jsonl line 2 must be valid JSON"),

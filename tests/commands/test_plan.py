@@ -171,6 +171,8 @@ def test_bad_input_is_one_line(config_alone, tmp_path):
     assert "existing folder" in fail("plan", config_alone, "--json", tmp_path / "no" / "x.json")
     lost = ("plan", config_alone, "--set", "model=./nowhere")
     assert "model must be an existing folder" in fail(*lost)
+    wide = ("plan", config_alone, "--set", "train.width_multiple_of=200")
+    assert "got 200, by which a layer can only keep 128; lower it" in fail(*wide)
     assert "must be at most 0.953" in fail(
         "plan",
         config_alone,

@@ -308,6 +308,8 @@ def test_reproduce_refuses_holes_and_says_where(finished, root):
         (("--variant", "small koff.lora.rank=1"), "rank"),
         (("--later", "en=."), "--later must name no domain of the recipe, got 'en'"),
         (("--later", "sums=none"), "sums.train.jsonl must be an existing file"),
+        (("--set", "train.width_multiple_of=60"), "must let 25 % of the MLP neurons go, got 60"),
+        (("--variant", "wide train.width_multiple_of=99"), "got 99, by which a layer can only kee"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--max-tokens", "0"), "--max-tokens must be at least 1, got 0"),
         (("--minutes", "0"), "--minutes must be above 0, got 0.0"),

@@ -137,6 +137,26 @@ def test_settings_that_a_run_cannot_honour_are_refused(tmp_path, changes, messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mask", ["learned", "magnitude"])
+def test_a_multiple_by_which_nothing_can_be_removed_is_refused(tmp_path, mask):
+    """Of an MLP with 96 neurons a multiple of 200 stays, or all."""
+    with pytest.raises(
+        ValueError,
+        match=r"KoffTrainer: width_multiple_of must let 50 % of the MLP neurons go, got 200, by "
+        r"which a layer can only keep 96; lower it, or change the target",
+    ):
+        trainer(tmp_path / "run", fresh(target_sparsity=0.5), width_multiple_of=200, mask=mask)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="width_multiple_of must let .* only keep 96; lower it"):
+        model = fresh(target_sparsity=0.2, sparsity_scope="model")  # of all weights
+        trainer(tmp_path / "run", model, width_multiple_of=200, mask=mask)
+    # Where nothing is to be pruned, or by a caller who chooses another multiple then.
+    trainer(tmp_path / "run", fresh(target_sparsity=0), width_multiple_of=200)
+    own = dict(width_multiple_of=200, fix_mask_at=None)
+    if mask == "learned":
+        trainer(tmp_path / "run", fresh(target_sparsity=0.5), **own)
+
+
 def test_a_share_of_each_rate_is_kept_by_cosine_with_min_lr_rate(tmp_path):
     kind = dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.5})
     run = trainer(tmp_path, max_steps=4, fix_mask_at=None, **kind)

@@ -370,9 +370,12 @@ class Plan:
         recipe = self.load(self.runs[0])
         recipe.check_files()
 
-        from ..train import check_model  # transformers, which takes seconds
+        from ..train import check_model, check_widths  # transformers, which takes seconds
 
-        check_model(recipe)
+        config = check_model(recipe)  # which all runs share
+        for run in self.runs:
+            if not run.added:
+                check_widths(self.load(run), config)
         eval_sources(recipe, self.split)
         missing = sorted(set(recipe.data) - set(recipe.sources(self.split)))
         if missing:
