@@ -29,6 +29,7 @@ DIRECTION = {
         ("koff.commands",),
         ("koff.demo",),
         ("koff.cli",),
+        ("koff.__main__",),
     ),
     "koffkernels": (
         ("koffkernels.types", "koffkernels.clock"),

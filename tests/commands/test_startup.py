@@ -8,6 +8,8 @@ import pytest
 from support.imports import ROOT
 from support.run_folders import RunFolder
 
+from koff.version import __version__
+
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton", "datasets", "tokenizers"}
 HEAVY |= {"bitsandbytes", "torchao"}
 COMMANDS = (
@@ -56,6 +58,12 @@ def test_help_imports_neither_torch_nor_transformers(arguments):
 def test_version_imports_neither_torch_nor_transformers():
     code, modules = run("--version")
     assert code == 0 and not modules & HEAVY
+
+
+def test_koff_is_a_module_that_runs():
+    command = [sys.executable, "-m", "koff", "--version"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"koff {__version__}\n"), result.stderr
 
 
 @pytest.mark.parametrize(
