@@ -135,6 +135,11 @@ def test_gates_only_backbones_take_memories_too(tmp_path):
     assert koff.load(out).koff.memory_names == ()
 
 
+def test_texts_without_a_tokenizer_are_refused_by_the_name_of_its_argument(saved, tmp_path):
+    with pytest.raises(TypeError, match=r"de must hold .*; pass a tokenizer \(KoffTrainer's pro"):
+        koff.add_memory(koff.load(saved), "de", ["Ein Text."], args=arguments(tmp_path / "run"))
+
+
 def test_refused_additions_leave_model_and_folder_as_they_were(saved, tmp_path):
     before = {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()}
     args, model = arguments(tmp_path / "run"), koff.load(saved)

@@ -238,7 +238,8 @@ def test_wrong_arguments_are_refused_and_the_model_stays(tmp_path):
         (dict(name="en", kv=kv), "the name must differ from those there are"),
         (dict(name="../x", kv=kv), "a memory name must be 1 to 64 letters"),
         (dict(name="de", lora=lora), r"must have \(in, out\)"),
-        (dict(name="de", kv=tmp_path), "adapter_config.json must be there"),
+        (dict(name="de", kv=tmp_path), f"_config.json must be there, got no such .* {tmp_path};"),
+        (dict(name="de", lora=tmp_path / "no"), f"be there, got no folder {tmp_path / 'no'}; che"),
         (dict(name="de", lora=kv), "peft_type must be 'LORA', got 'CARTRIDGE'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -110,7 +110,8 @@ def encode_chunk(chunk: Sequence[tuple[int, Any]], tokenizer: Any, name: str) ->
         elif tokenizer is None:
             raise TypeError(
                 f"pack: {name} must hold token ids when there is no tokenizer, got a text or a "
-                "chat; pass processing_class or records with 'input_ids'"
+                "chat; pass a tokenizer (KoffTrainer's processing_class) or records with "
+                "'input_ids'"
             )
         elif any(part.strip() for part in read.parts()):
             texts.append((index, read))

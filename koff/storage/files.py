@@ -66,8 +66,10 @@ class File:
 
     def __init__(self, path: Path):
         if not path.is_file():
+            folder = path.parent
+            got = f"no such file in {folder}" if folder.is_dir() else f"no folder {folder}"
             raise FileNotFoundError(
-                f"{asker()}: {path.name} must be there, got no such file; check the folder"
+                f"{asker()}: {path.name} must be there, got {got}; check the folder"
             )
         self.path = path
 

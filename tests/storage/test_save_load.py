@@ -154,6 +154,17 @@ def test_damaged_folders_are_refused(damage, saved):
         koff.load(saved)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    gone, empty = tmp_path / "gone", tmp_path / "checkpoint-6"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        koff.load(gone)
+    assert f"koff.json must be there, got no folder {gone}; check the folder" in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught:
+        koff.load(empty)
+    assert f"got no such file in {empty}; check the folder" in str(caught.value)
+
+
 def test_a_mask_of_the_wrong_length_is_refused(saved):
     facts = json.loads((saved / "koff.json").read_text())
     facts["kept"][1] = facts["kept"][1][:-1]
