@@ -567,7 +567,8 @@ class MemoryBank(nn.Module):
 
         Returns:
             a [M, r, K], b [M, N, r], scaling [M], with zeros where a memory has a lower rank or no
-            LoRA there; of one memory a [r, K], b [N, r]. None if none of them has one.
+            LoRA there; of one memory without ``stacks`` a [r, K], b [N, r]. None if none of them
+            has one.
         """
         # With autograd in spite of ``stacks`` where somebody switched it on below the boundary.
         if stacks is None or torch.is_grad_enabled():
@@ -576,6 +577,7 @@ class MemoryBank(nn.Module):
         if key not in stacks.lora:  # two threads may both make it, and get the same
             made = self._make_lora(site, memories)
             if made is not None:
+                made = made.stacked()  # once, and not in every forward
                 made = made._replace(a=_rounded(made.a, dtype), b=_rounded(made.b, dtype))
             stacks.lora[key] = made
         return stacks.lora[key]

@@ -25,6 +25,7 @@ def recipe(tmp_path, monkeypatch):
     folder = demo_base.prepare_base(tmp_path / "cache", settings=copy.deepcopy(SMALL))
     made = demo_recipe(folder / "base", folder / "data")
     few = {"steps": STEPS, "batch_size": 3, "block_size": 32, "general_every": 2}
+    few["width_multiple_of"] = 16  # of 64 neurons
     made = dataclasses.replace(made, train=dataclasses.replace(made.train, logging_every=1, **few))
     made.root = folder
     return made
