@@ -417,6 +417,7 @@ def test_reproduce_verdicts():
     assert verdict(-2.5, -3.5, -1.5) == "does not hold" and verdict() == "undefined"
 
 
+@pytest.mark.slow
 def test_reproduce_variants_and_memories_that_come_later(root, tmp_path):
     for split in ("train", "test"):
         shutil.copy(root / f"math.{split}.jsonl", tmp_path / f"sums.{split}.jsonl")
@@ -466,6 +467,7 @@ def test_reproduce_variants_and_memories_that_come_later(root, tmp_path):
     assert "12 runs, 12 finished before" in succeed(*asked(root, runs, *extras))
 
 
+@pytest.mark.slow
 def test_reproduce_when_the_time_is_up_shows_the_seeds_that_are_whole(root, tmp_path, monkeypatch):
     run = Runner._run
 

@@ -87,6 +87,7 @@ def build(folder, metadata=None):
     return koff.save(small, folder, tokenizer=tokenizer, metadata=metadata)
 
 
+@pytest.mark.slow
 def test_upload_and_download(hub, tmp_path):
     """What was pushed comes back bit for bit, also by revision and offline; a second push removes
     what is gone; neither code nor local paths travel."""

@@ -1,7 +1,9 @@
 """LoRA linear layers on Triton, as an operation of torch: see ``linear`` for what it computes.
 
-An operator takes and returns single tensors, so up to three layers travel as the arguments that
-``_LAYERS`` names: weight, bias, a, b and scaling of each, and who uses which memory.
+An operator takes and returns single tensors, so layers travel as the arguments that ``_LAYERS``
+names: weight, bias, a, b and scaling of each, and who uses which memory. torch.compile's operator
+always has three, some of them None; eager calls have as many as there are, since every argument of
+an autograd.Function takes time.
 """
 
 from __future__ import annotations
@@ -60,18 +62,23 @@ def _layers(*arguments: Any) -> tuple[list[Linear], Rows]:
     return layers, Rows(ids, tokens)
 
 
+def _filled(ys: list[Tensor], arguments: tuple) -> list[Tensor | None]:
+    """Return an output for each layer that there are arguments of."""
+    return [*ys, *[None] * (len(arguments) // _PARTS - len(ys))]
+
+
 def _forward(x, *arguments):
     layers, rows = _layers(*arguments)
     ys, s = linears_forward(flat(x), layers, rows)
     ys = [shaped(y, [*x.shape[:-1], y.shape[1]]) for y in ys]
-    return *ys, *[None] * (MOST - len(ys)), s
+    return *_filled(ys, arguments), s
 
 
 def _fake(x, *arguments):
     layers, _ = _layers(*arguments)
     ys = _fake_inference(x, *arguments)
     width = sum(layer.lora.a.shape[1] for layer in layers if layer.lora is not None)
-    return *ys, *[None] * (MOST - len(ys)), x.new_empty(math.prod(x.shape[:-1]), width)
+    return *_filled(ys, arguments), x.new_empty(math.prod(x.shape[:-1]), width)
 
 
 def _inference(x, *arguments):
@@ -91,21 +98,27 @@ def _matrices(parts: Sequence[Any]) -> list[Any]:
 
 def _needs(ctx) -> tuple[bool, ...]:
     """Return what needs a gradient: x, then a, b and scaling of each layer."""
-    # Counted from the front: an operator has one flag more, behind those of its arguments.
-    return ctx.needs_input_grad[0], *_matrices(ctx.needs_input_grad[1 : 1 + _PARTS * MOST])
+    # Of x, the layers, ids and tokens, and of some calls one more.
+    flags = ctx.needs_input_grad
+    return flags[0], *_matrices(flags[1 : 1 + len(flags) // _PARTS * _PARTS])
 
 
 def _setup(ctx, inputs, output):
     x, *parts, ids, ctx.tokens = inputs
-    x, s = (
-        (x, output[MOST]) if any(_needs(ctx)[1:]) else (None, None)
-    )  # read for a, b and scaling alone
+    # They are read for a, b and scaling alone.
+    x, s = (x, output[-1]) if any(_needs(ctx)[1:]) else (None, None)
     ctx.save_for_backward(x, s, *parts, ids)
 
 
+def _backward_arguments(arguments: tuple) -> tuple[tuple, Tensor, Tensor, tuple, Sequence[bool]]:
+    """Return dy of each layer, x, s, the arguments that ``_LAYERS`` names, and ``needs``."""
+    count = (len(arguments) - len(("x", "s", "ids", "tokens", "needs"))) // (1 + _PARTS)
+    x, s, *parts, needs = arguments[count:]
+    return arguments[:count], x, s, parts, needs
+
+
 def _backward(*arguments):
-    *dys, x, s = arguments[: MOST + 2]
-    *parts, needs = arguments[MOST + 2 :]
+    dys, x, s, parts, needs = _backward_arguments(arguments)
     layers, rows = _layers(*parts)
     dys = dys[: len(layers)]
     given = zip(_matrices(parts[:-2]), needs[1:], strict=True)
@@ -116,12 +129,11 @@ def _backward(*arguments):
 
 
 def _backward_fake(*arguments):
-    dy = arguments[0]
-    *parts, _, _, needs = arguments[MOST + 2 :]
+    (dy, *_), _, _, parts, needs = _backward_arguments(arguments)
     dx = dy.new_empty(*dy.shape[:-1], parts[0].shape[1])
     return [
         like if like is dx else torch.empty_like(like, memory_format=torch.contiguous_format)
-        for like, need in zip((dx, *_matrices(parts)), needs, strict=True)
+        for like, need in zip((dx, *_matrices(parts[:-2])), needs, strict=True)
         if need
     ]
 
@@ -155,7 +167,7 @@ _OPERATION = operation(
     backward=_backward,
     backward_fake=_backward_fake,
     gradients=_gradients,
-    outputs=MOST,
+    outputs=-1,
 )
 _INFERENCE = inference(
     "lora_linear", _ARGUMENTS, "Tensor[]", forward=_inference, fake=_fake_inference
@@ -183,7 +195,8 @@ def run(
             matrices = (None, None, None) if lora is None else tuple(map(dense, lora))
             parts += (unit_stride(cast(weight, dtype)), bias, *matrices)
             trained = trained or needs_grad(*matrices)
-        parts += [None] * (_PARTS * MOST - len(parts))
+        if torch.compiler.is_compiling():
+            parts += [None] * (_PARTS * MOST - len(parts))
         inputs = cast(x, dtype), *parts, ids, tokens
         ys = (_OPERATION if trained or needs_grad(x) else _INFERENCE)(*inputs)
     return tuple(ys[: len(weights)])

@@ -78,12 +78,13 @@ def operation(
         backward_arguments: of ``backward``, which returns a "Tensor[]".
         forward: what the operator computes; None where there is nothing to return.
         fake: the same on tensors without data.
-        setup: (ctx, inputs, outputs) -> None, saves what backward needs.
+        setup: (ctx, inputs, outputs) -> None, saves what backward needs. Some calls have one flag
+            more in ``ctx.needs_input_grad`` than inputs.
         backward: returns only the gradients that are wanted.
         backward_fake: the same on tensors without data.
         gradients: (run, ctx, dy of each output or None) -> one entry per input, where ``run`` is
             ``backward`` or its operator.
-        outputs: how many of the results have a gradient.
+        outputs: how many of the results have a gradient; as in a slice, -1 is all but the last.
 
     Returns:
         Both forms.
@@ -117,13 +118,14 @@ def operation(
         ctx.set_materialize_grads(False)
         setup(ctx, inputs, output)
 
-    none = (None,) * (arguments.count(",") + 1)
-
-    def propagate(run: Callable[..., Any], ctx: Any, dys: tuple) -> tuple[Tensor | None, ...]:
+    def propagate(run: Callable[..., Any], ctx: Any, inputs: int, dys: tuple) -> tuple:
         dys = dys[:outputs]
-        return none if all(dy is None for dy in dys) else gradients(run, ctx, *dys)
+        return (None,) * inputs if all(dy is None for dy in dys) else gradients(run, ctx, *dys)
 
-    op.register_autograd(lambda ctx, *dys: propagate(op_backward, ctx, dys), setup_context=prepare)
+    inputs = arguments.count(",") + 1
+    op.register_autograd(
+        lambda ctx, *dys: propagate(op_backward, ctx, inputs, dys), setup_context=prepare
+    )
 
     forward_again, backward_again = replayed(forward), replayed(backward)
 
@@ -140,7 +142,7 @@ def operation(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *dys):
-            return *propagate(backward_again, ctx, dys), None
+            return *propagate(backward_again, ctx, len(ctx.needs_input_grad) - 1, dys), None
 
     return Operation(functools.partial(apply, Eager), op)
 

@@ -35,6 +35,7 @@ def losses(folder):
     return [e["loss"] for e in File(folder / LOG_FILE).json()["history"] if "loss" in e]
 
 
+@pytest.mark.slow
 def test_demo_training_interpreted(recipe, tmp_path):
     interpreted = run(recipe, tmp_path / "triton", device="cpu", label="triton")
     with koffkernels.force_backend("torch"):

@@ -5,6 +5,7 @@ import pytest
 from bench.gate.kernel_traffic import OPS, measure, share_of_least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", OPS, ids=lambda f: f.__name__)
 def test_kernel_traffic(ops):
     """Each weight is read, at decode once; each result element is written once; what moves is at

@@ -72,7 +72,7 @@ def test_model_generates_the_same(cache, route, kernels):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_model_gradients(model, checkpointing, kernels):
     inputs = padded(tokens())
     model.train()
