@@ -100,7 +100,7 @@ def test_a_field_may_be_what_a_recipe_has(tmp_path):
     "field",
     [
         {"prompt": "q"}, {"prompt": "q", "answer": "a"}, {"prompt": "q", "completion": 3}, {},
-        [], None, 3, ("q", None), {"q", "a"}, Completion("q", ["a"]),
+        [], None, 3, ("q", None), {"q"}, Completion("q", ["a"]),
     ],
     ids=str,
 )  # fmt: skip
