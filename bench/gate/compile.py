@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -83,9 +84,10 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
         tables = tables_of(file) if at in few else None
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in _chips(case)]:
-                own = Unit(launch, arch, labels | {"shapes": []})
+                own = Unit(launch, arch, labels | {"shapes": [], "programs": {}})
                 unit = units.setdefault((key, arch), own)
                 unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
+                unit.labels["programs"] |= labels["programs"]
                 if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
                     unit.labels["config"] = labels["config"]
                 if tables is not None:
@@ -131,8 +133,17 @@ def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[st
     for launch, key in zip(launches, compiling.signatures(launches), strict=True):
         own = compiling.module_of(launch) == file and case.of in compiling.name_of(launch)
         config = compiling.config_of(launch, case.config if own else "default")
-        shapes = [f"{at.name} {file} {case.where}"]
-        yield key, launch, {"dtype": dtypes[at.dtype], "config": config, "shapes": shapes}
+        shape, programs = f"{at.name} {file} {case.where}", math.prod(launch.grid)
+        yield (
+            key,
+            launch,
+            {
+                "dtype": dtypes[at.dtype],
+                "config": config,
+                "shapes": [shape],
+                "programs": {shape: programs},
+            },
+        )
 
 
 def tables_of(file: str) -> list[dict[str, Any]]:
@@ -247,19 +258,22 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Return one line per kernel and chip: variants, most registers, spills, shared memory, mma."""
+    """Return one line per kernel and chip: variants, most registers, spills, least warps on a
+    multiprocessor, shared memory, mma."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["arch"]), []).append(row)
     width = max((len(kernel) for kernel, _ in groups), default=6)
-    head = "variants registers spills  shared / limit   tensor cores"
+    head = "variants registers spills warps  shared / limit   tensor cores"
     lines = [f"{'kernel':{width}s} arch   {head}"]
     for (kernel, arch), group in groups.items():
         done = [row for row in group if row["registers"] is not None]
+        warps = [row["warps_per_sm"] for row in done if row["warps_per_sm"] is not None]
         kinds = sorted({kind for row in done for kind, count in row["mma"].items() if count})
         lines.append(
             f"{kernel:{width}s} {arch:6s} {len(group):8d} {_most(done, 'registers'):9d} "
-            f"{_most(done, 'spill_bytes'):6d} {_most(done, 'shared_bytes'):7d} / "
+            f"{_most(done, 'spill_bytes'):6d} {min(warps, default=0):5d} "
+            f"{_most(done, 'shared_bytes'):7d} / "
             f"{group[0]['shared_limit']:6d}  {' '.join(kinds) or '-'}"
         )
     return "\n".join(lines)

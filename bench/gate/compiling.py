@@ -26,6 +26,12 @@ from .order import WAIT, order_problems
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 SHARED_LIMITS["gfx942"] = 65_536  # LDS of a workgroup (CDNA 3 instruction set, 2.2.2)
 TENSOR_COLUMNS = 512  # tensor memory of an sm_100 multiprocessor, the same guide
+# The whole of it, in bytes, of which each block takes 1 KB for the system, and how many
+# multiprocessors an A100, H100 (SXM) and B200 have.
+_SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+_PARTITIONS = 4  # of a multiprocessor, each with warps, and 16384 registers, of its own
+_WARPS_PER_SM, _CTAS_PER_SM = 64, 32  # at most
 
 _INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async\b",
@@ -47,6 +53,9 @@ _MEASURED = (
     "wide_copies",
     "mma",
     "waits",
+    "ctas_per_sm",
+    "warps_per_sm",
+    "waves",
 )
 
 
@@ -201,6 +210,29 @@ def _amd_resources(text: str) -> dict[str, int]:
     }
 
 
+def ctas_per_sm(row: dict[str, Any], num_warps: int) -> int:
+    """Return how many blocks of a compiled kernel a multiprocessor holds at once.
+
+    Registers are given out to a warp by 256 at a time, out of those of its partition (CUDA C++
+    Programming Guide, "Technical Specifications per Compute Capability").
+    """
+    registers = -(-32 * row["registers"] // 256) * 256
+    warps = min(_WARPS_PER_SM, _PARTITIONS * (65536 // _PARTITIONS // registers))
+    limits = [_CTAS_PER_SM, warps // num_warps, _SHARED[row["arch"]] // (row["shared_bytes"] + 1024)]
+    if row["tensor_columns"]:
+        limits.append(TENSOR_COLUMNS // row["tensor_columns"])
+    return min(limits)
+
+
+def _occupancy(row: dict[str, Any], num_warps: int) -> dict[str, Any]:
+    """Return ctas_per_sm and warps_per_sm, and by shape how many times each multiprocessor of the
+    chip is filled with the launch's programs: at 2.1 waves, the third is nearly empty."""
+    ctas = ctas_per_sm(row, num_warps)
+    at_once = max(1, ctas) * _MULTIPROCESSORS[row["arch"]]
+    waves = {shape: round(count / at_once, 2) for shape, count in row["programs"].items()}
+    return {"ctas_per_sm": ctas, "warps_per_sm": ctas * num_warps, "waves": waves}
+
+
 def for_chip(launch: Launch, arch: str) -> Launch:
     """Return a launch that was recorded for no chip as it would be made on ``arch``."""
     options, args = dict(launch.options), launch.args
@@ -250,11 +282,12 @@ def blank_row(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     Args:
         launch: from ``common.recording``.
         arch: "sm_80", "sm_90", "sm_100" or "gfx942".
-        labels: what else the row says (dtype, config, shapes).
+        labels: what else the row says (dtype, config, shapes, and programs of each shape).
     """
     return {
         "kernel": name_of(launch),
         "arch": arch,
+        "programs": {},
         **labels,
         **dict.fromkeys(_MEASURED),
         "shared_limit": SHARED_LIMITS[arch],
@@ -268,6 +301,8 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     row = blank_row(launch, arch, **labels)
     try:
         row |= compile_launch(launch, arch)
+        if arch in _MULTIPROCESSORS:
+            row |= _occupancy(row, launch.options["num_warps"])
         contract = contract_of(launch)
         row["problems"] = problems_of(row, contract, launch.args)
         if contract.accumulators is not None and not arch.startswith("gfx"):

@@ -91,6 +91,32 @@ def test_gate_passes_what_is_right(arch):
     assert used == {compiling._FULL_TILE[arch]}
 
 
+@pytest.mark.parametrize(
+    "registers, shared, warps, arch, blocks",
+    [
+        (80, 22_528, 4, "sm_90", 6),  # 2560 registers a warp: 6 warps in each quarter of 16384
+        (81, 0, 4, "sm_90", 5),  # 2816
+        (128, 0, 8, "sm_80", 2),
+        (255, 0, 8, "sm_90", 1),
+        (32, 0, 1, "sm_90", 32),  # no more blocks
+        (16, 0, 4, "sm_90", 16),  # no more warps
+        (80, 51_200, 4, "sm_90", 4),  # 51 KB each of 228
+        (80, 51_200, 4, "sm_80", 3),  # of 164
+    ],
+)
+def test_gate_blocks_of_a_multiprocessor(registers, shared, warps, arch, blocks):
+    row = {"arch": arch, "registers": registers, "shared_bytes": shared, "tensor_columns": 0}
+    assert compiling.ctas_per_sm(row, warps) == blocks
+    assert compiling.ctas_per_sm(row | {"tensor_columns": 512}, warps) == 1
+
+
+def test_gate_waves():
+    """Two blocks of 1024 threads fit each of the 132 multiprocessors of an H100."""
+    row = compiling.row_of(copy(128, 32), "sm_90", programs={"few": 40, "many": 396})
+    assert (row["ctas_per_sm"], row["warps_per_sm"]) == (2, 64)
+    assert row["waves"] == {"few": 0.15, "many": 1.5}
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_gate_fails_on_spills(arch):
     row = compiling.row_of(copy(32768, 1), arch)
