@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from koffkernels._triton.shared.launch import Launch, leaves_of, tensors_of
+from koffkernels._triton.shared.launch import Launch, leaves_of, multiprocessors, tensors_of
 
 from .order import WAIT, order_problems
 
@@ -26,10 +27,8 @@ from .order import WAIT, order_problems
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 SHARED_LIMITS["gfx942"] = 65_536  # LDS of a workgroup (CDNA 3 instruction set, 2.2.2)
 TENSOR_COLUMNS = 512  # tensor memory of an sm_100 multiprocessor, the same guide
-# The whole of it, in bytes, of which each block takes 1 KB for the system, and how many
-# multiprocessors an A100, H100 (SXM) and B200 have.
+# The whole of it, in bytes, of which each block takes 1 KB for the system.
 _SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
-_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 _PARTITIONS = 4  # of a multiprocessor, each with warps, and 16384 registers, of its own
 _WARPS_PER_SM, _CTAS_PER_SM = 64, 32  # at most
 
@@ -218,19 +217,22 @@ def ctas_per_sm(row: dict[str, Any], num_warps: int) -> int:
     """
     registers = -(-32 * row["registers"] // 256) * 256
     warps = min(_WARPS_PER_SM, _PARTITIONS * (65536 // _PARTITIONS // registers))
-    limits = [_CTAS_PER_SM, warps // num_warps, _SHARED[row["arch"]] // (row["shared_bytes"] + 1024)]
+    by_shared = _SHARED[row["arch"]] // (row["shared_bytes"] + 1024)
+    limits = [_CTAS_PER_SM, warps // num_warps, by_shared]
     if row["tensor_columns"]:
         limits.append(TENSOR_COLUMNS // row["tensor_columns"])
     return min(limits)
 
 
 def _occupancy(row: dict[str, Any], num_warps: int) -> dict[str, Any]:
-    """Return ctas_per_sm and warps_per_sm, and by shape how many times each multiprocessor of the
-    chip is filled with the launch's programs: at 2.1 waves, the third is nearly empty."""
+    """Return ctas_per_sm and warps_per_sm, and for an H100, whose grids are recorded, by shape how
+    many times its multiprocessors are filled."""
     ctas = ctas_per_sm(row, num_warps)
-    at_once = max(1, ctas) * _MULTIPROCESSORS[row["arch"]]
-    waves = {shape: round(count / at_once, 2) for shape, count in row["programs"].items()}
-    return {"ctas_per_sm": ctas, "warps_per_sm": ctas * num_warps, "waves": waves}
+    found = {"ctas_per_sm": ctas, "warps_per_sm": ctas * num_warps}
+    if row["arch"] == "sm_90":
+        at_once = max(1, ctas) * multiprocessors(torch.device("meta"))
+        found["waves"] = {at: round(count / at_once, 2) for at, count in row["programs"].items()}
+    return found
 
 
 def for_chip(launch: Launch, arch: str) -> Launch:
@@ -301,7 +303,7 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     row = blank_row(launch, arch, **labels)
     try:
         row |= compile_launch(launch, arch)
-        if arch in _MULTIPROCESSORS:
+        if arch in _SHARED:
             row |= _occupancy(row, launch.options["num_warps"])
         contract = contract_of(launch)
         row["problems"] = problems_of(row, contract, launch.args)

@@ -1,6 +1,7 @@
 """The compile gate: what it writes, that nothing escapes it, and that it can fail."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from bench.gate import cases, compiling, settings
 from bench.gate import compile as gate
+from koffkernels._triton.mlp import hidden, hidden_bwd
 from koffkernels._triton.shared import launch as common
 
 ROOT = Path(__file__).parents[2]
@@ -280,6 +282,27 @@ def test_gate_passes_a_subset(arch):
     done = run_gate("--arch", arch, "--subset")  # on all cores: slow tests run alone
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{kernel} " in done.stdout for _, kernel in cases.all_kernels())
+
+
+@pytest.mark.slow
+def test_gate_hidden_kernels_fill_an_h100():
+    """At the widths of four models, dense and pruned, with 8192 tokens in one piece or eight; and
+    as many blocks fit a multiprocessor as the launchers cut stretches for."""
+    blocks = {"_mlp_hidden_fwd_kernel": hidden.BLOCKS, "_mlp_hidden_bwd_kernel": hidden_bwd.BLOCKS}
+    fullness = {"one memory": [], "mixed": []}
+    for unit in gate.plan(["sm_90"], kernels=list(blocks)):
+        way = unit.shapes[0]
+        if unit.labels["dtype"] != "bf16" or "r=16" not in way or "gate up down" not in way:
+            continue
+        row = compiling.row_of(unit.launch, unit.arch, **unit.labels)
+        assert row["ctas_per_sm"] == blocks[unit.kernel]["no gates" in way], row
+        if unit.kernel == "_mlp_hidden_fwd_kernel":
+            assert row["warps_per_sm"] >= 24
+        full = [waves / math.ceil(waves) for waves in row["waves"].values()]
+        fullness["mixed" if "mixed" in way else "one memory"] += full
+    assert len(fullness["one memory"]) == 32 and min(fullness["one memory"]) >= 0.9, fullness
+    # A row of 1024 tokens is cut into one or two stretches, which leaves little choice.
+    assert len(fullness["mixed"]) == 16 and min(fullness["mixed"]) >= 0.84, fullness
 
 
 def test_gate_exit_status_and_message(monkeypatch, capsys):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..shared.config import Config, choose_config
-from ..shared.launch import cdiv, launch
+from ..shared.launch import cdiv, launch, multiprocessors
 from ..shared.operands import per_head
 from ..shared.reduce import sum_partials
 from .call import LOG2E, Call, memory_length
@@ -27,7 +27,7 @@ CONFIGS = {
     "32x64": Config(32, 64, warps=8, stages=2),
     "32x128": Config(32, 128, warps=8, stages=2, archs=(90,)),
 }
-_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_PROGRAMS = 2  # of a multiprocessor
 _TILES_PER_PROGRAM = 4  # of queries, at least: a pipeline has to fill first
 
 
@@ -105,7 +105,8 @@ def _splits(call: Call, config: Config) -> tuple[int, int]:
     row, fills the GPU."""
     rows, _, queries, _ = call.q.shape
     _, kv_heads, length, _ = call.prefix.k.shape
-    wanted = cdiv(_PROGRAMS, max(1, kv_heads * cdiv(length, config.block_n)))
+    programs = _PROGRAMS * multiprocessors(call.q.device)
+    wanted = cdiv(programs, max(1, kv_heads * cdiv(length, config.block_n)))
     row_splits = max(1, min(rows, wanted))
     tiles = cdiv(queries, config.block_m) * call.group // _TILES_PER_PROGRAM
     return row_splits, max(1, min(cdiv(wanted, row_splits), tiles))

@@ -15,12 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shared.launch import Rows, cdiv, dot, launch, precision, rank_block, token_memory, token_span
+from ..shared.launch import (
+    Rows,
+    cdiv,
+    dot,
+    launch,
+    multiprocessors,
+    precision,
+    rank_block,
+    token_memory,
+    token_span,
+)
 from ..shared.operands import up_to_three
 from ..shared.reduce import MatrixSum
+from ..shared.waves import piece_length
 
 EXPECTS = {"_lora_grad_kernel": "dot16"}
-_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100 or H200
+BLOCKS = 3  # programs that a multiprocessor of an H100 holds; of some variants four
 # Tokens of a chunk: four tiles, so that the fp32 sums that are written for each chunk weigh little
 # against what is read for it.
 _SHORTEST_CHUNK = 256
@@ -161,8 +172,9 @@ def lora_grads(
     block_r = rank_block(max(ranks))
     blocks = sum(cdiv(q.shape[1], _BLOCK_K) for _, q in pairs)
     tiles = blocks * cdiv(max(ranks), block_r) * memories
-    size = max(_SHORTEST_CHUNK, cdiv(max(m, 1), cdiv(_PROGRAMS, tiles)))
-    per_chunk = cdiv(size, _BLOCK_M) * _BLOCK_M  # a chunk may end within a sequence
+    at_once = BLOCKS * multiprocessors(pairs[0][1].device)
+    full = piece_length(max(m, 1), at_once / tiles, tiles, at_once, _BLOCK_M)
+    per_chunk = max(_SHORTEST_CHUNK, full)  # a chunk may end within a sequence
     chunks = max(1, cdiv(m, per_chunk))
     products = []
     for p, q in pairs:

@@ -21,6 +21,7 @@ from ..shared.launch import (
     dot,
     launch,
     memory_range,
+    multiprocessors,
     precision,
     rank_block,
     token_memory,
@@ -29,7 +30,7 @@ from ..shared.operands import LowRank, up_to_three, wide
 from ..shared.reduce import sum_partials
 
 EXPECTS = {"_shrink_fwd_kernel": "dot"}
-_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_PROGRAMS = 2  # of a multiprocessor, at least
 _BLOCK_M, _BLOCK_K = 64, 64  # 64 tokens: the least that wgmma takes
 _TILES_PER_SPLIT = 4  # of K, at least: a pipeline of three stages has to fill first
 
@@ -181,12 +182,6 @@ def _shrink_fwd_kernel(
                 )  # fmt: skip
 
 
-def _splits(programs: int, blocks: int) -> int:
-    """Return in how many parts to cut K (``blocks`` tiles), so that every multiprocessor has
-    work."""
-    return max(1, min(blocks // _TILES_PER_SPLIT, cdiv(_PROGRAMS, max(programs, 1))))
-
-
 def _low_rank(a: Tensor) -> LowRank:
     """Return a [n, r, K] as an operand."""
     memory, rank, wide = a.stride()
@@ -222,7 +217,9 @@ def _shrink(xs: Sequence[Tensor], matrices: Sequence[Tensor], rows: Rows) -> Ten
     # Two of 64 spill on sm_80.
     block_r = rank_block(max(ranks), 64 if together == 1 else 32)
     tiles = cdiv(m, _BLOCK_M), cdiv(max(ranks), block_r)
-    splits = _splits(tiles[0] * tiles[1], cdiv(k, _BLOCK_K))
+    # K is cut so that every multiprocessor has work.
+    wanted = cdiv(_PROGRAMS * multiprocessors(x.device), max(tiles[0] * tiles[1], 1))
+    splits = max(1, min(cdiv(k, _BLOCK_K) // _TILES_PER_SPLIT, wanted))
     blocks = cdiv(cdiv(k, _BLOCK_K), splits)
     splits = cdiv(k, blocks * _BLOCK_K)  # none is empty
     dtype = x.dtype if splits == 1 else torch.float32

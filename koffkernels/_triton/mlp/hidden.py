@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..shared.launch import Rows, activate, cdiv, launch, precision, rank_block
+from ..shared.launch import Rows, activate, cdiv, launch, multiprocessors, precision, rank_block
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.stretch import stretch_of, stretches
 from ..shared.update import add_update, memory_part
@@ -26,10 +26,12 @@ def _expects(args: dict[str, Any]) -> str | None:
 
 EXPECTS = {"_mlp_hidden_fwd_kernel": _expects}
 
-# The tile of g, u and h: 64 columns are 128 bytes, a whole line, in 16 bits. Five blocks of four
-# warps fit a multiprocessor. On an H200 (M = 8192, I = 11904, r = 16, eight memories) stretches of
-# 256 tokens took 148 us, 95 % of what a copy reaches; 64 took 166 and 1024 took 161.
+# The tile of g, u and h: 64 columns are 128 bytes, a whole line, in 16 bits. On an H200 (M = 8192,
+# I = 11904, r = 16, eight memories) stretches of 256 tokens took 148 us, 95 % of what a copy
+# reaches; 64 took 166 and 1024 took 161.
 _BLOCK_M, _BLOCK_I, _STAGES, _LENGTH = 32, 64, 3, 256
+# Programs of four warps that a multiprocessor of an H100 holds, r = 16, with gates and without.
+BLOCKS = 6, 7
 
 
 @triton.jit(do_not_specialize=["memories", "tokens", "length", "per_row"])
@@ -118,11 +120,13 @@ def mlp_hidden(
     """
     m, i = g0.shape
     h = g0.new_empty(m, i)
-    cut, rank = stretches(rows, m, _LENGTH), largest_rank(delta_gate, delta_up)
+    strips, rank = cdiv(i, _BLOCK_I), largest_rank(delta_gate, delta_up)
+    at_once = BLOCKS[gates is None] * multiprocessors(g0.device)
+    cut = stretches(rows, m, _LENGTH, strips, at_once)
     some = delta_gate or delta_up
     launch(
         _mlp_hidden_fwd_kernel,
-        (cdiv(i, _BLOCK_I) * cut.count,),
+        (strips * cut.count,),
         g0_ptr=g0,
         u0_ptr=u0,
         stride_g0=g0.stride(0),

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..lora.grad import lora_grads
 from ..shared.config import Config, choose_config
-from ..shared.launch import Rows, activate_grad, cdiv, dot, launch, precision, rank_block
+from ..shared.launch import (
+    Rows,
+    activate_grad,
+    cdiv,
+    dot,
+    launch,
+    multiprocessors,
+    precision,
+    rank_block,
+)
 from ..shared.operands import Delta, largest_rank, operand
 from ..shared.reduce import MatrixSum, sum_partials
 from ..shared.stretch import stretch_of, stretches
@@ -75,6 +84,8 @@ RANK_64_CONFIGS = {
     "16x32": Config(16, 32, warps=8, stages=2),
 }
 _LENGTH = 1024
+# Programs that a multiprocessor of an H100 holds, r = 16, with gates and without.
+BLOCKS = 3, 4
 _LARGEST_RANK = 64  # above it three sums of [rank, 32] fill the registers
 _SHORTEST_ROW = 256  # below it the partial sums, one set per row, weigh as much as the tiles
 
@@ -261,7 +272,13 @@ def mlp_hidden_bwd(
         config: None: by the largest rank, and above 32 by the chip.
     """
     (m, i), (g0, u0) = dh.shape, gu
-    rank, cut = deltas.rank(), stretches(rows, m, _LENGTH)
+    rank = deltas.rank()
+    if config is None and rank <= 32:
+        config = _RANK_16 if rank <= 16 else _RANK_32
+    config = choose_config(config, RANK_64_CONFIGS, RANK_64_CONFIGS["16x32"], dh)
+    strips = cdiv(i, config.block_n)
+    at_once = BLOCKS[gates is None] * multiprocessors(dh.device)
+    cut = stretches(rows, m, _LENGTH, strips, at_once)
     dg, du = outputs(dh, gu, overwrite)
     sums, h, dz = None, None, None
     there = [delta for delta in deltas if delta is not None]
@@ -273,12 +290,9 @@ def mlp_hidden_bwd(
         sums = dh.new_empty(cut.count, ranks, i, dtype=torch.float32)
     elif deltas.down is not None:
         h = dh.new_empty(m, i)
-    if config is None and rank <= 32:
-        config = _RANK_16 if rank <= 16 else _RANK_32
-    config = choose_config(config, RANK_64_CONFIGS, RANK_64_CONFIGS["16x32"], dh)
     launch(
         _mlp_hidden_bwd_kernel,
-        (cdiv(i, config.block_n) * cut.count,),
+        (strips * cut.count,),
         dh_ptr=dh,
         stride_dh=i,
         g0_ptr=g0,

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import Config
-from .launch import INTERPRETED, SMALLEST_TILE, cdiv, dot, power_of_2, precision, rank_block
+from .launch import (
+    INTERPRETED,
+    SMALLEST_TILE,
+    cdiv,
+    dot,
+    multiprocessors,
+    power_of_2,
+    precision,
+    rank_block,
+)
 
 # All tokens of a call lie in one tile: two fp32 accumulators of 64 x 64 (gate and up) take 64
 # registers of each of 128 threads.
@@ -23,7 +32,7 @@ MOST_TOKENS = 64
 MOST_SPLITS = 16  # every program of the second launch reads them all
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _SHORTEST_SPLIT = 256  # of K: shorter ones have nothing left to pipeline
-_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
+_PROGRAMS = 2  # of a multiprocessor at once
 
 
 class StackedA(NamedTuple):
@@ -84,18 +93,20 @@ def split_blocks(x: Tensor, tiles: int, config: Config, split_cost: float = 0.2)
         config: what is launched.
         split_cost: what one more split of K costs, as a share of the time of the weights.
     """
-    return _split_blocks(x.shape[1], _block_k(x, config), tiles, split_cost)
+    at_once = _PROGRAMS * multiprocessors(x.device)
+    return _split_blocks(x.shape[1], _block_k(x, config), tiles, at_once, split_cost)
 
 
 @functools.cache
-def _split_blocks(k: int, block_k: int, tiles: int, split_cost: float) -> tuple[int, int]:
+def _split_blocks(
+    k: int, block_k: int, tiles: int, at_once: int, split_cost: float
+) -> tuple[int, int]:
     blocks = cdiv(k, block_k)
     most = max(1, min(MOST_SPLITS, k // _SHORTEST_SPLIT, blocks))
 
     def cost(splits: int) -> float:
         programs = max(1, tiles * splits)
-        waves = cdiv(programs, _PROGRAMS)
-        return waves * _PROGRAMS / programs + split_cost * splits
+        return cdiv(programs, at_once) * at_once / programs + split_cost * splits
 
     each = cdiv(blocks, min(range(1, most + 1), key=cost))
     return max(1, cdiv(blocks, max(1, each))), each

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 
 from .launch import Rows, cdiv
+from .waves import piece_length
+
+_TILE = 32  # tokens, or 16: a tile that the end of a stretch cuts takes as long as a whole one
 
 
 class Stretches(NamedTuple):
@@ -37,12 +40,23 @@ class Stretches(NamedTuple):
         return {"tokens": self.tokens, "length": self.length, "per_row": self.per_row}
 
 
-def stretches(rows: Rows, m: int, length: int) -> Stretches:
-    """Cut m tokens into stretches of at most ``length``."""
+def stretches(rows: Rows, m: int, length: int, strips: int = 1, at_once: int = 0) -> Stretches:
+    """Cut m tokens into stretches.
+
+    Args:
+        rows: memory of each token.
+        m: tokens.
+        length: of a stretch at most; with ``at_once``: about that, and the waves are full.
+        strips: of columns: programs for each stretch.
+        at_once: programs that the GPU runs side by side.
+    """
     tokens = m if rows.ids is None else rows.tokens
+    count = m // max(tokens, 1)
     length = min(length, max(tokens, 1))
+    if at_once and m:
+        length = piece_length(tokens, tokens / length, strips * count, at_once, _TILE)
     per_row = cdiv(tokens, length)
-    return Stretches(tokens, length, per_row, per_row * (m // max(tokens, 1)))
+    return Stretches(tokens, length, per_row, per_row * count)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ SIZES = [
 @pytest.fixture(autouse=True)
 def small_gpu(monkeypatch):
     """A few splits show what hundreds would, which the interpreter runs one after another."""
-    monkeypatch.setattr(prefix_grad, "_PROGRAMS", 4)
+    monkeypatch.setattr(prefix_grad, "multiprocessors", lambda device: 2)
 
 
 def gradients(case: Case, tensors=None, config: Config | None = None, upstream=None) -> dict:
@@ -83,15 +83,14 @@ def test_backward_without_prefix_and_without_own_keys():
     check(Case((2, 2, 1, 5, 0, 64, 1, 19), torch.float32, "none", bounds), SMALL)
 
 
-@pytest.mark.parametrize("programs", [1, 5, 1000])
-def test_backward_splits(programs, monkeypatch):
+@pytest.mark.parametrize("multiprocessors", [1, 3, 500])
+def test_backward_splits(multiprocessors, monkeypatch):
     """However many splits of rows and queries there are, the prefix gradients are the same sums."""
-    monkeypatch.setattr(prefix_grad, "_PROGRAMS", programs)
+    monkeypatch.setattr(prefix_grad, "multiprocessors", lambda device: multiprocessors)
     case = Case((3, 2, 1, 70, 70, 64, 1, 19), torch.float32, "none")
     config = Config(16, 32, warps=4, stages=1)
-    assert (
-        prefix_grad._splits(case.call(), config) == {1: (1, 1), 5: (3, 2), 1000: (3, 2)}[programs]
-    )
+    splits = prefix_grad._splits(case.call(), config)
+    assert splits == {1: (2, 1), 3: (3, 2), 500: (3, 2)}[multiprocessors]
     o, lse = one_pass(case.call())
     up = dq.upstream(cotangent_for(o), o, lse)
     got = prefix_grad.prefix_grads(case.call(), up, (True, True), SMALL)
