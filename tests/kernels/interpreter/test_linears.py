@@ -30,7 +30,7 @@ def inputs(shape, kind, dtype=torch.float32):
 
 @pytest.mark.parametrize("route", ["vendor", "fused"])
 @pytest.mark.parametrize("kind", ["none", "off", "mixed"])
-@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, pytest.param(LARGE, marks=pytest.mark.slow)], ids=str)
 def test_lora_linears_oracle(shape, kind, route):
     tensors, *rest = inputs(shape, kind)
     with koffkernels.force_route(route):

@@ -72,7 +72,8 @@ def test_model_generates_the_same(cache, route, kernels):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_model_gradients(model, checkpointing, kernels):
     inputs = padded(tokens())
     model.train()

@@ -104,6 +104,7 @@ def test_gated_mlp_recompute_gives_the_same_bits(rank):
         assert_same(run(call, tensors), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hidden_bwd.RANK_64_CONFIGS)
 @pytest.mark.parametrize("kind", ["none", "mixed"])
 def test_gated_mlp_backward_of_rank_64_in_every_tile(kind, name, monkeypatch):
