@@ -54,6 +54,12 @@ def test_stretches_cover_every_row(tokens, count, at_once):
     assert (cut.per_row - 1) * cut.length < tokens <= cut.per_row * cut.length
 
 
+def test_stretches_of_less_than_a_wave_are_as_long_as_wanted():
+    """More of them would only write more partial sums."""
+    for strips, per_row in ((6, 2), (198, 2), (199, 3)):
+        assert stretches(Rows(None, 512), 512, 256, strips, 396).per_row == per_row
+
+
 def test_stretches_of_nothing():
     assert stretches(Rows(None, 0), 0, 256, 7, 792).count == 0
     assert stretches(Rows(torch.zeros(0, dtype=torch.int64), 5), 0, 256, 7, 792).count == 0

@@ -46,14 +46,14 @@ def stretches(rows: Rows, m: int, length: int, strips: int = 1, at_once: int = 0
     Args:
         rows: memory of each token.
         m: tokens.
-        length: of a stretch at most; with ``at_once``: about that, and the waves are full.
+        length: of a stretch at most; of several waves about that, so that the last one is full.
         strips: of columns: programs for each stretch.
-        at_once: programs that the GPU runs side by side.
+        at_once: programs that the GPU runs side by side; 0: waves do not count.
     """
     tokens = m if rows.ids is None else rows.tokens
     count = m // max(tokens, 1)
     length = min(length, max(tokens, 1))
-    if at_once and m:
+    if 0 < at_once < strips * count * cdiv(tokens, length):
         length = piece_length(tokens, tokens / length, strips * count, at_once, _TILE)
     per_row = cdiv(tokens, length)
     return Stretches(tokens, length, per_row, per_row * count)
