@@ -45,7 +45,7 @@ VLLM_ENV ?= $(if $(KOFF_CACHE),$(KOFF_CACHE),$(HOME)/.cache/koff)/vllm-cpu
 test-vllm: $(STAMP)
 	$(BIN)/python tests/vllm/environment.py $(VLLM_ENV)
 	$(BIN)/python tests/vllm/reference.py build/vllm
-	$(VLLM_ENV)/bin/python -m pytest -q -c tests/vllm/pytest.ini --rootdir tests/vllm \
+	$(VLLM_ENV)/bin/python -m pytest -q -n auto --dist worksteal -c tests/vllm/pytest.ini --rootdir tests/vllm \
 		--confcutdir tests/vllm tests/vllm --reference build/vllm --koff $(abspath $(BIN))/python
 
 lint: $(STAMP)

@@ -16,11 +16,13 @@ import pytest
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAVE_VLLM else ["test_*.py"]
 
-# One process for front end, scheduler and worker, so that a test can look into each. Before vLLM
-# is imported, which reads them then.
+# One process for front end, scheduler and worker, so that a test can look into each; one thread,
+# bound to no core, since tests run side by side. Before vLLM is imported, which reads them then.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
