@@ -83,14 +83,15 @@ def test_backward_without_prefix_and_without_own_keys():
     check(Case((2, 2, 1, 5, 0, 64, 1, 19), torch.float32, "none", bounds), SMALL)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 500])
-def test_backward_splits(multiprocessors, monkeypatch):
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+def test_backward_splits(programs, monkeypatch):
     """However many splits of rows and queries there are, the prefix gradients are the same sums."""
-    monkeypatch.setattr(prefix_grad, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(prefix_grad, "_PROGRAMS", 1)
+    monkeypatch.setattr(prefix_grad, "multiprocessors", lambda device: programs)
     case = Case((3, 2, 1, 70, 70, 64, 1, 19), torch.float32, "none")
     config = Config(16, 32, warps=4, stages=1)
     splits = prefix_grad._splits(case.call(), config)
-    assert splits == {1: (2, 1), 3: (3, 2), 500: (3, 2)}[multiprocessors]
+    assert splits == {1: (1, 1), 5: (3, 2), 1000: (3, 2)}[programs]
     o, lse = one_pass(case.call())
     up = dq.upstream(cotangent_for(o), o, lse)
     got = prefix_grad.prefix_grads(case.call(), up, (True, True), SMALL)
