@@ -58,7 +58,7 @@ class Unit(NamedTuple):
     @property
     def shapes(self) -> list[str]:
         """The calls that need this machine code."""
-        return self.labels["shapes"]
+        return list(self.labels["programs"])
 
 
 def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = None) -> list[Unit]:
@@ -84,9 +84,8 @@ def plan(archs: list[str], subset: bool = False, kernels: list[str] | None = Non
         tables = tables_of(file) if at in few else None
         for key, launch, labels in _launches(at, file, case):
             for arch in [arch for arch in archs if arch in _chips(case)]:
-                own = Unit(launch, arch, labels | {"shapes": [], "programs": {}})
+                own = Unit(launch, arch, labels | {"programs": {}})
                 unit = units.setdefault((key, arch), own)
-                unit.shapes.extend(s for s in labels["shapes"] if s not in unit.shapes)
                 unit.labels["programs"] |= labels["programs"]
                 if unit.labels["config"]["name"] == "default":  # the name, once a case gives it
                     unit.labels["config"] = labels["config"]
@@ -133,17 +132,8 @@ def _launches(at: Any, file: str, case: Any) -> Iterator[tuple[Any, Any, dict[st
     for launch, key in zip(launches, compiling.signatures(launches), strict=True):
         own = compiling.module_of(launch) == file and case.of in compiling.name_of(launch)
         config = compiling.config_of(launch, case.config if own else "default")
-        shape, programs = f"{at.name} {file} {case.where}", math.prod(launch.grid)
-        yield (
-            key,
-            launch,
-            {
-                "dtype": dtypes[at.dtype],
-                "config": config,
-                "shapes": [shape],
-                "programs": {shape: programs},
-            },
-        )
+        programs = {f"{at.name} {file} {case.where}": math.prod(launch.grid)}
+        yield key, launch, {"dtype": dtypes[at.dtype], "config": config, "programs": programs}
 
 
 def tables_of(file: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from koffkernels._triton.shared.launch import Launch, leaves_of, multiprocessors, tensors_of
+from koffkernels._triton.shared.launch import Launch, cdiv, leaves_of, multiprocessors, tensors_of
 
 from .order import WAIT, order_problems
 
@@ -27,8 +27,7 @@ from .order import WAIT, order_problems
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 SHARED_LIMITS["gfx942"] = 65_536  # LDS of a workgroup (CDNA 3 instruction set, 2.2.2)
 TENSOR_COLUMNS = 512  # tensor memory of an sm_100 multiprocessor, the same guide
-# The whole of it, in bytes, of which each block takes 1 KB for the system.
-_SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
+_RESERVED = 1024  # of the shared memory of a multiprocessor, for each block: it has so much more
 _PARTITIONS = 4  # of a multiprocessor, each with warps, and 16384 registers, of its own
 _WARPS_PER_SM, _CTAS_PER_SM = 64, 32  # at most
 
@@ -215,9 +214,9 @@ def ctas_per_sm(row: dict[str, Any], num_warps: int) -> int:
     Registers are given out to a warp by 256 at a time, out of those of its partition (CUDA C++
     Programming Guide, "Technical Specifications per Compute Capability").
     """
-    registers = -(-32 * row["registers"] // 256) * 256
+    registers = cdiv(32 * row["registers"], 256) * 256
     warps = min(_WARPS_PER_SM, _PARTITIONS * (65536 // _PARTITIONS // registers))
-    by_shared = _SHARED[row["arch"]] // (row["shared_bytes"] + 1024)
+    by_shared = (SHARED_LIMITS[row["arch"]] + _RESERVED) // (row["shared_bytes"] + _RESERVED)
     limits = [_CTAS_PER_SM, warps // num_warps, by_shared]
     if row["tensor_columns"]:
         limits.append(TENSOR_COLUMNS // row["tensor_columns"])
@@ -284,13 +283,14 @@ def blank_row(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     Args:
         launch: from ``common.recording``.
         arch: "sm_80", "sm_90", "sm_100" or "gfx942".
-        labels: what else the row says (dtype, config, shapes, and programs of each shape).
+        labels: what else the row says (dtype, config, and programs of each shape).
     """
     return {
         "kernel": name_of(launch),
         "arch": arch,
         "programs": {},
         **labels,
+        "shapes": list(labels.get("programs", ())),
         **dict.fromkeys(_MEASURED),
         "shared_limit": SHARED_LIMITS[arch],
         "triton": triton.__version__,
@@ -303,7 +303,7 @@ def row_of(launch: Launch, arch: str, **labels: Any) -> dict[str, Any]:
     row = blank_row(launch, arch, **labels)
     try:
         row |= compile_launch(launch, arch)
-        if arch in _SHARED:
+        if not arch.startswith("gfx"):
             row |= _occupancy(row, launch.options["num_warps"])
         contract = contract_of(launch)
         row["problems"] = problems_of(row, contract, launch.args)

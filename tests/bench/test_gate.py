@@ -1,7 +1,6 @@
 """The compile gate: what it writes, that nothing escapes it, and that it can fail."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from bench.gate import cases, compiling, settings
 from bench.gate import compile as gate
 from koffkernels._triton.mlp import hidden, hidden_bwd
 from koffkernels._triton.shared import launch as common
+from koffkernels._triton.shared.waves import fullness
 
 ROOT = Path(__file__).parents[2]
 EXPECTS = {"_tile_kernel": "dot", "_copy_kernel": None, "_loop_kernel": "dot"}
@@ -289,7 +289,7 @@ def test_gate_hidden_kernels_fill_an_h100():
     """At the widths of four models, dense and pruned, with 8192 tokens in one piece or eight; and
     as many blocks fit a multiprocessor as the launchers cut stretches for."""
     blocks = {"_mlp_hidden_fwd_kernel": hidden.BLOCKS, "_mlp_hidden_bwd_kernel": hidden_bwd.BLOCKS}
-    fullness = {"one memory": [], "mixed": []}
+    found = {"one memory": [], "mixed": []}
     for unit in gate.plan(["sm_90"], kernels=list(blocks)):
         way = unit.shapes[0]
         if unit.labels["dtype"] != "bf16" or "r=16" not in way or "gate up down" not in way:
@@ -298,11 +298,12 @@ def test_gate_hidden_kernels_fill_an_h100():
         assert row["ctas_per_sm"] == blocks[unit.kernel]["no gates" in way], row
         if unit.kernel == "_mlp_hidden_fwd_kernel":
             assert row["warps_per_sm"] >= 24
-        full = [waves / math.ceil(waves) for waves in row["waves"].values()]
-        fullness["mixed" if "mixed" in way else "one memory"] += full
-    assert len(fullness["one memory"]) == 32 and min(fullness["one memory"]) >= 0.9, fullness
+        at_once = row["ctas_per_sm"] * common.multiprocessors(torch.device("meta"))
+        filled = [fullness(programs, at_once) for programs in row["programs"].values()]
+        found["mixed" if "mixed" in way else "one memory"] += filled
+    assert len(found["one memory"]) == 32 and min(found["one memory"]) >= 0.9, found
     # A row of 1024 tokens is cut into one or two stretches, which leaves little choice.
-    assert len(fullness["mixed"]) == 16 and min(fullness["mixed"]) >= 0.84, fullness
+    assert len(found["mixed"]) == 16 and min(found["mixed"]) >= 0.84, found
 
 
 def test_gate_exit_status_and_message(monkeypatch, capsys):
