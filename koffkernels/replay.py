@@ -243,12 +243,12 @@ def replayed(function: Callable) -> Callable:
         kind = (*kind, *options)
         found = known.get(kind)
         if found is None:
-            know(kind, False)
+            _remember(known, kind, False)
             return function(*args, **options)
         if type(found) is str:
             return function(*args, **options)
         if not records:
-            return play(kind, found, tensors, args, options)
+            return _play(known, kind, found, tensors, lambda: function(*args, **options))
         if found is not False:
             return found(tensors)
         before, notes = _thread.notes, Differentiable(_settings(), tensors)
@@ -260,7 +260,7 @@ def replayed(function: Callable) -> Callable:
             _thread.notes = before
         notes.returned(result)
         if notes.settings == _settings():  # else another thread has forced a route meanwhile
-            know(kind, notes.refused or notes)
+            _remember(known, kind, notes.refused or notes)
         return result
 
     def of_kind(kind: Differentiable | None, *args: Any) -> Any:
@@ -270,29 +270,83 @@ def replayed(function: Callable) -> Callable:
         if type(found) is str:
             return function(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        return play(kind, found, tensors, args, {})
-
-    def play(kind: Any, tape: Any, tensors: list[Tensor], args: tuple, options: dict) -> Any:
-        if tape is not False:
-            return tape.play(tensors) if tape.usable() else function(*args, **options)
-        # By name, as dispatch loads what not everybody has.
-        tapes = importlib.import_module("._triton.shared.tape", __package__)
-        settings = kind.settings if isinstance(kind, Differentiable) else _settings()
-        try:
-            _thread.records = True
-            result, tape = tapes.record(lambda: function(*args, **options), tensors)
-        finally:
-            _thread.records = False
-        if settings == _settings():
-            know(kind, tape)
-        return result
-
-    def know(kind: Any, what: Any) -> None:
-        if kind not in known and len(known) >= _MOST_KINDS:
-            known.clear()
-        known[kind] = what
+        return _play(known, kind, found, tensors, lambda: function(*args))
 
     call.of_kind = of_kind
+    return call
+
+
+def _play(
+    known: dict[Any, Any], kind: Any, tape: Any, tensors: list[Tensor], call: Callable[[], Any]
+) -> Any:
+    """Return what a call returns, by its tape; False: make the tape.
+
+    Args:
+        known: of the function.
+        kind, tensors: of the call.
+        call: makes it as it is written.
+    """
+    if tape is not False:
+        return tape.play(tensors) if tape.usable() else call()
+    # By name, as dispatch loads what not everybody has.
+    tapes = importlib.import_module("._triton.shared.tape", __package__)
+    settings = kind.settings if isinstance(kind, Differentiable) else _settings()
+    try:
+        _thread.records = True
+        result, tape = tapes.record(call, tensors)
+    finally:
+        _thread.records = False
+    if settings == _settings():
+        _remember(known, kind, tape)
+    return result
+
+
+def _remember(known: dict[Any, Any], kind: Any, what: Any) -> None:
+    if kind not in known and len(known) >= _MOST_KINDS:
+        known.clear()
+    known[kind] = what
+
+
+class _Unpacked:
+    """The context of a backward with its saved tensors, unpacked once: of what the forward returned
+    torch makes a new object whenever it is asked."""
+
+    def __init__(self, ctx: Any, saved: tuple[Tensor | None, ...]):
+        self.saved_tensors, self.constants = saved, ctx.constants
+        self.needs_input_grad = ctx.needs_input_grad
+
+
+def replayed_backward(function: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Let the backward of an ``autograd.Function`` be replayed from the third of its kind on.
+
+    Args:
+        function: (ctx, dy of each output or None) -> a gradient or None for each input. Of ctx it
+            reads ``saved_tensors``, ``needs_input_grad`` and ``constants``: a tuple of what else
+            the forward left for it.
+    """
+    known: dict[Any, Any] = {}
+    _known.append((function.__qualname__, known))
+
+    @functools.wraps(function)
+    def call(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = *dys, *(saved := ctx.saved_tensors)
+
+        def as_written() -> tuple[Tensor | None, ...]:
+            return function(_Unpacked(ctx, saved), *dys)
+
+        if not DEVICES or torch.compiler.is_compiling() or not _is_worth_it(tensors):
+            return as_written()
+        kind, given, _ = kind_of(tensors)
+        if kind is None:
+            return as_written()
+        kind = ctx.constants, ctx.needs_input_grad, *kind
+        found = known.get(kind)
+        if found is None:
+            _remember(known, kind, False)
+        if found is None or type(found) is str:
+            return as_written()
+        return _play(known, kind, found, given, as_written)
+
     return call
 
 

@@ -130,7 +130,9 @@ def _lora(trains: bool) -> LoRA:
     return LoRA(a.requires_grad_(trains), b.requires_grad_(trains), torch.ones(MEMORIES))
 
 
-def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Any]]:
+def _operations(tokens: int, trains: bool) -> tuple[dict[str, Callable[[], Any]], list[Tensor]]:
+    """Return a call of each operation, and what gets gradients in them if they train."""
+
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_(trains)
 
@@ -142,7 +144,7 @@ def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Any]]:
     k, v = (tensor(ROWS, 2, keys, WIDTH) for _ in range(2))
     learned = [tensor(MEMORIES, 2, LEARNED, WIDTH, dtype=torch.float32) for _ in range(2)]
     prefix = Prefix(*learned, torch.full((MEMORIES,), LEARNED))
-    return {
+    calls = {
         "lora_linear": lambda: koffkernels.lora_linear(
             x, weights[0], lora=loras[0], memory_ids=ids
         ),
@@ -152,29 +154,40 @@ def _operations(tokens: int, trains: bool) -> dict[str, Callable[[], Any]]:
         ),
         "prefix_attention": lambda: koffkernels.prefix_attention(q, k, v, prefix, memory_ids=ids),
     }
+    matrices = [part for lora in loras for part in (lora.a, lora.b)]
+    return calls, [x, gates, q, k, v, *learned, *matrices]
 
 
 def cases() -> list[Case]:
     """Return what is timed: decode, a prefill's forward, forward and backward of training."""
 
-    def step(call: Callable[[], Any]) -> Callable[[], object]:
+    def step(call: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], None]:
         def outputs() -> tuple[Tensor, ...]:
             found = call()
             return found if isinstance(found, tuple) else (found,)
 
         dys = [torch.ones_like(y) for y in outputs()]
-        return lambda: torch.autograd.backward(outputs(), dys)
+
+        def once() -> None:
+            # As a step begins: where a gradient is there already, torch adds the new one to it,
+            # which a CPU takes longer for than for all the rest.
+            for leaf in leaves:
+                leaf.grad = None
+            torch.autograd.backward(outputs(), dys)
+
+        return once
 
     found = []
     with triton_on_cpu(), empty_driver():
-        for op, call in _operations(1, trains=False).items():
+        for op, call in _operations(1, trains=False)[0].items():
             found.append(Case(f"{op} decode", "decode", call))
-        for op, call in _operations(TOKENS, trains=False).items():
+        for op, call in _operations(TOKENS, trains=False)[0].items():
             route = "fused" if op == "prefix_attention" else "vendor"
             found.append(Case(f"{op} prefill", route, call))
-        for op, call in _operations(TOKENS, trains=True).items():
+        calls, leaves = _operations(TOKENS, trains=True)
+        for op, call in calls.items():
             route = "fused" if op == "prefix_attention" else "vendor"
-            found.append(Case(f"{op} training", route, step(call)))
+            found.append(Case(f"{op} training", route, step(call, leaves)))
         for memories in (1, MEMORIES):
             of = f"of {memories}"
             found.append(Case(f"layer decode {of}", "decode", Layer(memories, 1).decode))

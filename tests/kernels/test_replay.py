@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 import koffkernels
@@ -339,6 +340,7 @@ def trained(call, *tensors):
         torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
         return [t.grad is not None and t.grad.shape == t.shape for t in tensors]
 
+    step.tensors = tensors
     return step
 
 
@@ -473,6 +475,59 @@ def test_what_is_trained_is_part_of_the_kind(launched, played):
         twice, _, records = replay.kind_of((x, one, one))
     kind, _, trains = replay.kind_of((x, one, other))
     assert not records and trains and twice != kind
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_what_autograd_kept_elsewhere_is_of_another_kind(launched, played, name):
+    """Hooks may give back saved tensors that lie otherwise than what was saved."""
+    make, route = TRAIN[name]
+    step = make()
+
+    def elsewhere(saved):
+        return torch.zeros(saved.numel() + 1, dtype=saved.dtype)[1:].view(saved.shape)
+
+    with koffkernels.force_route(route):
+        for _ in range(3):
+            step()
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, elsewhere):
+            for count in (3, 4, 6):
+                assert all(step()) and len(played) == count
+
+
+class _Filled(TorchDispatchMode):
+    """Counts what torch fills in the ``with`` block: on a GPU each is one more launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_nothing_is_filled_for_outputs_that_have_no_gradient(launched, name):
+    make, route = TRAIN[name]
+    step = make()
+    with koffkernels.force_route(route), _Filled() as filled:
+        for _ in range(4):
+            step()
+    assert filled.count == 0
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_gradient_of_a_gradient_is_refused(launched, name):
+    make, route = TRAIN[name]
+    step = make()
+
+    def twice(ys):
+        leaf = step.tensors[0]
+        (dx,) = torch.autograd.grad([y.square().sum() for y in ys], leaf, create_graph=True)
+        return (dx.sum(),)
+
+    with koffkernels.force_route(route):
+        for _ in range(4):
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                step(twice)
 
 
 class Swallows(torch.autograd.Function):

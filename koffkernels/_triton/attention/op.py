@@ -15,13 +15,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import routes
 from ..._torch import prefix_attention as plain
-from ...replay import apply, replayed
+from ...replay import apply, replayed, replayed_backward
 from ...types import Prefix, RowBounds
-from ..shared.torch_operator import NAMESPACE
+from ..shared.torch_operator import NAMESPACE, differentiable_once
 from . import decode as few
 from . import vendor
 from .call import HEAD_DIMS, Call
@@ -144,19 +143,24 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *args, kind = args
-        *_, k, v, _, _, _, _, _, ctx.scale, ctx.route = args
-        ctx.dtypes = None if k is None else (k.dtype, v.dtype)
+        *_, k, v, _, _, _, _, _, scale, route = args
+        ctx.constants = scale, route, None if k is None else (k.dtype, v.dtype)
         *saved, o, lse = _forward_eager.of_kind(kind, *args)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or torch would fill zeros for lse, a launch of its own
         ctx.save_for_backward(*saved, o, lse)
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
+    @replayed_backward
     def backward(ctx, do, _):
-        needs = ctx.needs_input_grad[:5]
-        grads = _backward_eager(do, *ctx.saved_tensors, ctx.scale, needs, ctx.route, ctx.dtypes)
-        return *grads, *(None for _ in range(8))
+        if do is None:
+            return (None,) * 13
+        *tensors, o, lse = ctx.saved_tensors
+        scale, route, dtypes = ctx.constants
+        call, needs = _call(*tensors, scale), ctx.needs_input_grad[:5]
+        return *backward(call, do, o, lse, needs, route, dtypes), *(None for _ in range(8))
 
 
 @replayed
@@ -166,12 +170,6 @@ def _forward_eager(*args):
     call = _call(*tensors, scale)
     call = call.ready(call.q.dtype)
     return *_tensors(call), *forward(call, route)
-
-
-@replayed
-def _backward_eager(do, *args):
-    *tensors, o, lse, scale, needs, route, dtypes = args
-    return backward(_call(*tensors, scale), do, o, lse, needs, route, dtypes)
 
 
 _ARGUMENTS = (

@@ -104,7 +104,8 @@ def _needs(ctx) -> tuple[bool, ...]:
 
 
 def _setup(ctx, inputs, output):
-    x, *parts, ids, ctx.tokens = inputs
+    x, *parts, ids, tokens = inputs
+    ctx.constants = (tokens,)
     # They are read for a, b and scaling alone.
     x, s = (x, output[-1]) if any(_needs(ctx)[1:]) else (None, None)
     ctx.save_for_backward(x, s, *parts, ids)
@@ -151,7 +152,7 @@ def _gradients(run, ctx, *dys):
             needs[1 + 3 * i : 4 + 3 * i] = [False] * 3
         else:
             given.append(dy.contiguous())
-    dx, *matrices = spread(run(*given, x, s, *parts, ids, ctx.tokens, needs), needs)
+    dx, *matrices = spread(run(*given, x, s, *parts, ids, *ctx.constants, needs), needs)
     found = [(None, None, *three) for three in _of_each(matrices, 3)]
     return dx, *(gradient for five in found for gradient in five), None, None
 

@@ -81,7 +81,8 @@ def _fake_inference(x, *_):
 
 def _setup(ctx, inputs, output):
     x, *arguments, recompute = inputs
-    *tensors, ctx.tokens, ctx.activation = arguments
+    *tensors, tokens, activation = arguments
+    ctx.constants = tokens, activation
     _, gu, s_gate_up, s_down = output
     (a_gate, *_), (a_up, *_), (a_down, *_) = _in_threes(arguments[4:13])
     ctx.save_for_backward(
@@ -114,7 +115,7 @@ def _backward_fake(dy, x, gu, s_gate_up, s_down, *rest):
 def _gradients(run, ctx, dy):
     # Of x, then, behind three weights that are frozen, of the gates and the nine tensors of LoRA.
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:14]]
-    found = run(dy.contiguous(), *ctx.saved_tensors, ctx.tokens, ctx.activation, needs)
+    found = run(dy.contiguous(), *ctx.saved_tensors, *ctx.constants, needs)
     dx, dz, *nine = spread(found, needs)
     return dx, None, None, None, dz, *nine, None, None, None, None
 

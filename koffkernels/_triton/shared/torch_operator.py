@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...replay import apply, replayed
+from ...replay import apply, replayed, replayed_backward
 
 # Of the operators: the name of the whole package, "koffkernels" as installed by pip. A copy loaded
 # from a hub has a name of its own, so that two of them can live in one process.
@@ -53,6 +53,21 @@ def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
     return [next(rest) if need else None for need in needs]
 
 
+def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Return a Function's backward that cannot itself be differentiated, and says so where somebody
+    does.
+
+    torch's ``once_differentiable`` switches gradients off in every call, which takes the host 5 us.
+    They are off already unless somebody asked for a graph of the backward.
+    """
+    careful = torch.autograd.function.once_differentiable(backward)
+
+    def call(ctx: Any, *dys: Tensor | None) -> tuple:
+        return (careful if torch.is_grad_enabled() else backward)(ctx, *dys)
+
+    return call
+
+
 def operation(
     name: str,
     arguments: str,
@@ -78,8 +93,9 @@ def operation(
         backward_arguments: of ``backward``, which returns a "Tensor[]".
         forward: what the operator computes; None where there is nothing to return.
         fake: the same on tensors without data.
-        setup: (ctx, inputs, outputs) -> None, saves what backward needs. Some calls have one flag
-            more in ``ctx.needs_input_grad`` than inputs.
+        setup: (ctx, inputs, outputs) -> None, saves the tensors that backward needs, and whatever
+            else as ``ctx.constants``. Some calls have one flag more in ``ctx.needs_input_grad``
+            than inputs.
         backward: returns only the gradients that are wanted.
         backward_fake: the same on tensors without data.
         gradients: (run, ctx, dy of each output or None) -> one entry per input, where ``run`` is
@@ -127,7 +143,7 @@ def operation(
         lambda ctx, *dys: propagate(op_backward, ctx, inputs, dys), setup_context=prepare
     )
 
-    forward_again, backward_again = replayed(forward), replayed(backward)
+    forward_again = replayed(forward)
 
     class Eager(torch.autograd.Function):
         # ctx in forward, and no setup_context, with which torch reads the signature in every call.
@@ -140,9 +156,10 @@ def operation(
             return output
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @differentiable_once
+        @replayed_backward
         def backward(ctx, *dys):
-            return *propagate(backward_again, ctx, len(ctx.needs_input_grad) - 1, dys), None
+            return *propagate(backward, ctx, len(ctx.needs_input_grad) - 1, dys), None
 
     return Operation(functools.partial(apply, Eager), op)
 
