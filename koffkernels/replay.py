@@ -8,7 +8,8 @@ kind runs as it is written, which compiles; the second is recorded on a tape
 (``_triton.shared.tape``); later ones replay it with their own tensors.
 
 Where autograd records, what lies around an operation's ``autograd.Function`` is skipped alike: from
-the third call of a kind on the Function is called straight away, and replays its forward.
+the third call of a kind on the Function is called straight away, and replays its forward, and
+later its backward.
 
 A kind must hold all that anything of ours decides by, bad arguments included: a call is replayed
 unchecked because one of its kind has passed every check. ``tests/kernels/test_replay.py`` holds
@@ -219,19 +220,20 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, 
     return function.apply(*args, None) if notes is None else notes.apply(function, args)
 
 
-def replayed(function: Callable) -> Callable:
+def replayed(function: Callable, name: str | None = None) -> Callable:
     """Let calls of a function be replayed from the third of their kind on.
 
     Args:
         function: its arguments are tensors, numbers, words, and tuples or lists of these, the first
             a tensor or None. What it does beside launching kernels are functions of torch.
+        name: under which ``kinds`` counts its calls; None: its own.
 
     Returns:
         The same function, and as its ``of_kind`` one that takes a ``Differentiable`` in front, or
         None: calls with the same one are of one kind, which has been called before.
     """
     known: dict[Any, Any] = {}
-    _known.append((function.__qualname__, known))
+    _known.append((name or function.__name__, known))
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -316,38 +318,44 @@ class _Unpacked:
         self.needs_input_grad = ctx.needs_input_grad
 
 
-def replayed_backward(function: Callable[..., tuple]) -> Callable[..., tuple]:
-    """Let the backward of an ``autograd.Function`` be replayed from the third of its kind on.
+def replayed_backward(name: str) -> Callable[[Callable[..., tuple]], Callable[..., tuple]]:
+    """Return a decorator that lets the backward of an ``autograd.Function`` be replayed from the
+    third of its kind on.
+
+    What it decorates: (ctx, dy of each output or None) -> a gradient or None for each input. Of ctx
+    it reads ``saved_tensors``, ``needs_input_grad`` and ``constants``: a tuple of what else the
+    forward left for it.
 
     Args:
-        function: (ctx, dy of each output or None) -> a gradient or None for each input. Of ctx it
-            reads ``saved_tensors``, ``needs_input_grad`` and ``constants``: a tuple of what else
-            the forward left for it.
+        name: under which ``kinds`` counts its calls.
     """
     known: dict[Any, Any] = {}
-    _known.append((function.__qualname__, known))
+    _known.append((name, known))
 
-    @functools.wraps(function)
-    def call(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = *dys, *(saved := ctx.saved_tensors)
+    def replays(function: Callable[..., tuple]) -> Callable[..., tuple]:
+        @functools.wraps(function)
+        def call(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+            tensors = *dys, *(saved := ctx.saved_tensors)
 
-        def as_written() -> tuple[Tensor | None, ...]:
-            return function(_Unpacked(ctx, saved), *dys)
+            def as_written() -> tuple[Tensor | None, ...]:
+                return function(_Unpacked(ctx, saved), *dys)
 
-        if not DEVICES or torch.compiler.is_compiling() or not _is_worth_it(tensors):
-            return as_written()
-        kind, given, _ = kind_of(tensors)
-        if kind is None:
-            return as_written()
-        kind = ctx.constants, ctx.needs_input_grad, *kind
-        found = known.get(kind)
-        if found is None:
-            _remember(known, kind, False)
-        if found is None or type(found) is str:
-            return as_written()
-        return _play(known, kind, found, given, as_written)
+            if not DEVICES or torch.compiler.is_compiling() or not _is_worth_it(tensors):
+                return as_written()
+            kind, given, _ = kind_of(tensors)
+            if kind is None:
+                return as_written()
+            kind = ctx.constants, ctx.needs_input_grad, *kind
+            found = known.get(kind)
+            if found is None:
+                _remember(known, kind, False)
+            if found is None or type(found) is str:
+                return as_written()
+            return _play(known, kind, found, given, as_written)
 
-    return call
+        return call
+
+    return replays
 
 
 def _is_worth_it(args: tuple) -> bool:

@@ -75,6 +75,11 @@ class KVWeights(nn.Module):
         found = self._parameters  # see ``LoRAWeights.matrices``
         return (found["k"], found["v"]) if "k" in found else (self.k, self.v)
 
+    def frozen(self) -> tuple[Tensor, Tensor]:
+        """Return k and v [Hkv, frozen, D]."""
+        found = self._buffers  # likewise
+        return found["k_frozen"], found["v_frozen"]
+
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
         if self.k_frozen.shape[1] == 0:
@@ -642,7 +647,8 @@ class MemoryBank(nn.Module):
             memory.kv[layer] if p else None for memory, p in zip(memories, lengths, strict=True)
         ]
         longest = max(lengths)
-        if len({memory.kv_config for memory in memories}) == 1:
+        config = memories[0].kv_config
+        if all(memory.kv_config is config or memory.kv_config == config for memory in memories):
             k, v = _full(weights)
         else:
             like = next(w for w in weights if w is not None).k
@@ -714,10 +720,9 @@ def _full(weights: list[KVWeights]) -> tuple[Tensor, Tensor]:
     """Return k and v [M, Hkv, P, D] of memories of equal sizes, stacked before the frozen tokens
     come to the front: fewer operators where there are many."""
     k, v = map(_stack, zip(*[w.trained() for w in weights], strict=True))
-    if weights[0].k_frozen.shape[1] == 0:
+    if weights[0].frozen()[0].shape[1] == 0:
         return k, v
-    k_frozen = _stack([w.k_frozen for w in weights])
-    v_frozen = _stack([w.v_frozen for w in weights])
+    k_frozen, v_frozen = map(_stack, zip(*[w.frozen() for w in weights], strict=True))
     return torch.cat([k_frozen, k], 2), torch.cat([v_frozen, v], 2)
 
 

@@ -3,7 +3,6 @@
 No GPU is needed: launches are recorded, and what they would run is compiled for chips that are not
 there. What a GPU makes of it only a GPU can say (``bench.gpu``)."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,8 +14,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from support.gate_units import one_of_each
 
 from bench.gate import cases, compiling, order, settings
+from bench.gate import compile as gate
 from koffkernels import dispatch
 from koffkernels._triton.lora.decode import decode_linears
 from koffkernels._triton.shared import launch as common
@@ -118,23 +119,34 @@ def test_kernels_wait_before_they_read_or_write(arch):
 
 
 @pytest.mark.slow
-def test_the_gate_has_nothing_against_kernels_that_begin_early(tmp_path):
-    """Every variant of a subset: it waits first, and as many blocks fit a multiprocessor."""
-    kernels = {name(launch) for launches in calls(True) for launch in launches}
-    rows = {}
-    for on in "01":
-        path = tmp_path / f"{on}.json"
-        command = [sys.executable, "-m", "bench.gate", "--arch", "sm_90", "--subset"]
-        command += ["--json", str(path), "--kernel", *kernels]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"KOFF_PDL": on}, check=True)
-        rows[on] = {}
-        for row in json.loads(path.read_text()):
-            constants = {k: v for k, v in row["config"].items() if k != "PDL"}
-            rows[on][row["kernel"], str(constants), str(row["shapes"])] = row
-    assert rows["0"].keys() == rows["1"].keys()
-    assert {key[0] for key, row in rows["1"].items() if row["waits"]} == set(PAIRS)
-    for key, row in rows["1"].items():
-        assert row["ctas_per_sm"] >= rows["0"][key]["ctas_per_sm"], key
+def test_the_gate_has_nothing_against_kernels_that_begin_early(monkeypatch):
+    """It waits first, and as many blocks fit a multiprocessor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which ``run`` changes
+    kernels = [*{name(launch) for launches in calls(True) for launch in launches}]
+
+    def key(kernel, config, shapes):
+        return kernel, str({k: v for k, v in config.items() if k != "PDL"}), str(shapes)
+
+    def key_of(unit):
+        return key(unit.kernel, unit.labels["config"], unit.shapes)
+
+    def planned(on):
+        with dispatch.programmatic(on):
+            return gate.plan(["sm_90"], subset=True, kernels=kernels)
+
+    usual = one_of_each(planned(False))
+    keys = [*map(key_of, usual)]
+    early = [unit for unit in planned(True) if key_of(unit) in keys]
+    assert sorted(keys) == sorted(map(key_of, early))
+    blocks = {}
+    for row in gate.run(usual, jobs=2):
+        blocks[key(row["kernel"], row["config"], row["shapes"])] = row["ctas_per_sm"]
+    waiting = set()
+    for row in gate.run(early, jobs=2):
+        assert row["problems"] == []
+        assert row["ctas_per_sm"] >= blocks[key(row["kernel"], row["config"], row["shapes"])]
+        waiting |= {row["kernel"]} if row["waits"] else set()
+    assert waiting == set(PAIRS)
 
 
 @triton.jit

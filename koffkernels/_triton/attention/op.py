@@ -11,6 +11,7 @@ kernels read it. One call takes one of three ways:
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -153,7 +154,7 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    @replayed_backward
+    @replayed_backward("prefix_attention, backward")
     def backward(ctx, do, _):
         if do is None:
             return (None,) * 13
@@ -163,7 +164,7 @@ class _PrefixAttention(torch.autograd.Function):
         return *backward(call, do, o, lse, needs, route, dtypes), *(None for _ in range(8))
 
 
-@replayed
+@functools.partial(replayed, name="prefix_attention, forward")
 def _forward_eager(*args):
     """Return what backward reads of a call: its tensors, with the prefix cast, o and lse."""
     *tensors, scale, route = args

@@ -143,7 +143,7 @@ def operation(
         lambda ctx, *dys: propagate(op_backward, ctx, inputs, dys), setup_context=prepare
     )
 
-    forward_again = replayed(forward)
+    forward_again = replayed(forward, f"{name}, forward")
 
     class Eager(torch.autograd.Function):
         # ctx in forward, and no setup_context, with which torch reads the signature in every call.
@@ -157,7 +157,7 @@ def operation(
 
         @staticmethod
         @differentiable_once
-        @replayed_backward
+        @replayed_backward(f"{name}, backward")
         def backward(ctx, *dys):
             return *propagate(backward, ctx, len(ctx.needs_input_grad) - 1, dys), None
 
