@@ -55,10 +55,7 @@ class Call(NamedTuple):
         """
         prefix = self.prefix
         if prefix is not None:
-            k, v = (
-                x.to(dtype or x.dtype, memory_format=torch.contiguous_format).contiguous()
-                for x in prefix[:2]
-            )
+            k, v = (x.contiguous().to(dtype or x.dtype) for x in prefix[:2])
             prefix = Prefix(k, v, prefix.lengths.contiguous())
         q, k, v = (unit_stride(x) for x in self[:3])
         ids = None if self.ids is None else self.ids.contiguous()

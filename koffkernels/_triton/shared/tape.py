@@ -169,7 +169,7 @@ class _Recorder(TorchFunctionMode):
             self._add(_empty(result, self._new(result, touched)), touched)
             return
         pick = self._picker(args, touched)
-        pick_options = self._picker(tuple(kwargs.values()), touched) if kwargs else None
+        pick_options = self._options(kwargs, touched)
         new = [self._slot(part, touched, makes=True) for part in results]
         target = new[0] if result is results[0] else tuple(new)
         views: Sequence[int] = ()
@@ -183,7 +183,7 @@ class _Recorder(TorchFunctionMode):
                 offset = part.data_ptr() - args[0].data_ptr()
                 self.parts[slot] = root, begin + offset
             views = new
-        self._add(_operator(function, pick, tuple(kwargs), pick_options, target), touched, views)
+        self._add(_operator(function, pick, pick_options, target), touched, views)
 
     def launch(
         self,
@@ -299,6 +299,15 @@ class _Recorder(TorchFunctionMode):
 
         return pick
 
+    def _options(
+        self, options: dict[str, Any], touched: list[int]
+    ) -> Callable[[Slots], dict[str, Any]]:
+        """Return what gives these options of a function; mostly none is a tensor."""
+        if not _has_tensors(options.values()):
+            return lambda slots: options
+        names, pick = tuple(options), self._picker(tuple(options.values()), touched)
+        return lambda slots: dict(zip(names, pick(slots), strict=True))
+
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x is not y and x.untyped_storage()._cdata == y.untyped_storage()._cdata
@@ -333,17 +342,13 @@ def _address(root: int, offset: int, slot: int) -> Step:
 def _operator(
     function: Callable,
     pick: Callable[[Slots], tuple],
-    names: tuple[str, ...],
-    pick_options: Callable[[Slots], tuple] | None,
+    pick_options: Callable[[Slots], dict[str, Any]],
     target: int | tuple[int, ...],
 ) -> Step:
     """Return a step that calls a function of torch's; ``target`` is where its results go."""
 
     def step(slots: Slots, stream: Any) -> None:
-        if pick_options is None:
-            result = function(*pick(slots))
-        else:
-            result = function(*pick(slots), **dict(zip(names, pick_options(slots), strict=True)))
+        result = function(*pick(slots), **pick_options(slots))
         if type(target) is int:
             slots[target] = result
         else:
