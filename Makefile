@@ -25,9 +25,9 @@ smollm2: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not gpu and not slow and not few_bits'
 
-# Many start several processes: one test at a time.
+# Many start several processes; with more threads than cores they would wait for each other.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'slow and not gpu and not few_bits'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'slow and not gpu and not few_bits'
 
 # The packages of the extra `quantized` are put beside the environment and not into it: PEFT and transformers import
 # them wherever they find them, which costs every process of the other tests a second and a few warnings.

@@ -104,13 +104,13 @@ def _settings() -> tuple:
 
 
 def kind_of(values: tuple) -> tuple[tuple | None, list[Tensor], bool]:
-    """Return the kind of a call with these arguments, the tensors among them, in order, and whether
-    autograd records it.
+    """Return the kind of a call with these arguments, which begins with the settings, the tensors
+    among them, in order, and whether autograd records it.
 
     The kind is None if it has none: autocast changes it, ids are to be looked at, or an argument is
     of a type that is not known here.
     """
-    kind, tensors = [*_settings()], []
+    kind, tensors = [_settings()], []
     try:
         known = _add(kind, tensors, values) and not checks.CHECK_IDS
     except RuntimeError:  # a tensor without an address, of torch.func
@@ -253,7 +253,7 @@ def replayed(function: Callable, name: str | None = None) -> Callable:
             return _play(known, kind, found, tensors, lambda: function(*args, **options))
         if found is not False:
             return found(tensors)
-        before, notes = _thread.notes, Differentiable(_settings(), tensors)
+        before, notes = _thread.notes, Differentiable(kind[0], tensors)
         try:
             _thread.notes = notes
             with notes:
@@ -292,13 +292,13 @@ def _play(
         return tape.play(tensors) if tape.usable() else call()
     # By name, as dispatch loads what not everybody has.
     tapes = importlib.import_module("._triton.shared.tape", __package__)
-    settings = kind.settings if isinstance(kind, Differentiable) else _settings()
+    settings = kind.settings if isinstance(kind, Differentiable) else kind[0]
     try:
         _thread.records = True
         result, tape = tapes.record(call, tensors)
     finally:
         _thread.records = False
-    if settings == _settings():
+    if settings == _settings():  # else another thread has forced a route meanwhile
         _remember(known, kind, tape)
     return result
 
@@ -324,7 +324,8 @@ def replayed_backward(name: str) -> Callable[[Callable[..., tuple]], Callable[..
 
     What it decorates: (ctx, dy of each output or None) -> a gradient or None for each input. Of ctx
     it reads ``saved_tensors``, ``needs_input_grad`` and ``constants``: a tuple of what else the
-    forward left for it.
+    forward left for it, numbers, words, dtypes and None, each always of the same type. It is not
+    called where every dy is None.
 
     Args:
         name: under which ``kinds`` counts its calls.
@@ -335,6 +336,8 @@ def replayed_backward(name: str) -> Callable[[Callable[..., tuple]], Callable[..
     def replays(function: Callable[..., tuple]) -> Callable[..., tuple]:
         @functools.wraps(function)
         def call(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(dy is None for dy in dys):  # what was saved need not be there any more
+                return (None,) * len(ctx.needs_input_grad)
             tensors = *dys, *(saved := ctx.saved_tensors)
 
             def as_written() -> tuple[Tensor | None, ...]:
@@ -345,7 +348,7 @@ def replayed_backward(name: str) -> Callable[[Callable[..., tuple]], Callable[..
             kind, given, _ = kind_of(tensors)
             if kind is None:
                 return as_written()
-            kind = ctx.constants, ctx.needs_input_grad, *kind
+            kind = *kind, ctx.constants, ctx.needs_input_grad
             found = known.get(kind)
             if found is None:
                 _remember(known, kind, False)

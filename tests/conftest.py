@@ -102,7 +102,7 @@ def in_memory(tmp_path):
 def pytest_collection_modifyitems(config, items):
     """Deselect, and so count in the last line, what needs what is not there; begin with
     the interpreter, which takes minutes in one process while the others do the rest."""
-    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
+    items.sort(key=lambda item: not item.name.startswith("test_kernels_in_the_interpreter"))
     there = {"gpu": torch.cuda.is_available(), "browser": shutil.which("chromium") is not None}
     for what in (name for name, is_there in there.items() if not is_there):
         without = [item for item in items if what in item.keywords]

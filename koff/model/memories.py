@@ -77,8 +77,10 @@ class KVWeights(nn.Module):
 
     def frozen(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, frozen, D]."""
-        found = self._buffers  # likewise
-        return found["k_frozen"], found["v_frozen"]
+        found = self._buffers  # see ``LoRAWeights.matrices``
+        if "k_frozen" in found:
+            return found["k_frozen"], found["v_frozen"]
+        return self.k_frozen, self.v_frozen
 
     def full(self) -> tuple[Tensor, Tensor]:
         """Return k and v [Hkv, P, D] with the frozen tokens in front."""
@@ -647,8 +649,8 @@ class MemoryBank(nn.Module):
             memory.kv[layer] if p else None for memory, p in zip(memories, lengths, strict=True)
         ]
         longest = max(lengths)
-        config = memories[0].kv_config
-        if all(memory.kv_config is config or memory.kv_config == config for memory in memories):
+        configs = [memory.kv_config for memory in memories]
+        if configs.count(configs[0]) == len(configs):
             k, v = _full(weights)
         else:
             like = next(w for w in weights if w is not None).k

@@ -128,6 +128,7 @@ def test_bench_gpu_tables_dry(tmp_path):
         assert row["pass"] in ("forward", "backward") and 0 < row["us"] <= row["usual_us"]
 
 
+@pytest.mark.slow
 def test_bench_gpu_tests_part_dry(tmp_path):
     options = [f"--only={name}" for name in ("tests-bf16", "memcheck-vendor")]
     rows = {row["name"]: row for row in dry("tests", tmp_path, *options)["rows"]}
@@ -253,6 +254,7 @@ def test_bench_gpu_ncu_csv():
     assert row["name"] == "ncu expand (8, 4, 1)" and kernels.parse_ncu("==ERROR== no") == []
 
 
+@pytest.mark.slow
 def test_bench_gpu_e2e_dry(tmp_path):
     record = dry("e2e", tmp_path)
     rows = {row["name"]: row for row in record["rows"]}
@@ -362,6 +364,7 @@ def watched(child, seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_bench_gpu_a_process_is_replaced_behind_the_case_that_ended_it(tmp_path, monkeypatch):
     """A case that raises, one that ends the process, one that loses the GPU, one that hangs."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -16,6 +16,7 @@ from bench.micro.cases import CASES, MODELS, check, scaled
 from koffkernels.clock import WallClock
 
 
+@pytest.mark.slow
 def test_micro_runs_and_writes_what_it_promises(tmp_path):
     """One model, tiny, without what has to be compiled."""
     file = tmp_path / "out.json"

@@ -188,6 +188,7 @@ def test_export_of_gguf(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_eval_of_a_hub_id_from_an_offline_cache(root, trained, tmp_path):
     """The layout of huggingface_hub's cache, made by hand: blobs, refs, snapshots full of links."""
     repo = tmp_path / "hub/models--someone--model"

@@ -344,6 +344,7 @@ def test_reproduce_refuses_a_foreign_model(root, tmp_path, finished):
     assert "be a folder of this grid, got a model without a recipe" in error
 
 
+@pytest.mark.slow
 def test_reproduce_failed_runs_cost_no_others(root, tmp_path, monkeypatch):
     run = Runner._run
 
@@ -520,9 +521,10 @@ def test_reproduce_a_grid_killed_in_the_middle_goes_on(root, tmp_path, in_childr
 
     def run(self, arguments, log):
         """As ``Runner`` does, in this process: twenty children would import torch for minutes."""
+        result = invoke(*arguments)
         with log.open("a") as file:
-            file.write(f"$ {planning.shown(arguments, self.threads)}\n")
-        return invoke(*arguments).exit_code
+            file.write(f"$ {planning.shown(arguments, self.threads)}\n{result.output}")
+        return result.exit_code
 
     monkeypatch.setattr(Runner, "_run", run)
     succeed(*command)

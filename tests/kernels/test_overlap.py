@@ -120,7 +120,8 @@ def test_kernels_wait_before_they_read_or_write(arch):
 
 @pytest.mark.slow
 def test_the_gate_has_nothing_against_kernels_that_begin_early(monkeypatch):
-    """It waits first, and as many blocks fit a multiprocessor."""
+    """Each of these waits first, and as many of its blocks fit a multiprocessor as of the usual
+    one."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which ``run`` changes
     kernels = [*{name(launch) for launches in calls(True) for launch in launches}]
 
@@ -140,6 +141,7 @@ def test_the_gate_has_nothing_against_kernels_that_begin_early(monkeypatch):
     assert sorted(keys) == sorted(map(key_of, early))
     blocks = {}
     for row in gate.run(usual, jobs=2):
+        assert row["problems"] == []
         blocks[key(row["kernel"], row["config"], row["shapes"])] = row["ctas_per_sm"]
     waiting = set()
     for row in gate.run(early, jobs=2):

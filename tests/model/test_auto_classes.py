@@ -44,6 +44,7 @@ def narrow_folder(tmp_path_factory):
     return koff.save(compacted("llama"), tmp_path_factory.mktemp("narrow") / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_narrow_model_loads_in_whatever_order_one_imports(narrow_folder, tmp_path, order):
     fresh(ORDERS[order] + LOAD, narrow_folder, cwd=tmp_path)

@@ -157,6 +157,7 @@ def test_gate_samples_differ_between_forwards_but_not_between_layers_runs():
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager():
     model, ids = attached("llama", target_sparsity=0.2), tokens()
     wanted = model(ids, memory=MIX, use_cache=False).logits

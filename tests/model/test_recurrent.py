@@ -294,6 +294,7 @@ def test_training_with_a_cache_gives_the_same_gradients():
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager():
     changes = dict(num_hidden_layers=2)  # one layer of each kind
     model, ids = attached(HYBRID, changes=changes), tokens()

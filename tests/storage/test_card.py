@@ -54,6 +54,7 @@ def saved(folder, kind, tokenizer, **config):
     return koff.save(small, folder, tokenizer=tokenizer, metadata=metadata)
 
 
+@pytest.mark.slow
 def test_the_code_in_a_card_runs(bare_python, tmp_path):
     tokenizer = make_tokenizer(bos_token="<s>")
     folders = {

@@ -87,6 +87,7 @@ def test_overwriting_save(models, in_memory, lose, record_property):
     assert seen == sorted(seen)  # the new one counts from one moment on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lose", [False, True], ids=["kill", "power cut"])
 def test_first_save(models, in_memory, lose, record_property):
     model, wanted = models[0], outputs(models[0])

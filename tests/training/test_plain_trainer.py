@@ -68,6 +68,7 @@ def test_koffs_own_trainer_writes_checkpoints(tmp_path):
     assert (tmp_path / "checkpoint-3").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
     [

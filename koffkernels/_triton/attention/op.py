@@ -156,8 +156,6 @@ class _PrefixAttention(torch.autograd.Function):
     @differentiable_once
     @replayed_backward("prefix_attention, backward")
     def backward(ctx, do, _):
-        if do is None:
-            return (None,) * 13
         *tensors, o, lse = ctx.saved_tensors
         scale, route, dtypes = ctx.constants
         call, needs = _call(*tensors, scale), ctx.needs_input_grad[:5]

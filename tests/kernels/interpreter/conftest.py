@@ -7,7 +7,7 @@ import koffkernels  # noqa: F401  it switches the interpreter on before triton i
 
 @pytest.fixture(autouse=True, scope="session")
 def prepared_once():
-    """Triton prepares its language anew whenever a kernel calls a function, which is a third of the
+    """Triton 3.7.1 prepares its language anew whenever a kernel calls a function, a third of the
     time of these tests. The launch around such calls has prepared ``tl``; what else a function of
     Triton's own library needs stays from its first call on."""
     from triton.runtime import interpreter

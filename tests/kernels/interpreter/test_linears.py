@@ -135,6 +135,7 @@ def test_lora_linears_any_strides(route, train):
         check(columns, tensors, torch.float32, () if train else tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [None, torch.tensor([2, -1, 0, 5])], ids=["one", "mixed"])
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_narrow_kernels_of_three_are_those_of_one(tokens, ids):

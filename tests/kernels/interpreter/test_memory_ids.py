@@ -47,6 +47,7 @@ def test_unknown_ids_decode(name, tokens):
         both(lambda ids: INPUTS[name].caller(weights, ids), tensors, frozen=tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("route", op.ROUTES)
 def test_unknown_ids_attention(route, queries):

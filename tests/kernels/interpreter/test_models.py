@@ -56,6 +56,7 @@ def test_model_forward(model, kernels):
     assert rms_error(got[seen], want[seen]) < RELATIVE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache, route", [("dynamic", "vendor"), ("static", "decode")])
 def test_model_generates_the_same(cache, route, kernels):
     model = with_wide_heads("llama")

@@ -152,6 +152,7 @@ def test_memory_stays_in_its_rows(route):
             assert name == "up.scaling" or not grad[1].any(), f"{name}: memory 1 was not used"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("parts", [mlp_inputs.PARTS, ("down",), ()], ids=str)
 def test_gated_mlp_opcheck(parts, recompute):

@@ -150,6 +150,7 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name):
     sizes, bounds, route, frozen = OPCHECKS[name]

@@ -112,6 +112,7 @@ def test_scale_goes_to_cudnn(cudnn):
     assert torch.allclose(got, ops.run(*call, "one_pass"), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens_first", [False, True])
 @pytest.mark.parametrize("upstream", ["heads first", "tokens first", "one number"])
 def test_cudnn_gets_o_and_do_as_q_lies(tokens_first, upstream, cudnn):
