@@ -33,7 +33,7 @@ from .compiling import Chip
 from .host_layer import Layer
 
 _DEVICE = 3000  # a number that no GPU has: triton keeps what it compiled by it
-WIDTH, ROWS, TOKENS, MEMORIES, RANK, LEARNED = 64, 8, 32, 8, 16, 32
+WIDTH, ROWS, TOKENS, MEMORIES, RANK, LEARNED = 64, 8, 32, 8, 16, 4
 OPERATIONS = ("lora_linear", "gated_mlp", "prefix_attention")
 WAYS = launching.WAYS[:3]  # kernels that begin early take the host no less
 

@@ -15,7 +15,7 @@ from koff.model import arch
 from koff.model.attention import koff_attention
 
 ROWS, WIDTH, HEAD_DIM, HEADS, KV_HEADS = 8, 64, 64, 4, 2
-RANK, LEARNED, PAST = 16, 32, 256
+RANK, LEARNED, PAST = 16, 4, 256  # few learned tokens: to stack and turn many takes a CPU long
 
 
 def _model(memories: int) -> LlamaForCausalLM:

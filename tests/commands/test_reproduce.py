@@ -498,6 +498,16 @@ def in_children(monkeypatch, in_this_process):
     monkeypatch.delenv("KOFF_DATA", raising=False)
 
 
+def trainings(runs: Path) -> list[str]:
+    """The folders for which a training was started, by the logs."""
+    return [
+        line.split(" --output ")[1].split()[0]
+        for log in runs.glob("*.log")
+        for line in log.read_text("utf-8").splitlines()
+        if line.startswith("$ ") and " koff train " in line
+    ]
+
+
 @pytest.mark.slow
 def test_reproduce_a_grid_killed_in_the_middle_goes_on(root, tmp_path, in_children, monkeypatch):
     """Every question by one command, its process killed while a training runs: that training,
@@ -518,6 +528,10 @@ def test_reproduce_a_grid_killed_in_the_middle_goes_on(root, tmp_path, in_childr
     finally:
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
+    # Whoever looks before a training has imported torch does not see that there is one.
+    while not all((Path(folder) / "recipe.json").exists() for folder in trainings(runs)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
     def run(self, arguments, log):
         """As ``Runner`` does, in this process: twenty children would import torch for minutes."""
@@ -528,12 +542,7 @@ def test_reproduce_a_grid_killed_in_the_middle_goes_on(root, tmp_path, in_childr
 
     monkeypatch.setattr(Runner, "_run", run)
     succeed(*command)
-    started = [
-        line.split(" --output ")[1].split()[0]
-        for log in runs.glob("*.log")
-        for line in log.read_text("utf-8").splitlines()
-        if line.startswith("$ ") and " koff train " in line
-    ]
+    started = trainings(runs)
     assert len(started) == len(set(started)) == 11
     record = json.loads((runs / "reproduction.json").read_text("utf-8"))
     sentences = [claim["sentence"] for claim in record["claims"]]
