@@ -52,7 +52,7 @@ def compiled_anew():
     often, by whichever tests ran before in this process."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.utils.counters["frames"]:
+    if dynamo is not None and dynamo.utils.counters:
         dynamo.reset()
         dynamo.utils.counters.clear()
 

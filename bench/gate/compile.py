@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from koffkernels.checks import refuse
 
@@ -287,9 +288,11 @@ def run(units: list[Unit], jobs: int, path: Path | None = None) -> list[dict[str
     """Compile the units, writing the JSON file as rows come, and return the sorted rows."""
     rows: list[dict[str, Any]] = []
     reported = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="koffkernels-") as cache:
+    with (
         # A folder of our own: the gate needs no writable HOME, and every result is fresh.
-        os.environ["TRITON_CACHE_DIR"] = cache
+        tempfile.TemporaryDirectory(prefix="koffkernels-") as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+    ):
         for row in compile_all(units, jobs):
             rows.append(row)
             if time.monotonic() - reported > _REPORT_EVERY:

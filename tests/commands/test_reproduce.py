@@ -41,7 +41,7 @@ def in_this_process(monkeypatch):
         calls.append(arguments)
         result = invoke(*arguments)
         with log.open("a") as file:
-            file.write(result.output)
+            file.write(f"$ {planning.shown(arguments, self.threads)}\n{result.output}")
         return result.exit_code
 
     monkeypatch.setattr(Runner, "_run", run)
@@ -532,15 +532,7 @@ def test_reproduce_a_grid_killed_in_the_middle_goes_on(root, tmp_path, in_childr
     while not all((Path(folder) / "recipe.json").exists() for folder in trainings(runs)):
         assert time.monotonic() < until
         time.sleep(0.02)
-
-    def run(self, arguments, log):
-        """As ``Runner`` does, in this process: twenty children would import torch for minutes."""
-        result = invoke(*arguments)
-        with log.open("a") as file:
-            file.write(f"$ {planning.shown(arguments, self.threads)}\n{result.output}")
-        return result.exit_code
-
-    monkeypatch.setattr(Runner, "_run", run)
+    in_this_process.__wrapped__(monkeypatch)  # twenty children would import torch for minutes
     succeed(*command)
     started = trainings(runs)
     assert len(started) == len(set(started)) == 11

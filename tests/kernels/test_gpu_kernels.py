@@ -334,6 +334,5 @@ def check_graph_of_forward_and_backward(op, shape, route, bits: bool) -> None:
 @every_case
 def test_gpu_compiled_in_one_graph(op, shape):
     torch.use_deterministic_algorithms(False)
-    torch._dynamo.reset()
     case = build(op, shape, "bf16")
     check(case._replace(eager=None), "bf16", call=torch.compile(case.call, fullgraph=True))

@@ -133,7 +133,8 @@ def _tensors(call: Call) -> tuple[Tensor | None, ...]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.route = inputs
+    *tensors, scale, route = inputs
+    ctx.constants = scale, route
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -231,7 +232,7 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 def _backward_of_op(ctx, do, _):
     *tensors, o, lse = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    grads = _backward_op(do, o, lse, *tensors, ctx.scale, ctx.route, needs)
+    grads = _backward_op(do, o, lse, *tensors, *ctx.constants, needs)
     grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
     return *grads, *(None for _ in range(7))
 

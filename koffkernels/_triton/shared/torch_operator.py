@@ -134,14 +134,15 @@ def operation(
         ctx.set_materialize_grads(False)
         setup(ctx, inputs, output)
 
-    def propagate(run: Callable[..., Any], ctx: Any, inputs: int, dys: tuple) -> tuple:
-        dys = dys[:outputs]
-        return (None,) * inputs if all(dy is None for dy in dys) else gradients(run, ctx, *dys)
-
     inputs = arguments.count(",") + 1
-    op.register_autograd(
-        lambda ctx, *dys: propagate(op_backward, ctx, inputs, dys), setup_context=prepare
-    )
+
+    def propagate(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        dys = dys[:outputs]
+        if all(dy is None for dy in dys):
+            return (None,) * inputs
+        return gradients(op_backward, ctx, *dys)
+
+    op.register_autograd(propagate, setup_context=prepare)
 
     forward_again = replayed(forward, f"{name}, forward")
 
@@ -159,7 +160,7 @@ def operation(
         @differentiable_once
         @replayed_backward(f"{name}, backward")
         def backward(ctx, *dys):
-            return *propagate(backward, ctx, len(ctx.needs_input_grad) - 1, dys), None
+            return *gradients(backward, ctx, *dys[:outputs]), None
 
     return Operation(functools.partial(apply, Eager), op)
 

@@ -192,7 +192,6 @@ def test_compiled(frozen, bounds, route):
 
 
 def test_compiled_looks_its_route_up_when_it_runs(monkeypatch):
-    torch._dynamo.reset()
     case, seen = Case((2, 2, 1, 17, 17, 64, 2, 9), torch.float32), []
 
     def choose(shape, device):
@@ -208,7 +207,6 @@ def test_compiled_looks_its_route_up_when_it_runs(monkeypatch):
 
 def test_compiled_once_for_every_batch():
     """Batches, lengths and ids that change compile no second time once sizes are dynamic."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     fast = torch.compile(ops.run, fullgraph=True, backend=counter, dynamic=True)
     for rows, length in ((5, 11), (3, 7), (4, 13)):  # no two sizes alike
@@ -222,7 +220,6 @@ def test_compiled_once_for_every_batch():
 def test_compiled_graph_repeats_no_prefix():
     """No tensor of the traced forward and backward has both a batch and a prefix dimension, nor
     more elements than the largest input."""
-    torch._dynamo.reset()
     case = Case((7, 2, 1, 17, 17, 64, 2, 211), torch.float32)
     recorder = AotEagerAndRecordGraphs()
     run(compiled(case, "one_pass", recorder), case.tensors)

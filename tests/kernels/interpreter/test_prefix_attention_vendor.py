@@ -148,7 +148,6 @@ def test_few_queries_train_by_cudnn_from_the_decode_kernels_o(cudnn):
 
 
 def test_compiled_by_cudnn(cudnn):
-    torch._dynamo.reset()
     case = Case(SMALL, torch.float32)
 
     def call(q, k, v, pk, pv, lengths, ids):
